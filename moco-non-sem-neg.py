@@ -1,0 +1,219 @@
+"""Pre-train MoCo with non-semantic negatives (Ge et al., NeurIPS 2021).
+
+A laptop, one process, with or without a GPU:
+    python moco-non-sem-neg.py --mlp --moco-t 0.2 --aug-plus --cos --alpha 2 --ckpt_path ckpts/RUN DIR
+All GPUs of this machine:
+    python moco-non-sem-neg.py --multiprocessing-distributed --world-size 1 --rank 0 … DIR
+    torchrun --nproc-per-node=8 moco-non-sem-neg.py … DIR
+Two machines; on the other one with --rank 1:
+    python moco-non-sem-neg.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://FIRST:10001 … DIR
+"""
+
+import math
+import os
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from moco import augment, checkpoint, distributed, loader, metrics, negatives, options, preview
+from moco.builder import ARCHS, MoCo, build_encoder
+
+SPELLINGS = {"patch": "patch", "nonsem": "patch", "texture": "texture", "texture_syn": "texture", "none": "none"}
+SAVED_OPTIONS = ("moco_dim", "moco_k", "moco_m", "moco_t", "mlp", "aug_plus", "robust", "num_nonsem", "alpha",
+                 "patch_ratio", "image_size", "batch_size", "lr", "epochs", "cos", "schedule")
+
+
+def parse_args():
+    parser = options.OptionParser("Pre-train MoCo with non-semantic negatives (NS).")
+    options.add_data_options(parser)
+    model = parser.add_argument_group("model")
+    model.add_argument("-a", "--arch", default="resnet50", choices=ARCHS, metavar="ARCH",
+                       help="encoder: resnet10 or a torchvision model with a final fc")
+    model.add_argument("--moco-dim", default=128, type=options.positive_int, metavar="C", help="feature dimension")
+    model.add_argument("--moco-k", default=65536, type=options.positive_int, metavar="K", help="queue length")
+    model.add_argument("--moco-m", default=0.999, type=options.fraction, metavar="M", help="momentum of the key encoder")
+    model.add_argument("--moco-t", default=0.07, type=options.positive_float, metavar="T", help="softmax temperature")
+    model.add_argument("--mlp", action="store_true", help="two-layer head (MoCo v2)")
+    negative = parser.add_argument_group("non-semantic negatives")
+    negative.add_argument("--robust", default="patch", choices=SPELLINGS, metavar="NS",
+                          help="patch (or nonsem), texture (or texture_syn), none: plain MoCo")
+    negative.add_argument("--num-nonsem", default=1, type=options.natural_int, metavar="N", help="NS a query; 0: plain MoCo")
+    negative.add_argument("--alpha", default=1.0, type=options.natural_float, metavar="A", help="strength of the NS")
+    negative.add_argument("--patch-ratio", default=(16, 56), nargs=2, type=options.positive_int, metavar=("LO", "HI"),
+                          help="patch sides U{LO..HI}, pixels of the crop")
+    negative.add_argument("--patch-size", default=32, type=int, metavar="N", help="has no effect, as in the published code")
+    views = parser.add_argument_group("views")
+    views.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation instead of v1's")
+    views.add_argument("--image-size", default=224, type=options.positive_int, metavar="S", help="side of the crops, pixels")
+    views.add_argument("--preview", metavar="FILE.png", help="draw queries, keys and their NS, then exit")
+    training = options.add_training_options(parser, epochs=200, batch_size=256, lr=0.03, schedule=[120, 160],
+                                            weight_decay=1e-4)
+    training.add_argument("--cos", action="store_true", help="half-cosine learning rate instead of --schedule")
+    output = options.add_output_options(parser, "./ckpts/moco")
+    output.add_argument("--save-freq", default=10, type=options.positive_int, metavar="N", help="epochs between checkpoints")
+    options.add_launch_options(parser)
+    args = parser.parse_args()
+    args.robust = SPELLINGS[args.robust] if args.num_nonsem else "none"
+    if args.robust == "none":
+        args.num_nonsem = 0
+    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, r"checkpoint_\d{4,}\.pth\.tar")
+    return args
+
+
+def check(args):
+    """Refuse, before anything is built, what could only fail later."""
+    low, high = args.patch_ratio
+    if args.robust == "patch" and not low <= high <= args.image_size:
+        raise options.BadInput(f"--patch-ratio {low} {high}: LO must not be above HI, nor HI above the crops'"
+                               f" {args.image_size} px; for example 16 72 at 224 px")
+    if args.robust == "texture" and args.num_nonsem != 1:
+        raise options.BadInput(f"--num-nonsem {args.num_nonsem}: a photo has one texture; with --robust texture use 1")
+    if args.start_epoch >= args.epochs:
+        raise options.BadInput(f"--start-epoch {args.start_epoch}: there are only --epochs {args.epochs}")
+    local_size, world_size = distributed.process_counts(args.multiprocessing_distributed, args.world_size)
+    photos, _, _ = list_data(args)
+    batch_size = options.per_process(args.batch_size, local_size)
+    loader.ShuffledBatches(len(photos), batch_size, seed=0, place=distributed.Place(world_size=world_size))
+    if args.resume:
+        check_resume(args, checkpoint.load(args.resume))
+
+
+def check_resume(args, saved):
+    if not {"epoch", "arch", "state_dict", "optimizer"} <= saved.keys():
+        raise options.BadInput(f"--resume {args.resume}: not a pre-training checkpoint; --resume takes a checkpoint_*.pth.tar")
+    state = checkpoint.without_prefix(saved["state_dict"])
+    if "queue" not in state:
+        raise options.BadInput(f"--resume {args.resume}: it has no queue, so it is no pre-training checkpoint")
+    dim, length = state["queue"].shape
+    for option, here, there in (("--arch", args.arch, saved["arch"]), ("--moco-dim", args.moco_dim, dim),
+                                ("--moco-k", args.moco_k, length),
+                                ("--mlp", args.mlp, "encoder_q.fc.2.weight" in state)):
+        if here != there:
+            raise options.BadInput(f"--resume {args.resume}: it was made with {option} {there}, this run has {here}")
+    if saved["epoch"] >= args.epochs:
+        raise options.BadInput(f"--resume {args.resume}: its {saved['epoch']} epochs are done; use a larger --epochs to go on")
+
+
+def list_data(args):
+    """(photos, textures or None, classes) of the training split."""
+    if args.robust == "texture":
+        return loader.list_pairs(args.data)
+    photos, _, classes = loader.list_photos(loader.data_split(args.data, "train"))
+    return photos, None, classes
+
+
+def train(place, args):
+    """The training of one process, on `place.device`; every way of launching ends here."""
+    device = place.device
+    saved = checkpoint.load(args.resume) if args.resume else {}
+    seed = args.seed if args.seed is not None else saved.get("seed", options.draw_seed())
+    seed = distributed.agree(seed, device)
+
+    # Data: uint8 crops from the workers; colour, blur, flip, normalisation and patches on the device.
+    photos, textures, classes = list_data(args)
+    batch_size = options.per_process(args.batch_size, place.local_size)
+    batches = loader.ShuffledBatches(len(photos), batch_size, seed, place)
+    workers = options.workers_per_process(args.workers, place.local_size)
+    dataset = loader.ViewPairs(photos, args.image_size, textures)
+    batch_loader = loader.training_loader(dataset, batches, workers, device)
+    recipe = augment.V2 if args.aug_plus else augment.V1
+
+    def views(crops):
+        crops = crops.to(device, non_blocking=True)
+        return negatives.training_views(crops, recipe, args.robust, args.num_nonsem, args.patch_ratio)
+
+    if args.preview:
+        distributed.seed_everything(seed)
+        return draw_preview(args.preview, *views(next(iter(batch_loader))[:8]))
+
+    # Model and optimiser. The seed makes all processes start from the same weights and queue.
+    distributed.seed_everything(seed)
+    model = MoCo(lambda num_classes: build_encoder(args.arch, num_classes), args.moco_dim, args.moco_k, args.moco_m,
+                 args.moco_t, args.mlp, args.alpha).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    start_epoch = args.start_epoch
+    if saved:
+        checkpoint.load_exactly(model, checkpoint.without_prefix(saved["state_dict"]), f"--resume {args.resume}")
+        optimizer.load_state_dict(saved["optimizer"])
+        start_epoch = saved["epoch"]
+    stepped = model
+    if place.world_size > 1:
+        # The queue is the same on all ranks by construction, and batch statistics are each rank's own.
+        stepped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                          broadcast_buffers=False)
+
+    log_path = os.path.join(args.ckpt_path, "log.jsonl")
+    if distributed.is_main():
+        os.makedirs(args.ckpt_path, exist_ok=True)
+        metrics.keep_jsonl(log_path, before_epoch=start_epoch)
+        options.echo(args, device=device, processes=place.world_size, loading_processes=f"{workers} each",
+                     seed_of_this_run=seed, images=len(photos), classes=len(classes),
+                     images_per_step=batches.global_batch, steps_per_epoch=len(batches),
+                     chance_loss=f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}")
+        if args.patch_size != 32:
+            print("--patch-size has no effect; --patch-ratio sets the patch sizes")
+        print(f"from epoch {start_epoch}" + (f", resumed from {args.resume}" if saved else ""), flush=True)
+
+    for epoch in range(start_epoch, args.epochs):
+        # All randomness of an epoch follows from (seed, epoch, rank): a resumed run goes on as if never stopped.
+        distributed.seed_everything(seed, epoch, place.rank)
+        batches.epoch = epoch
+        lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        means, progress = train_epoch(stepped, optimizer, batch_loader, views, metrics.Progress(
+            batch_loader, f"epoch {epoch + 1}/{args.epochs}", batches.global_batch, args.print_freq,
+            args.epochs - epoch - 1))
+        record = {"epoch": epoch, "lr": lr, **means.read(over_ranks=True), **progress.speed()}
+        if distributed.is_main():
+            metrics.append_jsonl(log_path, record)
+            if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
+                checkpoint.save(os.path.join(args.ckpt_path, f"checkpoint_{epoch:04d}.pth.tar"), {
+                    "epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.with_prefix(model.state_dict()),
+                    "optimizer": optimizer.state_dict(), "seed": seed, "image_size": args.image_size,
+                    "options": {name: getattr(args, name) for name in SAVED_OPTIONS}})
+    distributed.barrier()                                            # no process leaves while rank 0 is still saving
+
+
+def train_epoch(model, optimizer, batch_loader, views, progress):
+    """One pass over the data; returns the means over its steps and its progress."""
+    model.train()
+    means = metrics.Means()
+    unwrapped = getattr(model, "module", model)
+    for crops in progress:
+        query, key, negative = views(crops)
+        logits, labels = model(query, key, negative)
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        accuracy = metrics.correct_counts(logits, labels, ks=(1,))[0] * (100 / len(labels))
+        means.add({"loss": loss, "contrast_acc": accuracy, **unwrapped.similarities})
+        if progress.due():
+            progress.report("  ".join(f"{name} {value:.3f}" for name, value in means.read().items()))
+    return means, progress
+
+
+def learning_rate(base, epoch, epochs, cosine, schedule):
+    """Half a cosine over all epochs, or a tenth of it from each epoch of the schedule on."""
+    if cosine:
+        return base * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    return base * 0.1 ** sum(epoch >= milestone for milestone in schedule)
+
+
+def draw_preview(path, query, key, negative):
+    columns = {"query": query, "key": key} | {f"NS {i + 1}": negative[:, i] for i in range(negative.shape[1])}
+    if distributed.is_main():
+        preview.save_grid(path, {label: augment.denormalize(images) for label, images in columns.items()})
+        print(f"wrote {path}")
+
+
+def main():
+    args = parse_args()
+    check(args)
+    distributed.launch(train, (args,), **options.launch_settings(args))
+
+
+if __name__ == "__main__":
+    options.run(main)

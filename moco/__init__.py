@@ -1,0 +1,1 @@
+"""Contrastive learning with non-semantic negatives: the modules behind the scripts."""

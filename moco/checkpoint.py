@@ -1,0 +1,80 @@
+"""Checkpoints: written whole or not at all, read as tensors only, with the key names of the published code.
+
+Pre-training files hold `module.encoder_q.*`, linear ones `module.conv1.*` … `module.fc.*`: the published code saved
+modules wrapped for distributed training. The prefix is added on saving and taken off, where present, on loading.
+"""
+
+import os
+import pickle
+import re
+
+import torch
+
+from moco.options import BadInput
+
+PREFIX = "module."
+
+
+def save(path, state):
+    """Write `state` to `path` so that no reader and no crash ever sees half a file."""
+    partial = f"{path}.partial"
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load(path, option="--resume"):
+    """Read a checkpoint to CPU, tensors and plain values only; BadInput if it is missing or none."""
+    if not os.path.isfile(path):
+        raise BadInput(f"{option} {path}: there is no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"{option} {path}: not a checkpoint that can be loaded as tensors only ({reason})") from error
+    if not isinstance(checkpoint, dict):
+        raise BadInput(f"{option} {path}: not a checkpoint, it holds a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def with_prefix(state_dict):
+    return {PREFIX + name: value for name, value in state_dict.items()}
+
+
+def without_prefix(state_dict):
+    return {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
+
+
+def backbone(checkpoint):
+    """The backbone weights, by torchvision's names and without a head, of what `load` gave.
+
+    Takes pre-training checkpoints (their query encoder), linear ones, and bare torchvision state_dicts.
+    """
+    state = without_prefix(checkpoint.get("state_dict", checkpoint))
+    query = {name.removeprefix("encoder_q."): value for name, value in state.items() if name.startswith("encoder_q.")}
+    return {name: value for name, value in (query or state).items() if not name.startswith("fc.")}
+
+
+def load_exactly(module, state_dict, source, allowed_missing=()):
+    """load_state_dict, with BadInput for any missing, unexpected or misshapen entry but the allowed missing ones."""
+    own = module.state_dict()
+    missing = [name for name in own if name not in state_dict and name not in allowed_missing]
+    unexpected = [name for name in state_dict if name not in own]
+    misshapen = [name for name in own if name in state_dict and own[name].shape != state_dict[name].shape]
+    for fault, names in (("lacks", missing), ("has the unknown", unexpected), ("has another shape for", misshapen)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise BadInput(f"{source}: does not fit this model: it {fault} {names[0]}{more}; check --arch and the head's options")
+    module.load_state_dict(state_dict, strict=False)
+
+
+def resume_path(resume, folder, pattern):
+    """The file to resume from, or '' for a fresh start. 'auto' is the last of the folder's files whose names match
+    `pattern`, a regular expression; a longer number comes after a shorter one."""
+    if resume != "auto":
+        return resume
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    matching = sorted((name for name in names if re.fullmatch(pattern, name)), key=lambda name: (len(name), name))
+    return os.path.join(folder, matching[-1]) if matching else ""

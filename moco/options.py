@@ -1,0 +1,147 @@
+"""Command line options that the scripts share, and the checks on what was typed."""
+
+import argparse
+import os
+import random
+import sys
+
+
+class BadInput(Exception):
+    """What the user gave cannot work. The message names the value, why it is wrong, and one that would work."""
+
+
+class OptionParser(argparse.ArgumentParser):
+    """argparse with defaults in the help, and errors of one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=lambda prog: _Help(
+            prog, max_help_position=34, width=120))
+
+    def error(self, message):
+        self.exit(2, one_line(f"{self.prog}: error: {message}") if _speaks() else None)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False or action.default == "":
+            return action.help
+        if isinstance(action.default, (list, tuple)):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
+
+
+def run(main):
+    """Call main(); what it finds wrong with its input ends in one line on stderr and exit code 2."""
+    try:
+        main()
+    except BadInput as error:
+        if _speaks():
+            sys.stderr.write(one_line(f"{os.path.basename(sys.argv[0])}: error: {error}"))
+        sys.exit(2)
+
+
+def one_line(message):
+    return " ".join(message.split()) + "\n"
+
+
+def _speaks():
+    """Under torchrun every process finds the same fault; one of them says so."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _number(kind, allowed, wanted):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+    return parse
+
+
+positive_int = _number(int, lambda v: v > 0, "a whole number of 1 or more")
+natural_int = _number(int, lambda v: v >= 0, "a whole number of 0 or more")
+positive_float = _number(float, lambda v: 0 < v < float("inf"), "a number above 0")
+natural_float = _number(float, lambda v: 0 <= v < float("inf"), "a number of 0 or more")
+fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+
+
+def add_data_options(parser, workers=32):
+    group = parser.add_argument_group("data")
+    group.add_argument("data", metavar="DIR", help="data set with train/ (and val/), one folder a class")
+    add_workers_option(group, workers)
+
+
+def add_workers_option(group, workers=32):
+    group.add_argument("-j", "--workers", default=workers, type=natural_int, metavar="N",
+                       help="loading processes on this node, at most one a core")
+
+
+def add_training_options(parser, *, epochs, batch_size, lr, schedule, weight_decay):
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", default=epochs, type=positive_int, metavar="N", help="epochs in all")
+    group.add_argument("--start-epoch", default=0, type=natural_int, metavar="N", help="first epoch, for restarts by hand")
+    group.add_argument("-b", "--batch-size", default=batch_size, type=positive_int, metavar="N",
+                       help="images a step on this node, over all its GPUs")
+    group.add_argument("--lr", "--learning-rate", dest="lr", default=lr, type=positive_float, metavar="LR",
+                       help="initial learning rate")
+    group.add_argument("--schedule", default=schedule, nargs="*", type=natural_int, metavar="EPOCH",
+                       help="epochs at which the learning rate drops tenfold")
+    group.add_argument("--momentum", default=0.9, type=fraction, metavar="M", help="momentum of SGD")
+    group.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay, type=natural_float,
+                       metavar="W", help="weight decay")
+    group.add_argument("--seed", default=None, type=natural_int, metavar="N", help="same seed, same run; default: drawn anew")
+    return group
+
+
+def add_output_options(parser, ckpt_path):
+    group = parser.add_argument_group("checkpoints and reports")
+    group.add_argument("--ckpt_path", default=ckpt_path, metavar="CKPT", help="folder for checkpoints and log.jsonl")
+    group.add_argument("--resume", default="", metavar="PATH|auto", help="go on from a checkpoint; auto: CKPT's last")
+    group.add_argument("-p", "--print-freq", default=10, type=positive_int, metavar="N", help="steps between reports")
+    return group
+
+
+def add_launch_options(parser):
+    group = parser.add_argument_group("processes (none of these with torchrun)")
+    group.add_argument("--multiprocessing-distributed", action="store_true", help="one process a GPU of this node")
+    group.add_argument("--world-size", default=-1, type=int, metavar="N", help="number of nodes")
+    group.add_argument("--rank", default=-1, type=int, metavar="R", help="this node's number, from 0")
+    group.add_argument("--dist-url", default="tcp://224.66.41.62:23456", metavar="URL",
+                       help="where node 0 listens; one node finds a port itself")
+    group.add_argument("--dist-backend", default="nccl", metavar="NAME", help="gloo is taken without a GPU")
+    group.add_argument("--gpu", default=None, type=natural_int, metavar="N", help="the GPU of a single process")
+
+
+def launch_settings(args):
+    """The options of add_launch_options as distributed.launch takes them."""
+    return {"multiprocessing": args.multiprocessing_distributed, "world_size": args.world_size, "rank": args.rank,
+            "dist_url": args.dist_url, "backend": args.dist_backend, "gpu": args.gpu}
+
+
+def draw_seed():
+    return random.SystemRandom().randrange(2**31)
+
+
+def per_process(total, processes, name="--batch-size"):
+    """total / processes, or BadInput with the nearest totals that divide."""
+    if total % processes:
+        below, above = total - total % processes, total - total % processes + processes
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise BadInput(f"{name} {total} does not divide among {processes} processes of this node; use {nearest}")
+    return total // processes
+
+
+def workers_per_process(total, processes):
+    """Loading processes for each training process: their share of `total`, and never more than there are cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(-(-total // processes), max(1, cores // processes))
+
+
+def echo(args, **derived):
+    """Print every argument, then what follows from them."""
+    width = max(map(len, [*vars(args), *derived]))
+    for name, value in [*sorted(vars(args).items()), *derived.items()]:
+        print(f"{name.replace('_', ' '):>{width}}  {value}", flush=True)

@@ -1,0 +1,161 @@
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from moco import distributed
+from moco.builder import MoCo, build_encoder
+from moco.loader import ShuffledBatches
+from moco.options import BadInput
+
+GLOBAL_BATCH = 8
+
+
+def rank_main(rank, world, port, folder, function):
+    place = distributed.Place(rank, world, rank, world)
+    torch.set_num_threads(1)
+    distributed._join_and_run(place, f"tcp://127.0.0.1:{port}", "nccl", save_result, (function, folder))
+
+
+def save_result(place, function, folder):
+    torch.save(function(place), os.path.join(folder, f"{place.rank}.pt"))
+
+
+def run_ranks(world, folder, function):
+    """What function(place) gives on each rank of a gloo group of `world` processes."""
+    mp.spawn(rank_main, (world, distributed._free_port(), str(folder), function), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def share(x, place):
+    return x.chunk(place.world_size)[place.rank]
+
+
+def steps_in_eval_mode(place):
+    """Three steps on a fixed global batch with BatchNorm in eval mode, where sharding must not matter."""
+    torch.manual_seed(0)
+    model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=20, m=0.9, T=0.2, alpha=2.0).eval()
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False) if dist.is_initialized() else model
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(3):
+        images = torch.randn(3, GLOBAL_BATCH, 3, 32, 32, generator=generator)
+        query, key, negative = (share(x, place) for x in images)
+        logits, labels = wrapped(query, key, negative.unsqueeze(1))
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append((distributed.all_reduce(loss.detach().clone()) / place.world_size).item())
+    return {"losses": losses, "queue": model.queue, "pointer": model.queue_ptr, "fc": model.encoder_q.fc.weight.detach()}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_world_size_changes_neither_queue_nor_loss(world, tmp_path):
+    alone = steps_in_eval_mode(distributed.Place())
+    ranks = run_ranks(world, tmp_path, steps_in_eval_mode)
+    assert alone["pointer"].item() == 3 * GLOBAL_BATCH % 20           # K is no multiple of the batch: it wrapped
+    for rank in ranks:
+        assert torch.equal(rank["queue"], ranks[0]["queue"]) and torch.equal(rank["pointer"], alone["pointer"])
+        assert rank["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+        torch.testing.assert_close(rank["queue"], alone["queue"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(rank["fc"], alone["fc"], atol=1e-5, rtol=0)
+
+
+def shuffle_rows(place):
+    distributed.seed_everything(7, place.rank)                        # ranks need not draw alike
+    rows = torch.arange(place.rank * 6, place.rank * 6 + 6).float().view(6, 1)
+    shuffled, order = distributed.shuffle(rows)
+    return {"rows": rows, "shuffled": shuffled, "back": distributed.unshuffle(shuffled, order),
+            "gathered": distributed.gather(rows)}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_unshuffle_undoes_shuffle_and_shuffle_deals_every_row_once(world, tmp_path):
+    ranks = run_ranks(world, tmp_path, shuffle_rows)
+    everything = torch.arange(6.0 * world).view(-1, 1)
+    dealt = torch.cat([rank["shuffled"] for rank in ranks])
+    assert torch.equal(dealt.sort(dim=0).values, everything)
+    if world > 1:
+        assert not torch.equal(dealt, everything)
+        strangers = sum(set(rank["shuffled"].flatten().tolist()) != set(rank["rows"].flatten().tolist()) for rank in ranks)
+        assert strangers == world                                     # each rank's BatchNorm sees other images
+    for rank in ranks:
+        assert torch.equal(rank["back"], rank["rows"]) and torch.equal(rank["gathered"], everything)
+
+
+def shuffled_statistics(place):
+    """The key of an image whose rank holds a batch unlike the others', with BatchNorm in train mode."""
+    torch.manual_seed(0)
+    model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=8)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * torch.arange(1, 9).view(-1, 1, 1, 1)
+    distributed.seed_everything(5)
+    return model._encode_key(share(images, place))
+
+
+def test_keys_are_normalised_with_the_statistics_of_a_shuffled_batch(tmp_path):
+    keys = torch.cat(run_ranks(2, tmp_path, shuffled_statistics))
+    torch.manual_seed(0)
+    model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=8)
+    images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * torch.arange(1, 9).view(-1, 1, 1, 1)
+    distributed.seed_everything(5)
+    order = torch.randperm(8)                                         # what rank 0 drew and sent to rank 1
+    expected = torch.empty_like(keys)
+    for half in order.chunk(2):
+        expected[half] = F.normalize(model.encoder_k(images[half]), dim=1).detach()
+    torch.testing.assert_close(keys, expected, atol=1e-5, rtol=0)
+    unshuffled = torch.cat([F.normalize(model.encoder_k(half), dim=1).detach() for half in images.chunk(2)])
+    assert not torch.allclose(keys, unshuffled, atol=1e-3)
+
+
+def agree_on_rank(place):
+    return distributed.agree(100 + place.rank, place.device)
+
+
+def test_all_ranks_agree_on_rank_0s_number(tmp_path):
+    assert run_ranks(2, tmp_path, agree_on_rank) == [100, 100]
+
+
+def test_any_number_of_processes_sees_the_same_global_batches():
+    alone = ShuffledBatches(30, 8, seed=3, place=distributed.Place())
+    ranks = [ShuffledBatches(30, 2, seed=3, place=distributed.Place(rank, 4)) for rank in range(4)]
+    for epoch in (0, 1):
+        for batches in [alone, *ranks]:
+            batches.epoch = epoch
+        assert list(alone) == [sum(parts, []) for parts in zip(*ranks)]
+        assert len(list(alone)) == len(alone) == 3
+        indices = [index for batch in alone for index, _ in batch]
+        assert len(set(indices)) == 24
+    first = list(alone)
+    alone.epoch = 0
+    assert list(alone) != first
+
+
+def test_seeds_differ_by_every_part():
+    parts = [(), (0,), (0, 0), (0, 1), (1, 0), (1,), (10, 1), (1, 1, 0), ("order", 0)]
+    assert len({distributed.derive_seed(*part) for part in parts}) == len(parts)
+    assert all(0 <= distributed.derive_seed(*part) < 2**63 for part in parts)
+
+
+def launched(place, *args):
+    return place, args
+
+
+def test_plain_launch_is_this_process_alone():
+    place, args = distributed.launch(launched, (1, 2))
+    assert args == (1, 2) and place.world_size == 1 and not dist.is_initialized()
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"world_size": 2, "rank": 2, "dist_url": "tcp://127.0.0.1:1"}, "--rank 2"),
+    ({"world_size": 2}, "--rank -1"),
+    ({"world_size": 2, "rank": 0}, "--dist-url"),
+    ({"gpu": 99}, "--gpu 99"),
+])
+def test_launch_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(BadInput, match=message):
+        distributed.launch(launched, (), **options)

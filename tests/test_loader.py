@@ -1,0 +1,170 @@
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as transforms
+from conftest import write_folder, write_photo
+from PIL import Image
+
+from moco import distributed, loader
+from moco.options import BadInput
+
+
+def test_photos_are_listed_by_sorted_class_and_name(data):
+    paths, labels, classes = loader.list_photos(data / "train")
+    assert classes == ["n01", "n02"] and labels == [0] * 8 + [1] * 8
+    assert paths == sorted(paths) and len(paths) == 16
+
+
+def test_links_to_class_folders_are_followed(data, tmp_path):
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset" / "n02").symlink_to(data / "train" / "n02", target_is_directory=True)
+    paths, labels, classes = loader.list_photos(tmp_path / "subset")
+    assert classes == ["n02"] and len(paths) == 8
+
+
+def test_empty_class_folders_are_named(data):
+    (data / "train" / "n03").mkdir()
+    with pytest.raises(BadInput, match="1: n03"):
+        loader.list_photos(data / "train")
+
+
+@pytest.mark.parametrize("missing", ["root", "split"])
+def test_missing_directories_are_named(data, missing):
+    with pytest.raises(BadInput, match="no such directory" if missing == "root" else "no test/ folder"):
+        loader.data_split(data / "nowhere" if missing == "root" else data, "train" if missing == "root" else "test")
+
+
+def write_pairs(tmp_path):
+    write_folder(tmp_path / "x", train=4)
+    write_folder(tmp_path / "x-texture", train=4, suffix=".png")
+    return tmp_path / "x-texture"
+
+
+def test_photo_and_texture_are_paired_by_relative_path_whatever_their_suffix(tmp_path):
+    data = write_pairs(tmp_path)
+    photos, textures, classes = loader.list_pairs(f"{data}/")
+    assert len(photos) == 8 and classes == ["n01", "n02"]
+    for photo, texture in zip(photos, textures):
+        assert texture == photo.replace("/x/", "/x-texture/").replace(".JPEG", ".png")
+
+
+def test_a_parent_folder_whose_name_ends_in_texture_is_left_alone(tmp_path):
+    data = write_pairs(tmp_path / "my-texture")
+    photos, _, _ = loader.list_pairs(data)
+    assert photos[0].startswith(str(tmp_path / "my-texture" / "x" / "train"))
+
+
+def test_missing_pairs_are_all_counted_and_five_are_named(tmp_path):
+    data = write_pairs(tmp_path)
+    for i in range(4):
+        (data / "train" / "n01" / f"n01_{i}.png").unlink()
+    for i in range(3):
+        (data.with_name("x") / "train" / "n02" / f"n02_{i}.JPEG").unlink()
+    write_photo(data / "train" / "n01" / "other.png")
+    with pytest.raises(BadInput) as error:
+        loader.list_pairs(data)
+    assert "8: " in str(error.value) and "and 3 more" in str(error.value)
+    assert sum(str(error.value).count(suffix) for suffix in (".png", ".JPEG")) == 5
+
+
+def test_texture_needs_its_name_and_its_sibling(data, tmp_path):
+    with pytest.raises(BadInput, match="ends in -texture"):
+        loader.list_pairs(data)
+    write_folder(tmp_path / "y-texture")
+    with pytest.raises(BadInput, match="no such directory"):
+        loader.list_pairs(tmp_path / "y-texture")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA"])
+@pytest.mark.parametrize("suffix", [".JPEG", ".png"])
+def test_every_kind_of_image_becomes_rgb_whatever_its_name_says(tmp_path, mode, suffix):
+    colours = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    image = Image.fromarray(colours).resize((33, 21), Image.BICUBIC).convert(mode)
+    path = tmp_path / f"photo{suffix}"
+    image.save(path, format="JPEG" if mode == "CMYK" else "PNG")      # as in ImageNet: a PNG named .JPEG
+    rgb = loader.read_rgb(path)
+    assert rgb.shape == (3, 21, 33) and rgb.dtype == torch.uint8
+    expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    assert (rgb.int() - expected.int()).abs().float().mean() < 1
+
+
+def test_jpegs_decode_as_in_pil(tmp_path):
+    write_photo(tmp_path / "photo.JPEG", size=(200, 150))
+    expected = np.array(Image.open(tmp_path / "photo.JPEG").convert("RGB"))
+    decoded = loader.read_rgb(tmp_path / "photo.JPEG").permute(1, 2, 0).numpy()
+    assert np.abs(decoded.astype(int) - expected).max() <= 4
+
+
+def test_crops_follow_from_the_seed_alone(data):
+    paths, _, _ = loader.list_photos(data / "train")
+    views = loader.ViewPairs(paths, 32)
+    torch.manual_seed(1)
+    first = views[3, 42]
+    state = torch.get_rng_state()
+    again = views[3, 42]
+    assert first.shape == (2, 3, 32, 32) and first.dtype == torch.uint8
+    assert torch.equal(first, again)
+    assert torch.equal(state, torch.get_rng_state())                  # and leave the process's randomness alone
+    assert not torch.equal(first, views[3, 43]) and not torch.equal(first[0], first[1])
+
+
+def test_crops_equal_torchvisions_random_resized_crop(tmp_path):
+    write_photo(tmp_path / "photo.png", size=(90, 70))
+    views = loader.ViewPairs([tmp_path / "photo.png"], 32)[0, 5]
+    photo = loader.read_rgb(tmp_path / "photo.png")
+    torch.default_generator.manual_seed(5)
+    crop = transforms.RandomResizedCrop(32, scale=(0.2, 1.0), antialias=True)
+    boxes = [crop.get_params(photo, crop.scale, crop.ratio) for _ in range(2)]
+    for view, box in zip(views, boxes):
+        assert torch.equal(view, transforms.functional.resized_crop(photo, *box, [32, 32], antialias=True))
+
+
+def test_texture_is_cropped_at_the_querys_relative_place(tmp_path):
+    """A texture that is the photo at another size gives the query's crop."""
+    ramp = np.linspace(0, 255, 160)
+    photo = np.stack([np.broadcast_to(ramp, (120, 160)), np.broadcast_to(ramp[:120, None], (120, 160)),
+                      np.full((120, 160), 99)], axis=2).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(photo).resize((224, 224), Image.BICUBIC).save(tmp_path / "texture.png")
+    views = loader.ViewPairs([tmp_path / "photo.png"], 32, [tmp_path / "texture.png"])
+    for seed in range(20):
+        query, key, texture = views[0, seed].int()
+        assert (query - texture).abs().max() <= 6
+    assert (query - key).abs().max() > 20
+
+
+def test_relative_box_stays_inside():
+    assert loader._rescale((0, 0, 375, 500), (375, 500), (224, 224)) == (0, 0, 224, 224)
+    for box in ((374, 499, 1, 1), (100, 200, 275, 300)):
+        top, left, height, width = loader._rescale(box, (375, 500), (224, 224))
+        assert min(top, left) >= 0 and min(height, width) >= 1 and top + height <= 224 and left + width <= 224
+
+
+def test_number_of_workers_does_not_change_the_batches(data):
+    paths, _, _ = loader.list_photos(data / "train")
+    batches = loader.ShuffledBatches(16, 4, seed=0, place=distributed.Place())
+    alone, many = (list(loader.training_loader(loader.ViewPairs(paths, 16), batches, workers, torch.device("cpu")))
+                   for workers in (0, 2))
+    assert len(alone) == 4 and all(torch.equal(a, b) for a, b in zip(alone, many))
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(BadInput, match="10 training images do not fill one batch of 16"):
+        loader.ShuffledBatches(10, 8, seed=0, place=distributed.Place(world_size=2))
+
+
+def test_evaluation_sees_every_image_once_over_all_processes(data):
+    paths, labels, _ = loader.list_photos(data / "train")
+    dataset = loader.Labelled(paths[:13], range(13), loader.test_transform(16))
+    seen = []
+    for rank in range(4):
+        batches = loader.evaluation_loader(dataset, 3, 0, distributed.Place(rank, 4))
+        seen += [label.item() for _, part in batches for label in part]
+    assert sorted(seen) == list(range(13))
+
+
+def test_evaluation_view_is_torchvisions_preset(tmp_path):
+    write_photo(tmp_path / "photo.JPEG", size=(400, 300))
+    image, label = loader.Labelled([tmp_path / "photo.JPEG"], [7], loader.test_transform(224))[0]
+    preset = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
+    assert torch.equal(image, preset(Image.open(tmp_path / "photo.JPEG"))) and label == 7

@@ -1,0 +1,106 @@
+import pytest
+import torch
+
+from moco import augment
+from moco.negatives import patch_negatives, training_views
+
+SIZE = 40
+
+
+def labelled_pixels(n=1, size=SIZE):
+    """Images whose every pixel is unlike every other: channel 0 tells its row, channel 1 its column, 2 its image."""
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return torch.stack([torch.stack([rows, columns, torch.full_like(rows, i)]) for i in range(n)])
+
+
+def tiles(negative, side):
+    for top in range(0, SIZE, side):
+        for left in range(0, SIZE, side):
+            yield negative[:, top:top + side, left:left + side]
+
+
+@pytest.mark.parametrize("side", [1, 7, 8, 13, 20, 39, 40])
+def test_every_tile_is_an_exact_window_of_its_own_image(side):
+    torch.manual_seed(0)
+    negatives = patch_negatives(labelled_pixels(3), side, side, count=2)
+    assert negatives.shape == (3, 2, 3, SIZE, SIZE)
+    for i in range(3):
+        for negative in negatives[i]:
+            assert (negative[2] == i).all()
+            for tile in tiles(negative, side):
+                top, left = tile[0, 0, 0], tile[1, 0, 0]
+                assert 0 <= top <= SIZE - side and 0 <= left <= SIZE - side
+                assert (tile[0] == top + torch.arange(tile.shape[1]).view(-1, 1)).all()
+                assert (tile[1] == left + torch.arange(tile.shape[2])).all()
+
+
+def side_of(negative):
+    """The patch side, read off the picture: where the row number stops growing by one along each column."""
+    breaks = (negative[0].diff(dim=0) != 1).any(dim=1).nonzero()
+    return breaks[0].item() + 1 if len(breaks) else SIZE
+
+
+def test_sides_are_uniform_from_low_to_high_both_included_and_independent():
+    torch.manual_seed(1)
+    negatives = patch_negatives(labelled_pixels(), 5, 8, count=2000)[0]
+    sides = torch.tensor([side_of(negative) for negative in negatives])
+    shares = sides.bincount(minlength=9)[5:9] / 2000
+    assert sides.min() == 5 and sides.max() == 8
+    assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.04)
+
+
+def test_images_of_a_batch_draw_their_own_sides():
+    torch.manual_seed(2)
+    sides = [side_of(negative[0]) for negative in patch_negatives(labelled_pixels(200), 5, 8)]
+    assert set(sides) == {5, 6, 7, 8}
+
+
+def test_positions_are_uniform_up_to_the_last_one():
+    torch.manual_seed(3)
+    side = 20
+    corners = torch.cat([torch.stack([tile[:2, 0, 0] for tile in tiles(negative, side)])
+                         for negative in patch_negatives(labelled_pixels(), side, side, count=2000)[0]])
+    for axis in range(2):
+        counts = corners[:, axis].bincount(minlength=SIZE - side + 1)
+        assert len(counts) == SIZE - side + 1
+        assert counts.float().div(len(corners)).tolist() == pytest.approx([1 / 21] * 21, abs=0.012)
+    correlation = torch.corrcoef(corners.T.float())[0, 1]
+    assert abs(correlation) < 0.05                                    # rows and columns are drawn apart
+
+
+def test_a_patch_as_large_as_the_image_gives_the_image():
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(patch_negatives(images, 16, 16)[:, 0], images)
+
+
+@pytest.mark.parametrize("low, high", [(0, 16), (20, 10), (16, SIZE + 1)])
+def test_sides_that_do_not_fit_are_refused(low, high):
+    with pytest.raises(ValueError, match="patch sizes"):
+        patch_negatives(labelled_pixels(), low, high)
+
+
+def test_patch_negatives_come_from_the_augmented_query():
+    torch.manual_seed(4)
+    crops = torch.randint(256, (4, 2, 3, 32, 32), dtype=torch.uint8)
+    query, key, negatives = training_views(crops, augment.V2, "patch", 2, (4, 8))
+    assert negatives.shape == (4, 2, 3, 32, 32)
+    for i in range(4):
+        of_query = {tuple(pixel) for pixel in query[i].flatten(1).T.tolist()}
+        for negative in negatives[i]:
+            assert {tuple(pixel) for pixel in negative.flatten(1).T.tolist()} <= of_query
+
+
+def test_texture_negative_gets_the_draws_of_the_query():
+    torch.manual_seed(5)
+    crops = torch.randint(256, (16, 3, 3, 32, 32), dtype=torch.uint8)
+    crops[:, 2] = crops[:, 0]                                         # then the same draws give the same picture
+    query, key, negatives = training_views(crops, augment.V2, "texture", 1, (4, 8))
+    torch.testing.assert_close(negatives[:, 0], query)
+
+
+def test_query_and_key_of_the_same_crop_are_augmented_independently():
+    torch.manual_seed(6)
+    crops = torch.randint(256, (8, 1, 3, 32, 32), dtype=torch.uint8).expand(-1, 2, -1, -1, -1)
+    query, key, negatives = training_views(crops, augment.V2, "none", 0, (4, 8))
+    assert negatives.shape == (8, 0, 3, 32, 32)
+    assert (query - key).abs().flatten(1).amax(1).gt(0.1).all()
