@@ -1,0 +1,200 @@
+"""Linear evaluation: train a linear head on a frozen, pre-trained backbone, and test it on val/.
+
+A laptop, one process, with or without a GPU:
+    python main_lincls.py --lr 10 --pretrained ckpts/RUN/checkpoint_0199.pth.tar --ckpt_path ckpts/RUN DIR
+All GPUs of this machine:
+    python main_lincls.py --multiprocessing-distributed --world-size 1 --rank 0 … DIR
+    torchrun --nproc-per-node=8 main_lincls.py … DIR
+A linear checkpoint tested, nothing trained:
+    python main_lincls.py --evaluate --resume ckpts/RUN/model_best_0199.pth.tar DIR
+"""
+
+import os
+import re
+
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from moco import checkpoint, classifier, distributed, loader, metrics, options
+from moco.builder import ARCHS
+
+
+def parse_args():
+    parser = options.OptionParser("Train a linear head on a frozen, pre-trained backbone, and test it.")
+    options.add_data_options(parser)
+    model = parser.add_argument_group("model")
+    model.add_argument("-a", "--arch", default="resnet50", choices=ARCHS, metavar="ARCH", help="as in pre-training")
+    model.add_argument("--pretrained", default="", metavar="FILE",
+                       help="pre-training checkpoint or torchvision state_dict; none: random weights")
+    model.add_argument("--image-size", default=None, type=options.positive_int, metavar="S",
+                       help="side of the crops, pixels; default: the checkpoint's, else 224")
+    model.add_argument("-e", "--evaluate", action="store_true", help="test the linear checkpoint of --resume, then exit")
+    options.add_training_options(parser, epochs=100, batch_size=256, lr=30.0, schedule=[30, 40, 50], weight_decay=0.0)
+    options.add_output_options(parser, "./ckpts/moco")
+    options.add_launch_options(parser)
+    args = parser.parse_args()
+    args.resume = checkpoint.resume_path(
+        args.resume, args.ckpt_path, rf"checkpoint_robust_{re.escape(run_name(args.pretrained))}\.pth\.tar")
+    return args
+
+
+def run_name(pretrained):
+    """The E of the file names: the pre-training epoch as in the checkpoint's name, else that name, else 'random'."""
+    name = os.path.basename(pretrained)
+    epoch = re.search(r"\d{4,}", name)
+    return epoch[0] if epoch else name.split(".")[0] or "random"
+
+
+def check(args):
+    """Refuse, before anything is built, what could only fail later."""
+    if args.evaluate and not args.resume:
+        raise options.BadInput("--evaluate needs a trained head: --resume ckpts/RUN/model_best_0199.pth.tar")
+    if args.start_epoch >= args.epochs:
+        raise options.BadInput(f"--start-epoch {args.start_epoch}: there are only --epochs {args.epochs}")
+    local_size, world_size = distributed.process_counts(args.multiprocessing_distributed, args.world_size)
+    batch_size = options.per_process(args.batch_size, local_size)
+    train_split, (_, _, classes) = list_data(args)
+    if train_split:
+        loader.ShuffledBatches(len(train_split[0]), batch_size, seed=0, place=distributed.Place(world_size=world_size))
+    if args.resume:
+        saved = checkpoint.load(args.resume)
+        classifier.check_classes(saved, classes, f"--resume {args.resume}")
+        check_arch(args, saved, f"--resume {args.resume}")
+        if not args.evaluate and saved["epoch"] >= args.epochs:
+            raise options.BadInput(f"--resume {args.resume}: its {saved['epoch']} epochs are done; use a larger --epochs")
+    if args.pretrained:
+        pretrained = checkpoint.load(args.pretrained, "--pretrained")
+        check_arch(args, pretrained, f"--pretrained {args.pretrained}")
+        classifier.build_probe(args.arch, len(classes), pretrained_backbone(args, pretrained))
+
+
+def check_arch(args, saved, source):
+    if saved.get("arch", args.arch) != args.arch:
+        raise options.BadInput(f"{source}: it holds a {saved['arch']}, not --arch {args.arch}")
+
+
+def pretrained_backbone(args, pretrained):
+    backbone = checkpoint.backbone(pretrained)
+    if not any(isinstance(value, torch.Tensor) for value in backbone.values()):
+        raise options.BadInput(f"--pretrained {args.pretrained}: it holds no backbone weights")
+    return backbone
+
+
+def list_data(args):
+    """The training split, None with --evaluate, and the validation split, each as (paths, labels, classes)."""
+    val_split = loader.list_photos(loader.data_split(args.data, "val"))
+    if args.evaluate:
+        return None, val_split
+    train_split = loader.list_photos(loader.data_split(args.data, "train"))
+    different = sorted(set(train_split[2]) ^ set(val_split[2]))
+    if different:
+        raise options.BadInput(f"{args.data}: train/ and val/ hold different classes, for example {different[0]}")
+    return train_split, val_split
+
+
+def train(place, args):
+    """The linear evaluation in one process, on `place.device`; every way of launching ends here."""
+    device = place.device
+    saved = checkpoint.load(args.resume) if args.resume else {}
+    pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
+    seed = args.seed if args.seed is not None else saved.get("seed", options.draw_seed())
+    seed = distributed.agree(seed, device)
+    image_size = args.image_size or (saved or pretrained).get("image_size", 224)
+
+    # Data
+    train_split, (val_paths, val_labels, classes) = list_data(args)
+    batch_size = options.per_process(args.batch_size, place.local_size)
+    workers = options.workers_per_process(args.workers, place.local_size)
+    val_loader = loader.evaluation_loader(
+        loader.Labelled(val_paths, val_labels, loader.test_transform(image_size)), batch_size, workers, place)
+
+    # Model: only the head learns. A resumed head keeps its own width, 1000 in published files.
+    distributed.seed_everything(seed)
+    width = classifier.head_width(saved, args.resume) if saved else len(classes)
+    model = classifier.build_probe(args.arch, width, pretrained_backbone(args, pretrained) if pretrained else {})
+    start_epoch, best_acc1 = args.start_epoch, 0.0
+    if saved:
+        checkpoint.load_exactly(model, checkpoint.without_prefix(saved["state_dict"]), f"--resume {args.resume}")
+        start_epoch, best_acc1 = saved["epoch"], float(saved["best_acc1"])
+    frozen = {name: value.clone() for name, value in model.state_dict().items() if name not in classifier.HEAD}
+    model = model.to(device, memory_format=torch.channels_last)
+
+    if args.evaluate:
+        result = classifier.evaluate(model, val_loader, device)
+        return print(accuracy_line(result), flush=True) if distributed.is_main() else None
+
+    train_paths, train_labels, _ = train_split
+    batches = loader.ShuffledBatches(len(train_paths), batch_size, seed, place)
+    train_loader = loader.training_loader(
+        loader.Labelled(train_paths, train_labels, loader.probe_transform(image_size)), batches, workers, device)
+    optimizer = torch.optim.SGD(model.fc.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+    stepped = model
+    if place.world_size > 1:
+        stepped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                          broadcast_buffers=False)
+    name = run_name(args.pretrained)
+    if distributed.is_main():
+        os.makedirs(args.ckpt_path, exist_ok=True)
+        options.echo(args, device=device, processes=place.world_size, loading_processes=f"{workers} each",
+                     seed_of_this_run=seed, size_of_crops=image_size, training_images=len(train_paths),
+                     validation_images=len(val_paths), classes=len(classes), images_per_step=batches.global_batch,
+                     steps_per_epoch=len(batches))
+        if not args.pretrained and not saved:
+            print("no --pretrained: the backbone is random, a baseline")
+
+    for epoch in range(start_epoch, args.epochs):
+        distributed.seed_everything(seed, epoch, place.rank)
+        batches.epoch = epoch
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+        train_epoch(stepped, optimizer, train_loader, device, metrics.Progress(
+            train_loader, f"epoch {epoch + 1}/{args.epochs}", batches.global_batch, args.print_freq,
+            args.epochs - epoch - 1))
+        result = classifier.evaluate(model, val_loader, device)
+        changed = classifier.changed_entries(model, frozen)
+        if changed:
+            raise RuntimeError(f"the frozen backbone changed in training: {', '.join(changed[:5])}")
+        if distributed.is_main():
+            best = result["acc1"] >= best_acc1
+            best_acc1 = max(result["acc1"], best_acc1)
+            print(f"epoch {epoch + 1}/{args.epochs}  {accuracy_line(result)}  best {best_acc1:.2f} %", flush=True)
+            state = {"epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.with_prefix(model.state_dict()),
+                     "best_acc1": best_acc1, "optimizer": optimizer.state_dict(),
+                     "wnids": classes, "image_size": image_size, "seed": seed}
+            for kind in ("checkpoint_robust", "model_best")[:1 + best]:
+                checkpoint.save(os.path.join(args.ckpt_path, f"{kind}_{name}.pth.tar"), state)
+    distributed.barrier()                                            # no process leaves while rank 0 is still saving
+
+
+def train_epoch(model, optimizer, train_loader, device, progress):
+    """One pass over the data, in eval mode: batch statistics would let the backbone adapt to the labelled data."""
+    model.eval()
+    means = metrics.Means()
+    for images, labels in progress:
+        labels = labels.to(device, non_blocking=True)
+        logits = model(classifier.to_input(images, device))
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        top1 = metrics.correct_counts(logits, labels, ks=(1,))[0] * (100 / len(labels))
+        means.add({"loss": loss, "acc1": top1})
+        if progress.due():
+            progress.report("  ".join(f"{name} {value:.3f}" for name, value in means.read().items()))
+
+
+def accuracy_line(result):
+    return f"val: top-1 {result['acc1']:.2f} %  top-5 {result['acc5']:.2f} %  of {result['n']} images"
+
+
+def main():
+    args = parse_args()
+    check(args)
+    distributed.launch(train, (args,), **options.launch_settings(args))
+
+
+if __name__ == "__main__":
+    options.run(main)

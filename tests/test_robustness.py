@@ -1,0 +1,161 @@
+"""The four test sets on miniatures of known content: a model that reads its decision off the picture."""
+
+import pytest
+import torch
+from conftest import write_photo
+from PIL import Image
+from torchvision import datasets, transforms
+
+from moco import loader, robustness
+from moco.augment import MEAN, STD, denormalize
+from moco.builder import build_encoder
+from moco.options import BadInput
+
+WNIDS = ["n01", "n02", "n03", "n04"]
+
+
+class Oracle(torch.nn.Module):
+    """Decides for the class that an image's gray level names: level 20 * c for output c, second best output c + 1."""
+
+    def __init__(self, outputs=4):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, images):
+        level = (denormalize(images).mean(dim=(1, 2, 3)) * 255 / 20).round().long()
+        first = torch.nn.functional.one_hot(level, self.outputs + 1)[:, :self.outputs]
+        second = torch.nn.functional.one_hot((level + 1) % self.outputs, self.outputs)
+        return first + 0.5 * second
+
+
+def paint(path, decision, size=32):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (20 * decision,) * 3).save(path)
+
+
+def scorer(models=None, wnids=WNIDS):
+    return robustness.Scorer(models or [Oracle()], wnids, image_size=28, batch_size=3, workers=0, device=torch.device("cpu"))
+
+
+def test_classes_are_matched_by_name_never_by_folder_order(tmp_path):
+    for decision in (2, 2, 0):                                        # n03 is folder 2 here, output 2 of the head
+        paint(tmp_path / "n03" / f"{len(list(tmp_path.rglob('*.png')))}.png", decision)
+    paint(tmp_path / "n00" / "a.png", 0)                              # extra classes, before and after
+    paint(tmp_path / "n99" / "a.png", 3)
+    paint(tmp_path / "n04" / "a.png", 3)
+    (result,) = scorer().score(tmp_path)
+    assert result["n"] == 4 and result["top1"] == 75.0
+    assert result["classes"] == {"n03": {"n": 3, "correct": 2}, "n04": {"n": 1, "correct": 1}}
+
+
+def test_shared_classes_only_leaves_out_decisions_for_absent_ones(tmp_path):
+    paint(tmp_path / "n02" / "a.png", 0)                              # first choice n01 is absent, second n02 is right
+    paint(tmp_path / "n02" / "b.png", 1)
+    paint(tmp_path / "n04" / "a.png", 1)                              # wrong either way
+    paint(tmp_path / "n04" / "b.png", 2)                              # first choice n03 absent, second n04 right
+    (result,) = scorer().score(tmp_path)
+    assert result["top1"] == 25.0 and result["top1_shared_classes"] == 75.0
+
+
+def test_outputs_beyond_the_class_list_count_as_wrong(tmp_path):
+    paint(tmp_path / "n01" / "a.png", 7)
+    paint(tmp_path / "n01" / "b.png", 0)
+    (result,) = scorer([Oracle(outputs=10)]).score(tmp_path)
+    assert result["top1"] == 50.0 and result["top1_shared_classes"] == 100.0
+
+
+def test_several_models_are_scored_on_the_same_images(tmp_path):
+    class Never(Oracle):
+        def forward(self, images):
+            return -super().forward(images)
+    paint(tmp_path / "n01" / "a.png", 0)
+    right, wrong = scorer([Oracle(), Never()]).score(tmp_path)
+    assert right["top1"] == 100.0 and wrong["top1"] == 0.0
+
+
+def test_no_common_class_is_refused(tmp_path):
+    paint(tmp_path / "cat" / "a.png", 0)
+    with pytest.raises(BadInput, match="none of its 1 class folders"):
+        scorer().score(tmp_path)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["plain", "as the archives unpack"])
+def test_corruption_is_the_plain_mean_over_15_by_5_cells_without_the_extra_four(tmp_path, grouped):
+    expected, level = [], 0
+    for group, names in robustness.CORRUPTIONS.items():
+        for name in names:
+            for severity in range(1, 6):
+                folder = tmp_path / (group if grouped else "") / name / str(severity)
+                total, right = 1 + level % 3, level % 2               # cells of unequal size weigh the same
+                for i in range(total):
+                    paint(folder / "n02" / f"{i}.png", 1 if i < right else 0, size=28)
+                if group != "extra":
+                    expected.append(100 * right / total)
+                level += 1
+    (result,) = robustness.score_corruptions(scorer(), tmp_path)
+    assert len(expected) == 75 and result["top1"] == pytest.approx(sum(expected) / 75)
+    assert result["missing"] == [] and len(result["corruptions"]) == 19
+    assert result["corruptions"]["fog"]["3"]["classes"].keys() == {"n02"}
+
+
+def test_missing_corruption_cells_are_named(tmp_path):
+    paint(tmp_path / "fog" / "1" / "n01" / "a.png", 0)
+    (result,) = robustness.score_corruptions(scorer(), tmp_path)
+    assert result["top1"] == 100.0 and len(result["missing"]) == 74 and "fog/2" in result["missing"]
+    with pytest.raises(BadInput, match="no <corruption>"):
+        robustness.score_corruptions(scorer(), tmp_path / "fog")
+
+
+def test_corrupted_images_are_cropped_only_and_all_others_resized_first(tmp_path):
+    """White in the centre 28 px, black around: only a crop without a resize shows white alone."""
+    image = Image.new("RGB", (64, 64), (0, 0, 0))
+    image.paste((255, 255, 255), (18, 18, 46, 46))
+    for folder in (tmp_path / "fog" / "1" / "n01", tmp_path / "val" / "n01"):
+        folder.mkdir(parents=True)
+        image.save(folder / "a.png")
+    darkest = []
+
+    class Watch(torch.nn.Module):
+        def forward(self, images):
+            darkest.append(images.amin().item())
+            return torch.zeros(len(images), 4)
+    robustness.score_corruptions(scorer([Watch()]), tmp_path)
+    scorer([Watch()]).score(robustness.class_root(tmp_path))
+    assert darkest[0] > 2 and darkest[1] < -1.7
+
+
+def test_shape_bias_is_read_where_file_names_tell_both_cues(tmp_path):
+    paint(tmp_path / "n01" / "n02-0.png", 0)                          # shape
+    paint(tmp_path / "n01" / "n02-1.png", 1)                          # texture
+    paint(tmp_path / "n01" / "n03-0.png", 0)                          # shape
+    paint(tmp_path / "n03" / "n04-0.png", 3)                          # texture
+    paint(tmp_path / "n03" / "n04-1.png", 2)                          # shape
+    paint(tmp_path / "n03" / "n04-2.png", 1)                          # neither
+    (result,) = scorer().score(tmp_path)
+    assert (result["shape_decisions"], result["texture_decisions"]) == (3, 2) and result["shape_bias"] == 60.0
+    paint(tmp_path / "n03" / "n03-0.png", 2)                          # no conflict: not a cue-conflict set
+    assert "shape_bias" not in scorer().score(tmp_path)[0]
+
+
+def test_scores_equal_a_plain_loop_over_imagefolder(tmp_path):
+    for i in range(12):
+        write_photo(tmp_path / WNIDS[i % 4] / f"{i}.JPEG", size=(90 + i, 70), seed=i)
+    torch.manual_seed(0)
+    model = build_encoder("resnet10", 4).eval()
+    preset = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(),
+                                 transforms.Normalize(MEAN, STD)])
+    decisions = []
+    with torch.no_grad():
+        for image, label in datasets.ImageFolder(tmp_path, preset):
+            decisions.append((model(image[None]).argmax().item(), label))
+    (result,) = scorer([model]).score(tmp_path)
+    assert result["top1"] == 100 * sum(guess == label for guess, label in decisions) / 12
+    for wnid, label in zip(WNIDS, range(4)):
+        assert result["classes"][wnid]["correct"] == sum(g == y == label for g, y in decisions)
+
+
+def test_evaluation_loader_and_scorer_see_the_same_order(tmp_path):
+    paint(tmp_path / "n02" / "b.png", 1)
+    paint(tmp_path / "n01" / "a.png", 0)
+    paths, labels = robustness.list_by_wnid(tmp_path, WNIDS)
+    assert labels == [0, 1] and [label for _, label in loader.Labelled(paths, labels, loader.test_transform(28))] == [0, 1]
