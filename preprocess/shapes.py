@@ -1,0 +1,301 @@
+"""A small data set whose ten classes have both a shape and a texture of their own.
+
+    python preprocess/shapes.py --out data/shapes --preview shapes.png
+
+A network can tell the training images apart by either cue; the test sets take one away. The folders are those of
+ImageNet and its four robustness test sets, and every size is a quarter of theirs: 64 px for 256, 56 for 224.
+
+    train/<shape>/  val/<shape>/                        photo-like: the shape filled with its own texture
+    corruption/<corruption>/<severity 1-5>/<shape>/     val images, cropped to 56 px, then spoiled (ImageNet-C)
+    sketch/<shape>/                                     black outlines on white (ImageNet-Sketch)
+    stylized/val/<shape>/<owner of the texture>-*.png   filled with another class's texture (Stylized-ImageNet)
+    rendition/<shape>/                                  flat, cartoon and painterly, no texture (ImageNet-R)
+
+Textures cover the background too, faintly. Position, size, angle, proportions, colours, light and noise say
+nothing about the class; colours are muted, since vivid ones alone would identify an image.
+Each image is a function of (seed, set, class, number), so neither workers nor restarts change the result.
+"""
+
+import argparse
+import io
+import json
+import multiprocessing
+from math import cos, exp, pi, sin
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from tqdm import tqdm
+
+SIZE, CROP = 64, 56         # px, a stored image and the centre crop of the corruption set
+SCALE, CANVAS = 4, 256      # shapes and textures are drawn this much larger, then averaged
+
+
+def arc(start, stop, radius=1.0, centre=0.0, points=48):
+    """Points×2 from angle `start` to `stop` (radians) around (centre, 0); y points down, as in images."""
+    angle = np.linspace(start, stop, points)
+    return np.stack([centre + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+SHAPES = {                  # closed contours around the unit circle; a second one cuts a hole
+    "disc": [arc(0, 2 * pi)],
+    "square": [np.array([(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)])],
+    "triangle": [arc(-pi / 2, 1.5 * pi, 1.1, points=4) + (0, .2)],
+    "star": [arc(-pi / 2, 1.5 * pi, np.resize([1.1, .45], 11), points=11)],
+    "plus": [np.array([(-.33, -1), (.33, -1), (.33, -.33), (1, -.33), (1, .33), (.33, .33),
+                       (.33, 1), (-.33, 1), (-.33, .33), (-1, .33), (-1, -.33), (-.33, -.33)])],
+    "ring": [arc(0, 2 * pi), arc(0, 2 * pi, radius=.5)],
+    "crescent": [np.concatenate([arc(.98, 2 * pi - .98), arc(2 * pi - 1.5, 1.5, .83, .5)]) + (.2, 0)],
+    "heart": [np.concatenate([arc(pi, 2 * pi, .5, -.5), arc(pi, 2 * pi, .5, .5), [(0, 1.3)]]) - (0, .35)],
+    "arrow": [np.array([(0, -1), (.8, -.1), (.33, -.1), (.33, 1), (-.33, 1), (-.33, -.1), (-.8, -.1)])],
+    "hourglass": [np.array([(-.75, -.95), (.75, -.95), (.14, 0), (.75, .95), (-.75, .95), (-.14, 0)])],
+}
+
+
+def part(x):
+    return x - np.floor(x)
+
+
+TEXTURES = {                # random generator, coordinates in periods → bool
+    "stripes": lambda rng, u, v: part(u) < .5,
+    "checker": lambda rng, u, v: (part(u) < .5) ^ (part(v) < .5),
+    "dots": lambda rng, u, v: np.hypot(part(u) - .5, part(v) - .5) < .3,
+    "grid": lambda rng, u, v: (part(u) < .24) | (part(v) < .24),
+    "bricks": lambda rng, u, v: (part(1.6 * v) < .24) | (part(.8 * u + .5 * (part(.8 * v) < .5)) < .13),
+    "zigzag": lambda rng, u, v: part(1.2 * v + 1.2 * np.abs(part(u) - .5)) < .5,
+    "rings": lambda rng, u, v: np.abs(np.abs(np.hypot(part(u) - .5, part(v) - .5) - .18) - .17) < .09,
+    "blobs": lambda rng, u, v: sum(np.cos(4.5 * (cos(way) * u + sin(way) * v) + phase)
+                                   for way, phase in rng.uniform((0, 0), (pi, 2 * pi), (7, 2)).tolist()) > 0,
+    "speckle": lambda rng, u, v: rng.random((128, 128))[np.floor(6 * u).astype(int), np.floor(6 * v).astype(int)] < .45,
+    "dashes": lambda rng, u, v: (part(2 * v) < .5) & (part(u + .5 * (part(v) < .5)) < .6),
+}
+OWN = dict(zip(SHAPES, TEXTURES))       # shape, which names the class → its texture
+
+
+def pose(rng, contours):
+    """The contours at a random place, size, angle and proportion, in canvas pixels."""
+    radius, angle = rng.uniform(19, 28), rng.uniform(-.5, .5)
+    stretch, flip = exp(rng.uniform(-.15, .15)), rng.choice([-1, 1])
+    turn = np.array([[cos(angle), -sin(angle)], [sin(angle), cos(angle)]])
+    linear = radius * turn @ np.diag([flip * stretch, 1 / stretch])
+    centre = SIZE / 2 + rng.uniform(-1, 1, 2) * (30 - radius)
+    return [SCALE * (centre + contour @ linear.T) for contour in contours]
+
+
+def draw(contours, line=0):
+    """Contours in canvas pixels → CANVAS×CANVAS of bool: their inside, or outlines `line` image pixels wide."""
+    mask = np.zeros((CANVAS, CANVAS), bool)
+    for contour in contours:
+        layer, points = Image.new("1", (CANVAS, CANVAS)), [tuple(point) for point in contour]
+        ImageDraw.Draw(layer).polygon(points, fill=line == 0, outline=1, width=max(1, round(line * SCALE)))
+        mask ^= np.asarray(layer)
+    return mask
+
+
+def pattern(rng, texture):
+    """One patch of a texture at a random period, angle and phase, CANVAS×CANVAS of bool."""
+    at, angle = np.arange(CANVAS, dtype=np.float32) / (SCALE * rng.uniform(7, 10)), rng.uniform(-.35, .35)
+    along, across = cos(angle) * at, sin(angle) * at
+    u, v = along + (across + rng.uniform())[:, None], (along + rng.uniform())[:, None] - across
+    return TEXTURES[texture](rng, u, v)
+
+
+def shrink(mask):
+    """CANVAS×CANVAS of bool → the share of each pixel that is covered, SIZE×SIZE×1."""
+    return np.asarray(Image.fromarray(mask * np.uint8(255)).reduce(SCALE))[..., None] / 255
+
+
+def to_uint8(image):
+    return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
+
+
+def render(rng, shape, texture, style):
+    """Draw one image, SIZE×SIZE×3 uint8. Styles: photo, which has the texture; sketch, flat, cartoon, painterly."""
+    contours = pose(rng, SHAPES[shape])
+    if style == "sketch":
+        lines = rng.uniform(.75, 1) * shrink(draw(contours, rng.uniform(1.2, 2.2)))
+        return to_uint8(np.repeat(1 - lines, 3, axis=2))
+    levels = rng.uniform(.3, .7, 2) if style == "photo" else rng.permutation([rng.uniform(.2, .4), rng.uniform(.6, .8)])
+    front, back = levels[:, None] + rng.uniform(-.1, .1, (2, 3))
+    mask = draw(contours)
+    inside, outside = shrink(mask), shrink(~mask)
+    image = inside * front + outside * back
+    if style == "cartoon":
+        image *= 1 - shrink(draw(contours, rng.uniform(1.5, 2.5)))
+    elif style == "painterly":
+        dabs = Image.fromarray(to_uint8(image + rng.normal(0, .12, (SIZE, SIZE, 1))))
+        image = np.asarray(dabs.filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.ModeFilter(5))) / 255
+    elif style == "photo":
+        strong = rng.choice([-1, 1]) * rng.uniform(.4, .6)
+        faint = strong * rng.uniform(.2, .5)
+        image += strong * (shrink(mask & pattern(rng, texture)) - inside / 2)
+        image += faint * (shrink(~mask & pattern(rng, texture)) - outside / 2)
+        ramp, slope = np.linspace(-1, 1, SIZE), rng.uniform(-.15, .15, 2)
+        image += outside * (slope[0] * ramp + slope[1] * ramp[:, None])[..., None]
+        image += rng.normal(0, rng.uniform(.01, .04), image.shape)
+    return to_uint8(image)
+
+
+def moved(image, dy, dx):
+    """Mean of a CROP×CROP×C image seen at N displacements of dy, dx pixels (N×1×1 or N×CROP×CROP), bilinear."""
+    at, end = np.arange(CROP), CROP - 1.001
+    y, x = np.clip(at[:, None] + dy, 0, end), np.clip(at + dx, 0, end)
+    top, left = y.astype(int), x.astype(int)
+    y, x = (y - top).astype(np.float32)[..., None], (x - left).astype(np.float32)[..., None]
+    upper = (1 - x) * image[top, left] + x * image[top, left + 1]
+    lower = (1 - x) * image[top + 1, left] + x * image[top + 1, left + 1]
+    return ((1 - y) * upper + y * lower).mean(axis=0)
+
+
+def smeared(rng, image, half):
+    angle, steps = rng.uniform(0, pi), np.linspace(-half, half, 13)[:, None, None]
+    return moved(image, steps * sin(angle), steps * cos(angle))
+
+
+def clouds(rng, cells):
+    """Smooth noise, CROP×CROP×1, about unit variance, with `cells` bumps along a side."""
+    noise = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
+    return np.asarray(noise.resize((CROP, CROP), Image.BICUBIC))[..., None]
+
+
+def jpeg(rng, image, quality):
+    file = io.BytesIO()
+    Image.fromarray(to_uint8(image)).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file)) / 255
+
+
+SEED = np.arange(18)[:, None, None]     # of a sunflower, whose seeds fill a disc evenly
+DISC = np.sqrt((SEED + .5) / 18) * [np.sin(2.4 * SEED), np.cos(2.4 * SEED)]
+FROM_CENTRE = np.mgrid[:CROP, :CROP][:, None] - (CROP - 1) / 2
+CORRUPTIONS = {             # of ImageNet-C: levels at severity 1 to 5; random generator, image, level → image
+    "gaussian_noise": ((.06, .1, .15, .21, .28), lambda rng, x, deviation: x + rng.normal(0, deviation, x.shape)),
+    "shot_noise": ((100, 50, 25, 12, 6), lambda rng, x, photons: rng.poisson(x * photons) / photons),
+    "impulse_noise": ((.02, .05, .09, .15, .22), lambda rng, x, share: np.where(
+        rng.random(x.shape) < share, rng.random(x.shape) < .5, x)),
+    "defocus_blur": ((.8, 1.2, 1.7, 2.3, 3), lambda rng, x, radius: moved(x, *radius * DISC)),
+    "glass_blur": ((.8, 1.2, 1.7, 2.3, 3), lambda rng, x, far: moved(x, *rng.uniform(-far, far, (2, 1, CROP, CROP)))),
+    "motion_blur": ((1.2, 2, 3, 4, 5.5), smeared),
+    "zoom_blur": ((1.06, 1.1, 1.16, 1.23, 1.32), lambda rng, x, zoom: moved(
+        x, *(1 / np.linspace(1, zoom, 10)[:, None, None] - 1) * FROM_CENTRE)),
+    "snow": ((.015, .035, .06, .09, .13), lambda rng, x, flakes: 1 - (1 - x) * (1 - 2 * flakes) * (
+        1 - np.clip(3 * smeared(rng, rng.random((CROP, CROP, 1)) < flakes, 2), 0, 1))),
+    "frost": ((.2, .32, .45, .58, .72), lambda rng, x, ice: (
+        (1 - .6 * ice) * x + ice * np.exp(-1.5 * np.abs(clouds(rng, 6) * clouds(rng, 14))))),
+    "fog": ((.25, .4, .54, .67, .78), lambda rng, x, haze: (
+        (1 - haze) * x + haze * (.7 + .12 * clouds(rng, 4) + .06 * clouds(rng, 8)))),
+    "brightness": ((.1, .18, .26, .34, .43), lambda rng, x, added: x + added),
+    "contrast": ((.6, .45, .32, .21, .13), lambda rng, x, kept: x.mean() + kept * (x - x.mean())),
+    "elastic_transform": ((.6, 1, 1.5, 2.1, 2.8), lambda rng, x, pull: moved(
+        x, pull * clouds(rng, 9).transpose(2, 0, 1), pull * clouds(rng, 9).transpose(2, 0, 1))),
+    "pixelate": ((36, 28, 22, 17, 13), lambda rng, x, side: np.asarray(
+        Image.fromarray(to_uint8(x)).resize((side, side), Image.BOX).resize((CROP, CROP), Image.NEAREST)) / 255),
+    "jpeg_compression": ((40, 25, 16, 10, 6), jpeg),
+}
+
+
+def corrupt(rng, image, name, severity):
+    """Spoil a CROP×CROP×3 uint8 image by one of CORRUPTIONS, at a severity from 1 to 5; same size and type."""
+    levels, function = CORRUPTIONS[name]
+    return to_uint8(function(rng, image / np.float32(255), levels[severity - 1]))
+
+
+SETS = {"train": "train", "val": "val", "stylized": "stylized/val", "sketch": "sketch", "rendition": "rendition"}
+
+
+def files(seed, split, label, number):
+    """Image `number` of class `label` in one of SETS, or at all severities of one of CORRUPTIONS → {path: image}."""
+    shapes, name = list(SHAPES), f"{number:04}.png"
+    shape = owner = shapes[label]
+    key = (seed, [*SETS, *CORRUPTIONS].index(split), label, number)
+    if split in CORRUPTIONS:
+        (photo,), edge = files(seed, "val", label, number).values(), (SIZE - CROP) // 2
+        # The severities share their random numbers: the same snow, only more of it.
+        return {f"corruption/{split}/{severity}/{shape}/{name}":
+                corrupt(np.random.default_rng(key), photo[edge:-edge, edge:-edge], split, severity)
+                for severity in range(1, 6)}
+    style = {"sketch": "sketch", "rendition": ("flat", "cartoon", "painterly")[number % 3]}.get(split, "photo")
+    if split == "stylized":
+        owner = shapes[(label + 1 + number % 9) % 10]       # the nine others in turn
+        name = f"{owner}-{name}"
+    return {f"{SETS[split]}/{shape}/{name}": render(np.random.default_rng(key), shape, OWN[owner], style)}
+
+
+def write(job):
+    out, *which = job
+    for path, image in files(*which).items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(out / path, compress_level=1)
+
+
+def generate(out, seed, train, test, cell, workers):
+    """Write the whole tree: `train` images, `test` in each test set, `cell` for each corruption and severity."""
+    numbers = {split: range((train if split == "train" else test) // 10) for split in SETS}
+    for place, name in enumerate(CORRUPTIONS):      # each has val images of its own: more of them in the average
+        numbers[name] = range(place * cell // 10, (place + 1) * cell // 10)
+    jobs = [(out, seed, split, label, number) for split in numbers for label in range(10) for number in numbers[split]]
+    # Every worker first allocates and frees 16 MB: glibc then keeps what is freed, which saves a third of the time.
+    with multiprocessing.Pool(workers, np.ones, [2 ** 21]) as pool:
+        for _ in tqdm(pool.imap_unordered(write, jobs, chunksize=8), total=len(jobs), unit="job"):
+            pass
+
+
+def preview(seed, file):
+    """Save a labelled sheet: a column a class, a row a set, the last with another corruption in each column."""
+    tile, rows = 2 * SIZE, ["train", "stylized", "sketch", "rendition", "corruption"]
+    sheet = Image.new("RGB", (11 * tile, 20 + len(rows) * tile), "white")
+    text, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    for y, split in zip(range(20, sheet.height, tile), rows):
+        text.text((8, y + SIZE), split, "black", font, anchor="lm")
+        for label, (x, shape) in enumerate(zip(range(tile, sheet.width, tile), SHAPES)):
+            text.text((x + SIZE, 10), shape, "black", font, anchor="mm")
+            which = list(CORRUPTIONS)[label * 3 // 2] if split == "corruption" else split
+            images = list(files(seed, which, label, label).values())
+            sheet.paste(Image.fromarray(images[len(images) // 2]).resize((tile, tile), Image.NEAREST), (x, y))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main():
+    parser = Parser(description="Generate a small data set of textured shapes with four robustness test sets.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=4000, help="training images")
+    parser.add_argument("--test", type=int, default=1500, help="images in each test set")
+    parser.add_argument("--cell", type=int, default=40, help="images for each corruption and severity")
+    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count(), help="processes")
+    parser.add_argument("--preview", type=Path, metavar="FILE.png", help="also save a sheet of examples")
+    args = parser.parse_args()
+    for name, count in ("train", args.train), ("test", args.test), ("cell", args.cell):
+        if count < 10 or count % 10:
+            parser.error(f"--{name} {count} is not a positive multiple of 10; try {max(10, count // 10 * 10)}")
+    if args.workers < 1 or args.seed < 0:
+        parser.error(f"--workers {args.workers} is below 1 or --seed {args.seed} below 0; try --workers 1 --seed 0")
+    if args.preview and args.preview.suffix != ".png":
+        parser.error(f"--preview {args.preview} does not end in .png; try {args.preview.with_suffix('.png')}")
+
+    counts = {"seed": args.seed, "train": args.train, "test": args.test, "cell": args.cell}
+    wanted = json.dumps(counts) + "\n"
+    done, begun = args.out / "shapes.json", args.out / "shapes.json.begun"
+    if done.is_file() and done.read_text() == wanted:
+        print(f"{args.out}: already there")
+    else:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+            if any(args.out.iterdir()) and not (begun.is_file() and begun.read_text() == wanted):
+                parser.error(f"--out {args.out} holds something else; try a new folder")
+            begun.write_text(wanted)
+        except OSError as error:
+            parser.error(f"--out {args.out} cannot be used ({error.strerror}); try a new folder")
+        generate(args.out, **counts, workers=args.workers)
+        begun.rename(done)          # last, so that a folder with shapes.json is complete
+    if args.preview:
+        preview(args.seed, args.preview)
+
+
+if __name__ == "__main__":
+    main()
