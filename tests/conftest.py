@@ -64,4 +64,4 @@ def run_script(*arguments, launcher=(), env=None, check=True, timeout=300):
     return result
 
 
-TORCHRUN = ("-m", "torch.distributed.run")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")

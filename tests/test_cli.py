@@ -136,7 +136,7 @@ def test_same_seed_is_the_same_run_with_any_number_of_workers_and_another_seed_i
 def test_torchrun_and_two_nodes_are_the_same_training(data, tmp_path):
     settings = [*SMALL, "--epochs", 1, data]
     torchrun = run_script(PRETRAIN, *settings, "--ckpt_path", tmp_path / "torchrun",
-                          launcher=[*TORCHRUN, "--nproc-per-node=2", "--master-port=0"])
+                          launcher=[*TORCHRUN, "--nproc-per-node=2"])
     assert "processes  2" in torchrun.stdout and "images per step  8" in torchrun.stdout
     assert torchrun.stdout.count("epoch 1/1 [2/2]") == 1              # one process speaks
 
@@ -159,7 +159,7 @@ def test_probe_accuracy_under_torchrun_counts_every_image_once(data, tmp_path):
     (data / "val" / "n01" / "n01_0.JPEG").unlink()                    # 5 images over 2 processes
     command = [PROBE, *settings, "--evaluate", "--resume", tmp_path / "model_best_random.pth.tar", data]
     alone = run_script(*command).stdout.splitlines()[-1]
-    both = run_script(*command, launcher=[*TORCHRUN, "--nproc-per-node=2", "--master-port=0"]).stdout.splitlines()[-1]
+    both = run_script(*command, launcher=[*TORCHRUN, "--nproc-per-node=2"]).stdout.splitlines()[-1]
     assert "of 5 images" in alone and alone == both
     shutil.rmtree(data / "train")                                     # which --evaluate does not need
     assert run_script(*command).stdout.splitlines()[-1] == alone
@@ -249,7 +249,7 @@ def test_bad_data_ends_in_one_line(shared_data, data, tmp_path):
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest_that_do(shared_data, tmp_path):
     run = run_script(PRETRAIN, *SMALL, "-b", 7, "--ckpt_path", tmp_path / "c", shared_data, check=False,
-                     launcher=[*TORCHRUN, "--nproc-per-node=2", "--master-port=0"])
+                     launcher=[*TORCHRUN, "--nproc-per-node=2"])
     assert run.returncode != 0 and run.stderr.count("--batch-size 7 does not divide among 2 processes") == 1
     assert "use 6 or 8" in run.stderr and not (tmp_path / "c").exists()
 
