@@ -72,7 +72,7 @@ def check(args):
     if args.start_epoch >= args.epochs:
         raise options.BadInput(f"--start-epoch {args.start_epoch}: there are only --epochs {args.epochs}")
     local_size, world_size = distributed.process_counts(args.multiprocessing_distributed, args.world_size)
-    photos, _, _ = list_data(args)
+    photos, *_ = list_data(args)
     batch_size = options.per_process(args.batch_size, local_size)
     loader.ShuffledBatches(len(photos), batch_size, seed=0, place=distributed.Place(world_size=world_size))
     if args.resume:
@@ -96,11 +96,11 @@ def check_resume(args, saved):
 
 
 def list_data(args):
-    """(photos, textures or None, classes) of the training split."""
+    """(photos, textures or None, classes, photos left out for lack of a texture) of the training split."""
     if args.robust == "texture":
         return loader.list_pairs(args.data)
     photos, _, classes = loader.list_photos(loader.data_split(args.data, "train"))
-    return photos, None, classes
+    return photos, None, classes, ""
 
 
 def train(place, args):
@@ -111,7 +111,7 @@ def train(place, args):
     seed = distributed.agree(seed, device)
 
     # Data: uint8 crops from the workers; colour, blur, flip, normalisation and patches on the device.
-    photos, textures, classes = list_data(args)
+    photos, textures, classes, unpaired = list_data(args)
     batch_size = options.per_process(args.batch_size, place.local_size)
     batches = loader.ShuffledBatches(len(photos), batch_size, seed, place)
     workers = options.workers_per_process(args.workers, place.local_size)
@@ -151,6 +151,8 @@ def train(place, args):
                      seed_of_this_run=seed, images=len(photos), classes=len(classes),
                      images_per_step=batches.global_batch, steps_per_epoch=len(batches),
                      chance_loss=f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}")
+        if unpaired:
+            print(f"photos left out because they have no texture: {unpaired}")
         if args.patch_size != 32:
             print("--patch-size has no effect; --patch-ratio sets the patch sizes")
         print(f"from epoch {start_epoch}" + (f", resumed from {args.resume}" if saved else ""), flush=True)

@@ -54,10 +54,11 @@ def data_split(data, split):
 
 
 def list_pairs(data):
-    """(photos, textures, classes) of `X-texture/train`, whose photos lie at the same relative paths under X/train.
+    """(photos, textures, classes, unpaired) of `X-texture/train`, whose photos lie at the same relative paths under
+    X/train. Photos without a texture are left out, and `unpaired` counts and names them ("" if there are none): a photo
+    that cannot be read never gets one.
 
-    BadInput names what is missing: the sibling data set, or the first five of all photos without a texture and
-    textures without a photo.
+    BadInput for a missing sibling data set, and for textures without a photo: their number, the first five by name.
     """
     root = Path(os.path.normpath(data))
     texture_root = Path(data_split(root, "train"))
@@ -69,12 +70,13 @@ def list_pairs(data):
     photos, _, _ = list_photos(photo_root)
     texture_of = {os.path.splitext(os.path.relpath(path, texture_root))[0]: path for path in textures}
     photo_of = {os.path.splitext(os.path.relpath(path, photo_root))[0]: path for path in photos}
-    lonely = [texture_of[name] for name in texture_of.keys() - photo_of.keys()]
-    lonely += [photo_of[name] for name in photo_of.keys() - texture_of.keys()]
+    lonely = sorted(texture_of[name] for name in texture_of.keys() - photo_of.keys())
     if lonely:
-        raise BadInput(f"{data}: photo and texture are not paired for {_first(sorted(lonely))}")
-    names = sorted(photo_of)
-    return [photo_of[name] for name in names], [texture_of[name] for name in names], classes
+        raise BadInput(f"{data}: textures without their photo in {photo_root}: {_first(lonely)}")
+    unpaired = sorted(photo_of[name] for name in photo_of.keys() - texture_of.keys())
+    names = sorted(texture_of)
+    return ([photo_of[name] for name in names], [texture_of[name] for name in names], classes,
+            _first(unpaired) if unpaired else "")
 
 
 def _first(names, count=5):

@@ -11,21 +11,19 @@ ImageNet and its four robustness test sets, and every size is a quarter of their
     stylized/val/<shape>/<owner of the texture>-*.png   filled with another class's texture (Stylized-ImageNet)
     rendition/<shape>/                                  flat, cartoon and painterly, no texture (ImageNet-R)
 
-Textures cover the background too, faintly. Position, size, angle, proportions, colours, light and noise say
+Textures cover the background too, fainter. Position, size, angle, proportions, colours, light and noise say
 nothing about the class; colours are muted, since vivid ones alone would identify an image.
 Each image is a function of (seed, set, class, number), so neither workers nor restarts change the result.
 """
 
-import argparse
 import io
 import json
-import multiprocessing
 from math import cos, exp, pi, sin
 from pathlib import Path
 
+import files
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-from tqdm import tqdm
 
 SIZE, CROP = 64, 56         # px, a stored image and the centre crop of the corruption set
 SCALE, CANVAS = 4, 256      # shapes and textures are drawn this much larger, then averaged
@@ -126,8 +124,8 @@ def render(rng, shape, texture, style):
         dabs = Image.fromarray(to_uint8(image + rng.normal(0, .12, (SIZE, SIZE, 1))))
         image = np.asarray(dabs.filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.ModeFilter(5))) / 255
     elif style == "photo":
-        strong = rng.choice([-1, 1]) * rng.uniform(.4, .6)
-        faint = strong * rng.uniform(.2, .5)
+        strong = rng.choice([-1, 1]) * rng.uniform(.5, .8)
+        faint = strong * rng.uniform(.4, .7)
         image += strong * (shrink(mask & pattern(rng, texture)) - inside / 2)
         image += faint * (shrink(~mask & pattern(rng, texture)) - outside / 2)
         ramp, slope = np.linspace(-1, 1, SIZE), rng.uniform(-.15, .15, 2)
@@ -202,13 +200,13 @@ def corrupt(rng, image, name, severity):
 SETS = {"train": "train", "val": "val", "stylized": "stylized/val", "sketch": "sketch", "rendition": "rendition"}
 
 
-def files(seed, split, label, number):
+def images(seed, split, label, number):
     """Image `number` of class `label` in one of SETS, or at all severities of one of CORRUPTIONS → {path: image}."""
     shapes, name = list(SHAPES), f"{number:04}.png"
     shape = owner = shapes[label]
     key = (seed, [*SETS, *CORRUPTIONS].index(split), label, number)
     if split in CORRUPTIONS:
-        (photo,), edge = files(seed, "val", label, number).values(), (SIZE - CROP) // 2
+        (photo,), edge = images(seed, "val", label, number).values(), (SIZE - CROP) // 2
         # The severities share their random numbers: the same snow, only more of it.
         return {f"corruption/{split}/{severity}/{shape}/{name}":
                 corrupt(np.random.default_rng(key), photo[edge:-edge, edge:-edge], split, severity)
@@ -222,7 +220,7 @@ def files(seed, split, label, number):
 
 def write(job):
     out, *which = job
-    for path, image in files(*which).items():
+    for path, image in images(*which).items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(out / path, compress_level=1)
 
@@ -233,10 +231,8 @@ def generate(out, seed, train, test, cell, workers):
     for place, name in enumerate(CORRUPTIONS):      # each has val images of its own: more of them in the average
         numbers[name] = range(place * cell // 10, (place + 1) * cell // 10)
     jobs = [(out, seed, split, label, number) for split in numbers for label in range(10) for number in numbers[split]]
-    # Every worker first allocates and frees 16 MB: glibc then keeps what is freed, which saves a third of the time.
-    with multiprocessing.Pool(workers, np.ones, [2 ** 21]) as pool:
-        for _ in tqdm(pool.imap_unordered(write, jobs, chunksize=8), total=len(jobs), unit="job"):
-            pass
+    for _ in files.in_processes(write, jobs, workers, "job"):
+        pass
 
 
 def preview(seed, file):
@@ -249,32 +245,27 @@ def preview(seed, file):
         for label, (x, shape) in enumerate(zip(range(tile, sheet.width, tile), SHAPES)):
             text.text((x + SIZE, 10), shape, "black", font, anchor="mm")
             which = list(CORRUPTIONS)[label * 3 // 2] if split == "corruption" else split
-            images = list(files(seed, which, label, label).values())
-            sheet.paste(Image.fromarray(images[len(images) // 2]).resize((tile, tile), Image.NEAREST), (x, y))
+            drawn = list(images(seed, which, label, label).values())
+            sheet.paste(Image.fromarray(drawn[len(drawn) // 2]).resize((tile, tile), Image.NEAREST), (x, y))
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def main():
-    parser = Parser(description="Generate a small data set of textured shapes with four robustness test sets.")
+    parser = files.Parser("Generate a small data set of textured shapes with four robustness test sets.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=int, default=4000, help="training images")
     parser.add_argument("--test", type=int, default=1500, help="images in each test set")
     parser.add_argument("--cell", type=int, default=40, help="images for each corruption and severity")
-    parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count(), help="processes")
+    parser.add_workers()
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help="also save a sheet of examples")
     args = parser.parse_args()
     for name, count in ("train", args.train), ("test", args.test), ("cell", args.cell):
         if count < 10 or count % 10:
             parser.error(f"--{name} {count} is not a positive multiple of 10; try {max(10, count // 10 * 10)}")
-    if args.workers < 1 or args.seed < 0:
-        parser.error(f"--workers {args.workers} is below 1 or --seed {args.seed} below 0; try --workers 1 --seed 0")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed} is below 0; try --seed 0")
     if args.preview and args.preview.suffix != ".png":
         parser.error(f"--preview {args.preview} does not end in .png; try {args.preview.with_suffix('.png')}")
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -42,29 +44,38 @@ def write_pairs(tmp_path):
 
 def test_photo_and_texture_are_paired_by_relative_path_whatever_their_suffix(tmp_path):
     data = write_pairs(tmp_path)
-    photos, textures, classes = loader.list_pairs(f"{data}/")
-    assert len(photos) == 8 and classes == ["n01", "n02"]
+    photos, textures, classes, unpaired = loader.list_pairs(f"{data}/")
+    assert len(photos) == 8 and classes == ["n01", "n02"] and unpaired == ""
     for photo, texture in zip(photos, textures):
         assert texture == photo.replace("/x/", "/x-texture/").replace(".JPEG", ".png")
 
 
 def test_a_parent_folder_whose_name_ends_in_texture_is_left_alone(tmp_path):
     data = write_pairs(tmp_path / "my-texture")
-    photos, _, _ = loader.list_pairs(data)
+    photos, *_ = loader.list_pairs(data)
     assert photos[0].startswith(str(tmp_path / "my-texture" / "x" / "train"))
 
 
-def test_missing_pairs_are_all_counted_and_five_are_named(tmp_path):
+def test_textures_without_their_photo_are_all_counted_and_five_are_named(tmp_path):
     data = write_pairs(tmp_path)
     for i in range(4):
-        (data / "train" / "n01" / f"n01_{i}.png").unlink()
-    for i in range(3):
         (data.with_name("x") / "train" / "n02" / f"n02_{i}.JPEG").unlink()
-    write_photo(data / "train" / "n01" / "other.png")
+    write_photo(data.with_name("x") / "train" / "n02" / "other.JPEG")
+    for name in "abc":
+        write_photo(data / "train" / "n01" / f"{name}.png")
     with pytest.raises(BadInput) as error:
         loader.list_pairs(data)
-    assert "8: " in str(error.value) and "and 3 more" in str(error.value)
-    assert sum(str(error.value).count(suffix) for suffix in (".png", ".JPEG")) == 5
+    assert "7: " in str(error.value) and "and 2 more" in str(error.value) and str(error.value).count(".png") == 5
+
+
+def test_photos_without_a_texture_are_left_out_counted_and_five_are_named(tmp_path):
+    data = write_pairs(tmp_path)
+    for label in (1, 2):
+        for i in range(3):
+            (data / "train" / f"n0{label}" / f"n0{label}_{i}.png").unlink()
+    photos, textures, _, unpaired = loader.list_pairs(data)
+    assert [Path(path).stem for path in photos] == [Path(path).stem for path in textures] == ["n01_3", "n02_3"]
+    assert unpaired.startswith("6: ") and unpaired.endswith("and 1 more") and unpaired.count(".JPEG") == 5
 
 
 def test_texture_needs_its_name_and_its_sibling(data, tmp_path):
