@@ -1,0 +1,96 @@
+"""Write one of torchvision's small data sets as folders of images, as the training scripts read them.
+
+    python preprocess/torchvision_folders.py --dataset stl10 --root raw --out stl10
+
+Leaves OUT/{train,val}/<class>/<number>.png; of STL-10 also its 100,000 images without labels, on which the paper
+pre-trains, as a data set of their own: OUT/unlabeled/train/all/<number>.png. Takes the raw files from RAW as torchvision
+keeps them, and downloads them to there where they are missing and there is a network. Can be stopped and started again.
+"""
+
+import gzip
+import io
+import sys
+import tempfile
+from pathlib import Path
+from urllib.error import URLError
+
+import files
+import torchvision.datasets as datasets
+from tqdm import tqdm
+
+# data set: (class, the arguments of its training part, those of its test part)
+DATASETS = {
+    "stl10": (datasets.STL10, {"split": "train"}, {"split": "test"}),
+    "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
+    "cifar100": (datasets.CIFAR100, {"train": True}, {"train": False}),
+    "fashionmnist": (datasets.FashionMNIST, {"train": True}, {"train": False}),
+}
+
+
+def parse_args():
+    parser = files.Parser("Write one of torchvision's small data sets as folders of images.")
+    parser.add_argument("--dataset", choices=DATASETS, required=True, help="which one")
+    parser.add_argument("--root", type=Path, required=True, metavar="RAW", help="folder of the raw files, or for them")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    return parser, parser.parse_args()
+
+
+def parts_of(name):
+    """{folder below OUT: arguments of torchvision's class}"""
+    _, train, test = DATASETS[name]
+    return {"train": train, "val": test} | ({"unlabeled/train": {"split": "unlabeled"}} if name == "stl10" else {})
+
+
+def unpack_idx(root, scratch):
+    """FashionMNIST as its archive and Debian's package dataset-fashion-mnist hold it, *-ubyte.gz in one folder, to
+    `scratch` as torchvision keeps it. Returns the folder to give torchvision: `root` where there is nothing to unpack."""
+    raw = Path(scratch, "FashionMNIST", "raw")
+    raw.mkdir(parents=True)
+    for packed in root.glob("*-ubyte.gz"):
+        raw.joinpath(packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    return scratch if any(raw.iterdir()) else root
+
+
+def open_part(kind, root, part):
+    """The data set's part from RAW, else from the network. RuntimeError if it is in neither."""
+    try:
+        return kind(root, **part)
+    except RuntimeError:                                              # torchvision found no files, or not all of them
+        try:
+            return kind(root, download=True, **part)
+        except (URLError, OSError) as error:
+            raise RuntimeError(f"no raw files of it, and downloading them failed ({error})") from error
+
+
+def class_name(dataset, label):
+    """A class as a folder's name; images without a label are all one class."""
+    return dataset.classes[label].replace("/", "_").replace(" ", "_") if label >= 0 else "all"
+
+
+def write_images(dataset, folder):
+    for index in tqdm(range(len(dataset)), desc=str(folder), unit="image"):
+        image, label = dataset[index]
+        path = folder / class_name(dataset, label) / f"{index:06}.png"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = io.BytesIO()
+            image.convert("RGB").save(data, "PNG", compress_level=1)
+            files.write_whole(path, data.getvalue())
+
+
+def main():
+    parser, args = parse_args()
+    kind = DATASETS[args.dataset][0]
+    with tempfile.TemporaryDirectory() as scratch:
+        root = unpack_idx(args.root, scratch) if args.dataset == "fashionmnist" else args.root
+        try:
+            opened = {folder: open_part(kind, root, part) for folder, part in parts_of(args.dataset).items()}
+        except RuntimeError as error:
+            parser.error(f"--root {args.root}: {error}")
+        for folder, dataset in opened.items():
+            write_images(dataset, args.out / folder)
+            print(f"{args.out / folder}: {len(dataset)} images")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

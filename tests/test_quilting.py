@@ -1,0 +1,148 @@
+import itertools
+
+import numpy as np
+import pytest
+import quilting
+from conftest import write_photo
+from PIL import Image
+
+SIZE = 224
+
+
+def noise(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
+
+
+def smooth(tmp_path, seed=1):
+    write_photo(tmp_path / "photo.png", size=(192, 96), seed=seed)
+    pixels = np.asarray(Image.open(tmp_path / "photo.png"))
+    return np.stack([pixels[:, :96], pixels[:, 96:]])
+
+
+def flat_and_detailed():
+    """One patch is flat but for some noise, the other half flat, half stripes: what quilting drifts into and gets lost in."""
+    patches = np.full((2, 96, 96, 3), 120) + np.random.default_rng(0).integers(-2, 3, (2, 96, 96, 3))
+    patches[1, :48] += (100 * (np.arange(96) // 5 % 2))[:, None]
+    return patches.astype(np.uint8)
+
+
+@pytest.fixture(params=["noise", "smooth", "flat and detailed", "one colour"])
+def patches(request, tmp_path):
+    return {"noise": noise(), "smooth": smooth(tmp_path), "flat and detailed": flat_and_detailed(),
+            "one colour": np.full((2, 96, 96, 3), 77, np.uint8)}[request.param]
+
+
+def largest_verbatim_square(sources, width):
+    offset = sources - width * np.arange(SIZE)[:, None] - np.arange(SIZE)
+    for side in itertools.count(2):
+        windows = np.lib.stride_tricks.sliding_window_view(offset, (side, side))
+        if not (windows == windows[..., :1, :1]).all((2, 3)).any():
+            return side - 1
+
+
+def test_both_patches_and_all_their_regions_are_used(patches):
+    sources = quilting.lay_blocks(patches, SIZE, np.random.default_rng(0))
+    assert sources.shape == (SIZE, SIZE)
+    assert 0.35 <= np.mean(sources < 96 * 96) <= 0.65
+    assert len(np.unique(sources)) >= 0.6 * 2 * 96 * 96
+    assert largest_verbatim_square(sources, 96) <= 48
+
+
+def test_a_texture_is_not_a_grid_of_one_block():
+    """The stripes of the drift trap: no pixel of the patches is used many times more often than the average."""
+    sources = quilting.lay_blocks(flat_and_detailed(), SIZE, np.random.default_rng(0))
+    average = SIZE * SIZE / (2 * 96 * 96)
+    assert np.bincount(sources.ravel()).max() <= 5 * average
+
+
+def test_blocks_continue_what_is_there():
+    """On a patch of stripes the quilted texture is stripes: blocks are chosen to fit, the alternative is chance."""
+    stripes = np.broadcast_to((200 * (np.arange(96) // 6 % 2))[:, None], (2, 96, 96, 3)).astype(np.uint8)
+    texture = stripes.reshape(-1, 3)[quilting.lay_blocks(stripes, SIZE, np.random.default_rng(0))]
+    assert np.abs(np.diff(texture.astype(int), axis=0)).mean() < 2    # along the stripes; 100 a step if by chance
+
+
+def test_same_generator_same_texture_and_another_another(patches):
+    one, again, other = (quilting.quilt(patches, SIZE, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert one.shape == (SIZE, SIZE, 3) and one.dtype == np.uint8
+    assert np.array_equal(one, again)
+    assert patches.std() == 0 or not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("size, shape", [(64, (1, 40, 40, 3)), (100, (3, 50, 71, 3)), (40, (2, 96, 96, 3)), (8, (2, 41, 40, 3))])
+def test_any_size_and_any_number_of_patches(size, shape):
+    patches = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    sources = quilting.lay_blocks(patches, size, np.random.default_rng(0))
+    assert sources.shape == (size, size) and sources.min() >= 0 and sources.max() < patches.size / 3
+    assert quilting.quilt(patches, size, np.random.default_rng(0)).shape == (size, size, 3)
+
+
+def test_patches_smaller_than_a_block_are_refused():
+    with pytest.raises(ValueError, match="39×96 px are smaller than a block"):
+        quilting.quilt(np.zeros((2, 96, 39, 3), np.uint8), SIZE, np.random.default_rng(0))
+
+
+def test_windows_are_those_of_the_halved_patches_at_every_position():
+    patches = np.random.default_rng(0).random((2, 50, 47, 3), np.float32)
+    windows = quilting.all_windows(patches, 40, 8)
+    positions = list(itertools.product(range(2), range(11), range(8)))
+    assert windows.shape == (20 * 4 * 3, len(positions))
+    for column in range(0, len(positions), 7):
+        patch, top, left = positions[column]
+        plain = quilting.halve(patches[patch:patch + 1, top:top + 40, left:left + 8])
+        np.testing.assert_allclose(windows[:, column], plain.ravel(), atol=1e-6)
+
+
+def test_the_cut_is_the_cheapest_of_all():
+    difference = np.random.default_rng(0).random((3, 5, 4)).astype(np.float32)
+    cuts = quilting.before_cut(difference).sum(axis=2)                # N×length: the column of the cut
+    for strip, cut in zip(difference, cuts):
+        paths = [path for path in itertools.product(range(4), repeat=5) if all(abs(np.diff(path)) <= 1)]
+        cheapest = min(sum(strip[row, column] for row, column in enumerate(path)) for path in paths)
+        assert sum(strip[row, column] for row, column in enumerate(cut)) == pytest.approx(cheapest, abs=1e-5)
+        assert all(abs(np.diff(cut)) <= 1)
+
+
+def test_an_uncut_texture_is_left_as_it_is():
+    patches = noise()[:, :, :90]
+    sources = 96 * 90 + np.arange(40)[:, None] * 90 + np.arange(40) + 7
+    assert np.array_equal(quilting.close_cuts(patches, sources), patches.reshape(-1, 3)[sources])
+
+
+def test_the_correction_solves_its_equation():
+    """Against a dense solve of the least squares problem: |∇e − m|² + |e|²/REACH² least, m only across cuts."""
+    rng = np.random.default_rng(0)
+    patches = (100 + rng.integers(0, 30, (2, 40, 40, 3)) + np.array([0, 60])[:, None, None, None]).astype(np.uint8)
+    size = 9
+    sources = np.arange(size)[:, None] * 40 + np.arange(size) + 41    # of the first patch …
+    sources[:, 5:] += 1600 - 3                                        # … and, right of a cut, of the second
+    pixels = patches.reshape(-1, 3).astype(float)
+    at = np.arange(size * size).reshape(size, size)
+    rows, wanted = [np.eye(size * size) / quilting.REACH], [np.zeros((size * size, 3))]
+    for near, far, stride in ((at[:-1], at[1:], 40), (at[:, :-1], at[:, 1:], 1)):
+        for a, b in zip(near.ravel(), far.ravel()):
+            row = np.zeros((1, size * size))
+            row[0, b], row[0, a] = 1, -1
+            here, there = sources.ravel()[[a, b]]
+            step = (pixels[here + stride] - pixels[here] + pixels[there] - pixels[there - stride]) / 2
+            rows.append(row)
+            wanted.append((step - (pixels[there] - pixels[here]))[None] * (there - here != stride))
+    correction = np.linalg.lstsq(np.concatenate(rows), np.concatenate(wanted), rcond=None)[0]
+    assert np.abs(correction).max() > 10
+    expected = np.clip(pixels[sources] + correction.reshape(size, size, 3), 0, 255)
+    assert np.abs(quilting.close_cuts(patches, sources) - expected).max() <= 0.51
+
+
+def test_steps_across_cuts_are_as_those_within(tmp_path):
+    patches = smooth(tmp_path, seed=3)
+    sources = quilting.lay_blocks(patches, SIZE, np.random.default_rng(0))
+
+    def ratio(texture):
+        across, within = [], []
+        for axis, stride in enumerate((96, 1)):
+            steps, cut = np.abs(np.diff(texture.astype(int), axis=axis)).mean(2), np.diff(sources, axis=axis) != stride
+            across.append(steps[cut])
+            within.append(steps[~cut])
+        return np.concatenate(across).mean() / np.concatenate(within).mean()
+    assert ratio(patches.reshape(-1, 3)[sources]) > 1.5
+    assert ratio(quilting.close_cuts(patches, sources)) < 1.1
