@@ -2,41 +2,62 @@
 
     python eval_robustness.py --pretrained ckpts/RUN/model_best_0199.pth.tar --val imagenet-100 \\
       --corruption imagenet-c --sketch imagenet-sketch --stylized stylized-imagenet --rendition imagenet-r
-    python eval_robustness.py --pretrained patch=ckpts/RUN1/model_best_0199.pth.tar,ckpts/RUN2/model_best_0199.pth.tar …
+    python eval_robustness.py --pretrained patch-k16384-a2=RUN1.pth.tar,RUN2.pth.tar,RUN3.pth.tar --compare paper …
+    torchrun --nproc-per-node=8 eval_robustness.py …
 """
 
-import json
+import importlib.util
 import os
-import statistics
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from moco import classifier, options, robustness
+from moco import classifier, distributed, loader, options, released, report, robustness
 
-SUITES = {"val": "val", "corruption": "Corruption", "sketch": "Sketch", "stylized": "Stylized", "rendition": "Rendition"}
+IMAGENET_100 = Path(__file__).parent / "preprocess" / "imagenet_100.txt"
 
 
 def parse_args():
     parser = options.OptionParser("Test linear checkpoints on ImageNet-C, -Sketch, -R and Stylized-ImageNet.")
     model = parser.add_argument_group("model")
-    model.add_argument("--pretrained", required=True, nargs="+", action="extend", metavar="ROW",
+    model.add_argument("--pretrained", nargs="+", action="extend", default=[], metavar="ROW",
                        help="[NAME=]FILE[,FILE…]: linear checkpoints, a table row each; several FILEs are its runs")
     model.add_argument("--classes", metavar="FILE", help="wnids, one a line, of a head that does not say them; sorted first")
+    model.add_argument("--list-released", action="store_true", help="print the released checkpoints, then exit")
     data = parser.add_argument_group("test sets, any of them")
     for suite, layout in (("val", "<wnid>/*, or val/<wnid>/*"), ("corruption", "[<group>/]<corruption>/<severity>/<wnid>/*"),
                           ("sketch", "<wnid>/*"), ("stylized", "<wnid>/*, or val/<wnid>/*"), ("rendition", "<wnid>/*")):
         data.add_argument(f"--{suite}", metavar="DIR", help=layout)
+    data.add_argument("--limit", type=options.positive_int, metavar="N", help="only the first N images of a class: a quick look")
     options.add_workers_option(data)
     data.add_argument("-b", "--batch-size", default=256, type=options.positive_int, metavar="N", help="images a batch")
-    data.add_argument("--gpu", default=0, type=options.natural_int, metavar="N", help="the GPU to use, if there is one")
+    data.add_argument("--gpu", type=options.natural_int, metavar="N", help="the GPU of a single process")
     output = parser.add_argument_group("output")
-    output.add_argument("--json", default="robustness.json", metavar="FILE", help="every figure of the table, and its parts")
-    args = parser.parse_args()
-    if not any(getattr(args, suite) for suite in SUITES):
-        raise options.BadInput("nothing to test on: give any of " + " ".join(f"--{suite} DIR" for suite in SUITES))
-    return args
+    output.add_argument("--json", default="robustness.json", metavar="FILE",
+                        help="every figure and its parts; an interrupted run goes on from it")
+    output.add_argument("--compare", choices=["paper"], help="set the rows beside the paper's of the same NAME")
+    output.add_argument("--plot", metavar="FILE.png", help="accuracy by corruption and severity; needs matplotlib")
+    output.add_argument("--allow-partial", action="store_true", help="exit with 0 though corruptions are missing")
+    return parser.parse_args()
+
+
+def check(args, rows):
+    """Refuse, before anything is loaded, what could only fail later."""
+    if not args.pretrained:
+        raise options.BadInput("nothing to test: --pretrained names the linear checkpoints")
+    if not any(getattr(args, suite) for suite in robustness.SUITES):
+        raise options.BadInput("nothing to test on: give any of " + " ".join(f"--{suite} DIR" for suite in robustness.SUITES))
+    if args.compare:
+        report.check_published(rows)
+    if args.plot and not args.corruption:
+        raise options.BadInput(f"--plot {args.plot}: it draws corruptions; give --corruption DIR")
+    if args.plot and importlib.util.find_spec("matplotlib") is None:
+        raise options.BadInput(f"--plot {args.plot}: matplotlib is not installed; pip install matplotlib")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path and not os.path.isdir(os.path.dirname(path) or "."):
+            raise options.BadInput(f"{option} {path}: there is no folder {os.path.dirname(path)}")
 
 
 def parse_rows(entries):
@@ -52,25 +73,41 @@ def parse_rows(entries):
     return rows
 
 
-def load_models(rows, classes_file):
+def load_models(rows, args):
     """All checkpoints' models, and the class list and crop size that they share."""
-    listed = read_classes(classes_file) if classes_file else None
-    models, sources = [], []
+    models, shared = [], None
     for path in [path for files in rows.values() for path in files]:
         model, saved = classifier.load_classifier(path)
-        wnids = saved.get("wnids") or listed
-        if wnids is None:
-            raise options.BadInput(f"--pretrained {path}: it does not say its classes; name a file of them with --classes")
-        if model.fc.out_features < len(wnids):
-            raise options.BadInput(f"--classes {classes_file}: {len(wnids)} classes, but the head of {path} has"
-                                   f" {model.fc.out_features} outputs")
-        models.append(model)
-        sources.append((path, wnids, saved.get("image_size", 224)))
-    for path, *shared in sources[1:]:
-        if shared != list(sources[0][1:]):
-            raise options.BadInput(f"--pretrained {path}: its classes or crop size are not those of {sources[0][0]};"
+        these = class_list(path, saved, model.fc.out_features, args), saved.get("image_size", 224)
+        if shared is None:
+            shared, first = these, path
+        elif these != shared:
+            raise options.BadInput(f"--pretrained {path}: its classes or crop size are not those of {first};"
                                    " test them in two runs")
-    return models, *sources[0][1:]
+        models.append(model)
+    return models, *shared
+
+
+def class_list(path, saved, width, args):
+    """The wnid of each output: the checkpoint's own, those of --classes, those of --val, or ImageNet-100's."""
+    if saved.get("wnids"):
+        return saved["wnids"]
+    if args.classes:
+        wnids = read_classes(args.classes)
+        if len(wnids) > width:
+            raise options.BadInput(f"--classes {args.classes}: {len(wnids)} classes, but the head of {path} has {width} outputs")
+        return wnids
+    if args.val:
+        _, _, folders = loader.list_photos(robustness.class_root(args.val))
+        if len(folders) == width:
+            return folders
+    imagenet_100 = read_classes(IMAGENET_100)
+    if width == len(imagenet_100) and (not args.val or set(imagenet_100) <= set(folders)):
+        return imagenet_100
+    raise options.BadInput(
+        f"--pretrained {path}: its {width} outputs do not say their classes, and it is not clear which they are; name a file"
+        f" of them with --classes (ImageNet-100's: {os.path.relpath(IMAGENET_100)}), or give as --val the data the head was"
+        f" trained on, if it has {width} classes, or train the head with main_lincls.py, which stores them")
 
 
 def read_classes(path):
@@ -80,94 +117,57 @@ def read_classes(path):
         return sorted(file.read().split())
 
 
-def evaluate(args, models, wnids, image_size, device):
-    """{suite: [result of each model]} for the suites asked for."""
-    folders = {suite: getattr(args, suite) for suite in SUITES if getattr(args, suite)}
-    roots = {suite: folder if suite == "corruption" else robustness.class_root(folder) for suite, folder in folders.items()}
-    workers = options.workers_per_process(args.workers, 1)
-    scorer = robustness.Scorer(models, wnids, image_size, args.batch_size, workers, device)
-    # Listing everything first finds a wrong folder before an hour of evaluation, and gives the bar its length.
-    total = sum(sum(map(scorer.images, robustness.corruption_cells(root).values())) if suite == "corruption"
-                else scorer.images(root) for suite, root in roots.items())
-    results = {}
-    with tqdm(total=total, unit="image", disable=not sys.stderr.isatty()) as bar:
-        scorer.on_batch = bar.update
-        for suite, root in roots.items():
-            bar.set_description(suite)
-            results[suite] = (robustness.score_corruptions(scorer, root) if suite == "corruption" else scorer.score(root))
-    return results
+def evaluate(place, args, rows, models, wnids, image_size, cells):
+    """Score what an earlier run has not; the main process writes the report after each cell. All processes do this."""
+    models = [model.to(place.device, memory_format=torch.channels_last) for model in models]
+    workers = options.workers_per_process(args.workers, place.local_size)
+    result = report.new(rows, wnids, image_size, args.limit, models[0].fc.out_features)
+    report.continue_from(args.json, result, cells)
+    distributed.barrier()                                             # all have read the file before one writes it
+    todo = [cell for cell in cells if cell.key not in result["cells"]]
+    if distributed.is_main() and len(todo) < len(cells):
+        print(f"{len(cells) - len(todo)} of {len(cells)} cells are done already, in {args.json}", file=sys.stderr)
+    images = sum(len(cell.labels) for cell in todo)
+    # In a log, where every update is a line, one in half a minute.
+    with tqdm(total=images, unit="image", disable=not distributed.is_main(),
+              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+        for cell in todo:
+            bar.set_description(cell.key)
+            scores = robustness.score(cell, models, wnids, image_size, args.batch_size, workers, place, bar.update)
+            report.add(result, cell, scores, image_size, wnids)
+            if distributed.is_main():
+                report.save(args.json, result)
+    if distributed.is_main():
+        # In the order of the suites, however many starts it took.
+        result["cells"] = {cell.key: result["cells"][cell.key] for cell in cells}
+        result["table"] = report.by_row(result)
+        report.save(args.json, result)
+        tell(args, result)
 
 
-def columns(results):
-    """{column title: figure of each model}, in the order of the published table, then the figures beside it."""
-    table = {title: [result["top1"] for result in results[suite]] for suite, title in SUITES.items() if suite in results}
-    if "rendition" in results:
-        table["Rendition, shared classes"] = [result["top1_shared_classes"] for result in results["rendition"]]
-    for suite, title in SUITES.items():
-        if suite in results and "shape_bias" in results[suite][0]:
-            table["Shape bias"] = [result["shape_bias"] for result in results[suite]]
-    return table
-
-
-def by_row(rows, table):
-    """{name: the figures of its runs in each column}"""
-    first, grouped = 0, {}
-    for name, files in rows.items():
-        grouped[name] = [figures[first:first + len(files)] for figures in table.values()]
-        first += len(files)
-    return grouped
-
-
-def print_table(grouped, titles):
-    """A Markdown table: top-1 in percent; mean±std (sample) where a row has several runs."""
-    print(f"| model | {' | '.join(titles)} |")
-    print("|---|" + "---|" * len(titles))
-    for name, cells in grouped.items():
-        print(f"| {name} | {' | '.join(map(summary, cells))} |")
-
-
-def print_differences(grouped, titles):
-    """What the other rows measured against the first, in points."""
-    (base, reference), *others = grouped.items()
-    for name, cells in others:
-        points = [statistics.fmean(runs) - statistics.fmean(base_runs) for runs, base_runs in zip(cells, reference)]
-        print(f"{name} against {base}: " + ", ".join(f"{title} {change:+.2f}" for title, change in zip(titles, points)))
-
-
-def summary(figures):
-    mean = f"{statistics.fmean(figures):.2f}"
-    return f"{mean}±{statistics.stdev(figures):.2f}" if len(figures) > 1 else mean
-
-
-def write_json(path, rows, results, wnids, image_size):
-    files = [(name, file) for name, files in rows.items() for file in files]
-    runs = [{"row": name, "checkpoint": file, **{suite: per_model[i] for suite, per_model in results.items()}}
-            for i, (name, file) in enumerate(files)]
-    with open(path, "w") as file:
-        json.dump({"image_size": image_size, "wnids": wnids, "runs": runs}, file, indent=1)
+def tell(args, result):
+    print(report.table(result), *report.differences(result), *report.notes(result), sep="\n")
+    if args.compare:
+        print(report.comparison(result))
+    if args.plot:
+        report.plot(result, args.plot)
+        print(f"wrote {args.plot}")
+    print(f"wrote {args.json}", flush=True)
 
 
 def main():
     args = parse_args()
-    if torch.cuda.is_available() and args.gpu >= torch.cuda.device_count():
-        raise options.BadInput(f"--gpu {args.gpu}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+    if args.list_released:
+        return print(released.listing())
     rows = parse_rows(args.pretrained)
-    models, wnids, image_size = load_models(rows, args.classes)
-    device = torch.device("cuda", args.gpu) if torch.cuda.is_available() else torch.device("cpu")
-    models = [model.to(device, memory_format=torch.channels_last) for model in models]
-    results = evaluate(args, models, wnids, image_size, device)
-    table = columns(results)
-    grouped = by_row(rows, table)
-    print_table(grouped, table)
-    print()
-    print_differences(grouped, table)
-    for suite, per_model in results.items():
-        note = ""
-        if missing := per_model[0].get("missing"):
-            note = f"; partial: {len(missing)} of 75 cells are missing ({', '.join(missing[:3])}, …)"
-        print(f"{SUITES[suite]}: {per_model[0]['n']} images{note}")
-    write_json(args.json, rows, results, wnids, image_size)
-    print(f"wrote {args.json}")
+    check(args, rows)
+    models, wnids, image_size = load_models(rows, args)
+    # Listing everything first finds a wrong folder before an hour of evaluation, and gives the bar its length.
+    directories = {suite: getattr(args, suite) for suite in robustness.SUITES if getattr(args, suite)}
+    cells = robustness.list_cells(directories, wnids, args.limit)
+    distributed.launch(evaluate, (args, rows, models, wnids, image_size, cells), gpu=args.gpu)
+    if args.corruption and robustness.missing_corruptions([cell.key for cell in cells]) and not args.allow_partial:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

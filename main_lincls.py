@@ -7,6 +7,8 @@ All GPUs of this machine:
     torchrun --nproc-per-node=8 main_lincls.py … DIR
 A linear checkpoint tested, nothing trained:
     python main_lincls.py --evaluate --resume ckpts/RUN/model_best_0199.pth.tar DIR
+The backbone alone, for torchvision:
+    python main_lincls.py --pretrained ckpts/RUN/checkpoint_0199.pth.tar --export-backbone resnet50.pth
 """
 
 import os
@@ -16,17 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from moco import checkpoint, classifier, distributed, loader, metrics, options
-from moco.builder import ARCHS
+from moco import checkpoint, classifier, distributed, loader, metrics, options, released
+from moco.builder import ARCHS, build_encoder
 
 
 def parse_args():
     parser = options.OptionParser("Train a linear head on a frozen, pre-trained backbone, and test it.")
-    options.add_data_options(parser)
+    options.add_data_options(parser, nargs="?")
     model = parser.add_argument_group("model")
     model.add_argument("-a", "--arch", default="resnet50", choices=ARCHS, metavar="ARCH", help="as in pre-training")
     model.add_argument("--pretrained", default="", metavar="FILE",
-                       help="pre-training checkpoint or torchvision state_dict; none: random weights")
+                       help="pre-training checkpoint, torchvision state_dict, or released:NAME; none: random weights")
+    model.add_argument("--export-backbone", metavar="FILE",
+                       help="write --pretrained as a torchvision state_dict without head, then exit; needs no DIR")
     model.add_argument("--image-size", default=None, type=options.positive_int, metavar="S",
                        help="side of the crops, pixels; default: the checkpoint's, else 224")
     model.add_argument("-e", "--evaluate", action="store_true", help="test the linear checkpoint of --resume, then exit")
@@ -34,6 +38,8 @@ def parse_args():
     options.add_output_options(parser, "./ckpts/moco")
     options.add_launch_options(parser)
     args = parser.parse_args()
+    if args.data is None and not args.export_backbone:
+        parser.error("the following arguments are required: DIR")
     args.resume = checkpoint.resume_path(
         args.resume, args.ckpt_path, rf"checkpoint_robust_{re.escape(run_name(args.pretrained))}\.pth\.tar")
     return args
@@ -41,9 +47,9 @@ def parse_args():
 
 def run_name(pretrained):
     """The E of the file names: the pre-training epoch as in the checkpoint's name, else that name, else 'random'."""
-    name = os.path.basename(pretrained)
-    epoch = re.search(r"\d{4,}", name)
-    return epoch[0] if epoch else name.split(".")[0] or "random"
+    name = os.path.basename(pretrained).removeprefix(released.SCHEME)
+    epoch = re.search(r"_(\d{4,})\.", name)
+    return epoch[1] if epoch else name.split(".")[0] or "random"
 
 
 def check(args):
@@ -67,6 +73,18 @@ def check(args):
         pretrained = checkpoint.load(args.pretrained, "--pretrained")
         check_arch(args, pretrained, f"--pretrained {args.pretrained}")
         classifier.build_probe(args.arch, len(classes), pretrained_backbone(args, pretrained))
+
+
+def export_backbone(args):
+    """Write the backbone that --pretrained holds as torchvision's network of that name takes it, strict=False."""
+    if not args.pretrained:
+        raise options.BadInput("--export-backbone needs --pretrained, the checkpoint whose backbone to write")
+    pretrained = checkpoint.load(args.pretrained, "--pretrained")
+    check_arch(args, pretrained, f"--pretrained {args.pretrained}")
+    backbone = pretrained_backbone(args, pretrained)
+    checkpoint.load_exactly(build_encoder(args.arch, 1), backbone, f"--pretrained {args.pretrained}", classifier.HEAD)
+    checkpoint.save(args.export_backbone, backbone)
+    print(f"wrote {args.export_backbone}, {len(backbone)} tensors of {args.arch}")
 
 
 def check_arch(args, saved, source):
@@ -192,6 +210,9 @@ def accuracy_line(result):
 
 def main():
     args = parse_args()
+    args.pretrained = released.local_path(args.pretrained)
+    if args.export_backbone:
+        return export_backbone(args)
     check(args)
     distributed.launch(train, (args,), **options.launch_settings(args))
 

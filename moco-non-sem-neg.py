@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from moco import augment, checkpoint, distributed, loader, metrics, negatives, options, preview
+from moco import augment, checkpoint, distributed, knn, loader, metrics, negatives, options, preview
 from moco.builder import ARCHS, MoCo, build_encoder
 
 SPELLINGS = {"patch": "patch", "nonsem": "patch", "texture": "texture", "texture_syn": "texture", "none": "none"}
@@ -52,6 +52,8 @@ def parse_args():
     training.add_argument("--cos", action="store_true", help="half-cosine learning rate instead of --schedule")
     output = options.add_output_options(parser, "./ckpts/moco")
     output.add_argument("--save-freq", default=10, type=options.positive_int, metavar="N", help="epochs between checkpoints")
+    output.add_argument("--knn", action="store_true", help="log the top-1 of weighted 200-nearest-neighbour on val/")
+    output.add_argument("--knn-freq", default=10, type=options.positive_int, metavar="E", help="epochs between those")
     options.add_launch_options(parser)
     args = parser.parse_args()
     args.robust = SPELLINGS[args.robust] if args.num_nonsem else "none"
@@ -123,6 +125,8 @@ def train(place, args):
         crops = crops.to(device, non_blocking=True)
         return negatives.training_views(crops, recipe, args.robust, args.num_nonsem, args.patch_ratio)
 
+    neighbours = neighbour_loaders(args, batch_size, workers, place) if args.knn else None
+
     if args.preview:
         distributed.seed_everything(seed)
         return draw_preview(args.preview, *views(next(iter(batch_loader))[:8]))
@@ -153,6 +157,8 @@ def train(place, args):
                      chance_loss=f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}")
         if unpaired:
             print(f"photos left out because they have no texture: {unpaired}")
+        if args.knn and not neighbours:
+            print(f"--knn is skipped: {args.data} has no val/ of the same classes")
         if args.patch_size != 32:
             print("--patch-size has no effect; --patch-ratio sets the patch sizes")
         print(f"from epoch {start_epoch}" + (f", resumed from {args.resume}" if saved else ""), flush=True)
@@ -168,7 +174,11 @@ def train(place, args):
             batch_loader, f"epoch {epoch + 1}/{args.epochs}", batches.global_batch, args.print_freq,
             args.epochs - epoch - 1))
         record = {"epoch": epoch, "lr": lr, **means.read(over_ranks=True), **progress.speed()}
+        if neighbours and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
+            record["knn_top1"] = knn.accuracy(model.encoder_q, *neighbours, device)
         if distributed.is_main():
+            if "knn_top1" in record:
+                print(f"epoch {epoch + 1}/{args.epochs}  val: 200-nearest-neighbour top-1 {record['knn_top1']:.2f} %", flush=True)
             metrics.append_jsonl(log_path, record)
             if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
                 checkpoint.save(os.path.join(args.ckpt_path, f"checkpoint_{epoch:04d}.pth.tar"), {
@@ -176,6 +186,19 @@ def train(place, args):
                     "optimizer": optimizer.state_dict(), "seed": seed, "image_size": args.image_size,
                     "options": {name: getattr(args, name) for name in SAVED_OPTIONS}})
     distributed.barrier()                                            # no process leaves while rank 0 is still saving
+
+
+def neighbour_loaders(args, batch_size, workers, place):
+    """Loaders of train/ and val/ for --knn and the number of classes; None where val/ is missing or has other classes."""
+    root = loader.photos_of(args.data) if args.robust == "texture" else args.data
+    if not os.path.isdir(os.path.join(root, "val")):
+        return None
+    splits = [loader.list_photos(os.path.join(root, split)) for split in ("train", "val")]
+    if splits[0][2] != splits[1][2]:
+        return None
+    transform = loader.test_transform(args.image_size)
+    return *[loader.evaluation_loader(loader.Labelled(paths, labels, transform), batch_size, workers, place)
+             for paths, labels, _ in splits], len(splits[0][2])
 
 
 def train_epoch(model, optimizer, batch_loader, views, progress):

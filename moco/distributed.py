@@ -144,6 +144,16 @@ def gather(x):
 
 
 @torch.no_grad()
+def gather_uneven(x):
+    """As `gather`, of tensors that may differ in length (N, ...)."""
+    if world_size() == 1:
+        return x
+    lengths = gather(torch.tensor([len(x)], device=x.device)).tolist()
+    padded = torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])])
+    return torch.cat([part[:length] for part, length in zip(gather(padded).split(max(lengths)), lengths)])
+
+
+@torch.no_grad()
 def shuffle(x):
     """Deal the rows of the global batch anew to the ranks: each gets N random ones of all world × N.
 

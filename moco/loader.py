@@ -53,6 +53,15 @@ def data_split(data, split):
     return path
 
 
+def photos_of(data):
+    """X, the photos that the textures X-texture belong to; BadInput for another name."""
+    root = Path(os.path.normpath(data))
+    if not root.name.endswith("-texture"):
+        raise BadInput(f"{data}: with --robust texture, DIR is the texture data set and its name ends in -texture,"
+                       f" for example {root}-texture beside {root}")
+    return root.with_name(root.name.removesuffix("-texture"))
+
+
 def list_pairs(data):
     """(photos, textures, classes, unpaired) of `X-texture/train`, whose photos lie at the same relative paths under
     X/train. Photos without a texture are left out, and `unpaired` counts and names them ("" if there are none): a photo
@@ -60,12 +69,8 @@ def list_pairs(data):
 
     BadInput for a missing sibling data set, and for textures without a photo: their number, the first five by name.
     """
-    root = Path(os.path.normpath(data))
-    texture_root = Path(data_split(root, "train"))
-    if not root.name.endswith("-texture"):
-        raise BadInput(f"{data}: with --robust texture, DIR is the texture data set and its name ends in -texture,"
-                       f" for example {root}-texture beside {root}")
-    photo_root = Path(data_split(root.with_name(root.name.removesuffix("-texture")), "train"))
+    texture_root = Path(data_split(data, "train"))
+    photo_root = Path(data_split(photos_of(data), "train"))
     textures, _, classes = list_photos(texture_root)
     photos, _, _ = list_photos(photo_root)
     texture_of = {os.path.splitext(os.path.relpath(path, texture_root))[0]: path for path in textures}

@@ -68,9 +68,9 @@ natural_float = _number(float, lambda v: 0 <= v < float("inf"), "a number of 0 o
 fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
-def add_data_options(parser, workers=32):
+def add_data_options(parser, workers=32, nargs=None):
     group = parser.add_argument_group("data")
-    group.add_argument("data", metavar="DIR", help="data set with train/ (and val/), one folder a class")
+    group.add_argument("data", metavar="DIR", nargs=nargs, help="data set with train/ (and val/), one folder a class")
     add_workers_option(group, workers)
 
 

@@ -1,19 +1,21 @@
 """The test sets of the paper's robustness columns: folders, classes by wnid, corruptions, averages.
 
-ImageNet-C: Hendrycks & Dietterich, ICLR 2019. ImageNet-Sketch: Wang et al., NeurIPS 2019. Stylized-ImageNet and
-shape bias: Geirhos et al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021.
+ImageNet-C and mCE: Hendrycks & Dietterich, ICLR 2019. ImageNet-Sketch: Wang et al., NeurIPS 2019. Stylized-ImageNet
+and shape bias: Geirhos et al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021.
 """
 
 import os
+import re
 import statistics
+from typing import NamedTuple
 
 import torch
 
-from moco import loader
+from moco import distributed, loader
 from moco.classifier import outputs
-from moco.distributed import Place
 from moco.options import BadInput
 
+SUITES = ("val", "corruption", "sketch", "stylized", "rendition")
 CORRUPTIONS = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
     "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -23,6 +25,41 @@ CORRUPTIONS = {
 }
 STANDARD = [name for group in ("noise", "blur", "weather", "digital") for name in CORRUPTIONS[group]]
 SEVERITIES = range(1, 6)
+ALEXNET_ERRORS = {  # mean top-1 error over the severities, percent; the authors' figures, by which mCE divides
+    "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640, "defocus_blur": 81.9880,
+    "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360, "snow": 86.6816, "frost": 82.6572,
+    "fog": 81.9324, "brightness": 56.4592, "contrast": 85.3204, "elastic_transform": 64.6056, "pixelate": 71.7840,
+    "jpeg_compression": 60.6500,
+}
+# How many images a class has in the published sets: all have 50, but in -Sketch duplicates were taken out.
+USUAL = {"val": range(50, 51), "corruption": range(50, 51), "sketch": range(40, 52), "stylized": range(50, 51)}
+
+
+class Cell(NamedTuple):
+    """What is scored at once: a test set, or one severity of one corruption."""
+
+    key: str            # "val", "corruption/fog/3"
+    folder: str
+    paths: list
+    labels: list
+
+    @property
+    def suite(self):
+        return self.key.split("/")[0]
+
+    def preprocessing(self, size):
+        """Corrupted images are at their final size: resizing them first is a known mistake."""
+        return f"CenterCrop({size})" if self.suite == "corruption" else f"Resize({round(size * 256 / 224)}), CenterCrop({size})"
+
+    def warning(self, wnids):
+        """What is odd about its numbers of images, if the classes are ImageNet's; "" if nothing is."""
+        usual = USUAL.get(self.suite)
+        if usual is None or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids):
+            return ""
+        counts = torch.tensor(self.labels).bincount(minlength=len(wnids)).tolist()
+        odd = [f"{wnid} {n}" for wnid, n in zip(wnids, counts) if n not in usual]
+        expected = f"{usual[0]} to {usual[-1]}" if len(usual) > 1 else usual[0]
+        return f"{len(odd)} of {len(wnids)} classes have not {expected} images ({', '.join(odd[:3])})" if odd else ""
 
 
 def class_root(directory):
@@ -31,88 +68,97 @@ def class_root(directory):
     return inner if os.path.isdir(inner) else directory
 
 
-def list_by_wnid(directory, wnids):
+def list_by_wnid(directory, wnids, limit=None):
     """(paths, labels) of the images whose class folder is one of `wnids`; a label is the wnid's place in that list.
 
-    Classes are matched by folder name, never by order. BadInput where none matches.
+    limit: only the first so many of each class. Classes are matched by folder name, never by order. BadInput where none
+    matches.
     """
     paths, folder_labels, folders = loader.list_photos(directory)
     place = {wnid: index for index, wnid in enumerate(wnids)}
-    kept = [(path, place[folders[label]]) for path, label in zip(paths, folder_labels) if folders[label] in place]
+    taken, kept = [0] * len(folders), []
+    for path, label in zip(paths, folder_labels):
+        if folders[label] in place and (limit is None or taken[label] < limit):
+            taken[label] += 1
+            kept.append((path, place[folders[label]]))
     if not kept:
         raise BadInput(f"{directory}: none of its {len(folders)} class folders ({folders[0]}, …) is a class of the head"
                        f" ({wnids[0]}, …)")
     return [path for path, _ in kept], [label for _, label in kept]
 
 
-def corruption_cells(directory):
+def corruption_folders(directory):
     """{(corruption, severity): folder} of what an ImageNet-C folder holds, in either layout its archives leave.
 
     BadInput where it holds no corruption at all.
     """
-    cells = {}
+    folders = {}
     for group, names in CORRUPTIONS.items():
         for name in names:
             for severity in SEVERITIES:
                 for parent in (directory, os.path.join(directory, group)):
                     folder = os.path.join(parent, name, str(severity))
                     if os.path.isdir(folder):
-                        cells[name, severity] = folder
-    if not cells:
+                        folders[name, severity] = folder
+    if not folders:
         raise BadInput(f"{directory}: no <corruption>/<severity>/<wnid> folders, for example gaussian_noise/1/")
+    return folders
+
+
+def list_cells(directories, wnids, limit=None):
+    """All cells of {suite: directory}. BadInput where a directory does not hold what its suite needs."""
+    cells = []
+    for suite, directory in directories.items():
+        folders = {suite: class_root(directory)}
+        if suite == "corruption":
+            folders = {f"corruption/{name}/{severity}": folder
+                       for (name, severity), folder in corruption_folders(directory).items()}
+        cells += [Cell(key, folder, *list_by_wnid(folder, wnids, limit)) for key, folder in folders.items()]
     return cells
 
 
-class Scorer:
-    """Scores linear classifiers that share one class list on folders of images, each image read once.
+def score(cell, models, wnids, image_size, batch_size, workers, place, on_batch=lambda images: None):
+    """Score linear classifiers that share one class list on a cell; each image is read once, by one of the processes.
 
-    models: in eval mode, on `device`; wnids: the class of output 0, 1, …; outputs beyond them count as wrong.
+    models: in eval mode, on the place's device; wnids: the class of output 0, 1, …; outputs beyond them count as wrong.
+    For each model: top-1 in percent over all outputs and over the classes present here, n, and class counts. Where the
+    file names tell a second, conflicting cue (<shape class>/<texture class>-*.png), also the shape bias: of the decisions
+    for either cue, the percentage for shape. The same in all processes.
     """
+    size = image_size
+    transform = loader.transforms.CenterCrop(size) if cell.suite == "corruption" else loader.test_transform(size)
+    batches = loader.evaluation_loader(loader.Labelled(cell.paths, cell.labels, transform), batch_size, workers, place)
+    present = torch.tensor(sorted(set(cell.labels)), device=place.device)
+    decisions = torch.zeros(len(models), 2, len(cell.labels), dtype=torch.long, device=place.device)
+    mine = decisions[:, :, place.rank::place.world_size]             # as evaluation_loader deals them
+    done = 0
+    for logits, labels in outputs(models, batches, place.device):
+        for model, values in enumerate(logits):
+            mine[model, :, done:done + len(labels)] = torch.stack(
+                [values.argmax(1), present[values[:, present].argmax(1)]])
+        done += len(labels)
+        on_batch(len(labels) * place.world_size)
+    decisions = distributed.all_reduce(decisions).cpu()
+    labels, textures = torch.tensor(cell.labels), texture_labels(cell.paths, cell.labels, wnids)
+    return [_result(*decided, labels, textures, wnids) for decided in decisions]
 
-    def __init__(self, models, wnids, image_size, batch_size, workers, device, on_batch=lambda images: None):
-        self.models, self.wnids, self.image_size, self.device = models, wnids, image_size, device
-        self.batch_size, self.workers, self.on_batch = batch_size, workers, on_batch
 
-    def images(self, directory):
-        return len(list_by_wnid(directory, self.wnids)[0])
-
-    def score(self, directory, crop_only=False):
-        """For each model: top-1 in percent over all outputs and over the classes present here, n, and class counts.
-
-        crop_only: images are at their final size already (ImageNet-C). Where the file names tell a second, conflicting
-        cue (<shape class>/<texture class>-*.png), also the shape bias: of the decisions for either cue, the percentage
-        for shape.
-        """
-        paths, labels = list_by_wnid(directory, self.wnids)
-        transform = (loader.transforms.CenterCrop(self.image_size) if crop_only
-                     else loader.test_transform(self.image_size))
-        dataset = loader.Labelled(paths, labels, transform)
-        batches = loader.evaluation_loader(dataset, self.batch_size, self.workers, Place(device=self.device))
-        present = torch.tensor(sorted(set(labels)), device=self.device)
-        decisions = [[] for _ in self.models]
-        for logits, batch_labels in outputs(self.models, batches, self.device):
-            for kept, values in zip(decisions, logits):
-                kept.append(torch.stack([values.argmax(1), present[values[:, present].argmax(1)]]).cpu())
-            self.on_batch(len(batch_labels))
-        textures = texture_labels(paths, labels, self.wnids)
-        return [self._summary(*torch.cat(kept, dim=1), torch.tensor(labels), textures) for kept in decisions]
-
-    def _summary(self, decided, decided_shared, labels, textures):
-        n = len(labels)
-        hits = decided == labels
-        counts = labels.bincount(minlength=len(self.wnids)).tolist()
-        correct = labels[hits].bincount(minlength=len(self.wnids)).tolist()
-        summary = {
-            "top1": 100 * hits.sum().item() / n,
-            "top1_shared_classes": 100 * (decided_shared == labels).sum().item() / n,
-            "n": n,
-            "classes": {wnid: {"n": m, "correct": c} for wnid, m, c in zip(self.wnids, counts, correct) if m},
-        }
-        if textures is not None:
-            shape, texture = hits.sum().item(), (decided == textures).sum().item()
-            summary["shape_decisions"], summary["texture_decisions"] = shape, texture
-            summary["shape_bias"] = 100 * shape / (shape + texture) if shape + texture else float("nan")
-        return summary
+def _result(decided, decided_shared, labels, textures, wnids):
+    n = len(labels)
+    hits = decided == labels
+    counts = labels.bincount(minlength=len(wnids)).tolist()
+    correct = labels[hits].bincount(minlength=len(wnids)).tolist()
+    result = {
+        "top1": 100 * hits.sum().item() / n,
+        "top1_shared_classes": 100 * (decided_shared == labels).sum().item() / n,
+        "n": n,
+        "classes": {wnid: {"n": m, "correct": c} for wnid, m, c in zip(wnids, counts, correct) if m},
+    }
+    if textures is not None:
+        shape, texture = hits.sum().item(), (decided == textures).sum().item()
+        result["shape_decisions"], result["texture_decisions"] = shape, texture
+        result["shape_bias"] = 100 * shape / (shape + texture) if shape + texture else None
+    return result
 
 
 def texture_labels(paths, labels, wnids):
@@ -124,22 +170,22 @@ def texture_labels(paths, labels, wnids):
     return torch.tensor(textures)
 
 
-def score_corruptions(scorer, directory):
-    """For each model: the plain mean top-1 over the standard corruptions and severities, and every cell.
+def missing_corruptions(keys):
+    """The standard cells that are not among the keys, as "fog/3"; all 75 make the mean."""
+    return [f"{name}/{severity}" for name in STANDARD for severity in SEVERITIES if f"corruption/{name}/{severity}" not in keys]
 
-    `missing` names the standard cells that are not there; the mean is then over the others.
-    """
-    scored = {cell: scorer.score(folder, crop_only=True) for cell, folder in corruption_cells(directory).items()}
-    missing = [f"{name}/{severity}" for name in STANDARD for severity in SEVERITIES if (name, severity) not in scored]
-    summaries = []
-    for model in range(len(scorer.models)):
-        cells = {cell: results[model] for cell, results in scored.items()}
-        standard = [result for (name, _), result in cells.items() if name in STANDARD]
-        summaries.append({
-            "top1": statistics.fmean(result["top1"] for result in standard) if standard else float("nan"),
-            "n": sum(result["n"] for result in standard),
-            "missing": missing,
-            "corruptions": {name: {str(severity): cells[name, severity] for severity in SEVERITIES
-                                   if (name, severity) in cells} for name in dict.fromkeys(name for name, _ in cells)},
-        })
-    return summaries
+
+def corruption_figures(top1, outputs):
+    """Means of {"corruption/fog/3": top-1, …} of one model, each cell weighing the same: Corruption over the standard
+    corruptions, the four extra ones apart, and, where nothing is missing and the head has 1000 outputs, mCE."""
+    def cells(names):
+        return [value for key, value in top1.items() if key.split("/")[1] in names]
+    figures = {}
+    if cells(STANDARD):
+        figures["Corruption"] = statistics.fmean(cells(STANDARD))
+    if cells(CORRUPTIONS["extra"]):
+        figures["Corruption, extra four"] = statistics.fmean(cells(CORRUPTIONS["extra"]))
+    if outputs == 1000 and not missing_corruptions(top1):
+        figures["mCE"] = statistics.fmean(100 * (100 - statistics.fmean(cells([name]))) / error
+                                          for name, error in ALEXNET_ERRORS.items())
+    return figures

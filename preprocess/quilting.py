@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-BLOCK, OVERLAP = 40, 8      # px: the side of a block, and what neighbours share of it; both even
+BLOCK, OVERLAP = 40, 8      # px: the side of a block, and what neighbours share of it; both multiples of 4
 STEP = BLOCK - OVERLAP
 BALANCE = 2.0               # what an earlier use of all of a block's pixels costs; a good overlap's error costs 1
 LEAD = 4                    # blocks that a patch may be ahead of another
@@ -35,7 +35,8 @@ def lay_blocks(patches, size, rng):
         raise ValueError(f"patches of {width}×{height} px are smaller than a block, {BLOCK} px")
     colours = patches - patches.mean(axis=(0, 1, 2), dtype=np.float32)   # small numbers: float32 holds their squares
     pixels = colours.reshape(-1, 3)
-    windows = [all_windows(colours, BLOCK, OVERLAP), all_windows(colours, OVERLAP, BLOCK)]
+    cells = [(4, 2), (2, 4)]                                          # px, longer along the overlap than across it
+    windows = [all_windows(colours, (BLOCK, OVERLAP), cells[0]), all_windows(colours, (OVERLAP, BLOCK), cells[1])]
     norms = [np.einsum("ij,ij->j", samples, samples) for samples in windows]
     shape = count, height - BLOCK + 1, width - BLOCK + 1              # of all positions of a block
     used, counts = np.zeros(shape, np.float32), np.zeros(count, int)
@@ -53,8 +54,8 @@ def lay_blocks(patches, size, rng):
         neighbours = columns > 0, rows > 0                            # at the left, at the top
         strips = before[:, :, :OVERLAP], before[:, :OVERLAP]
         error = np.zeros((len(rows), len(norms[0])), np.float32)
-        for exists, strip, samples, norm in zip(neighbours, strips, windows, norms):
-            wanted = halve(pixels[strip[exists]]).reshape(exists.sum(), len(samples))
+        for exists, strip, cell, samples, norm in zip(neighbours, strips, cells, windows, norms):
+            wanted = cell_means(pixels[strip[exists]], cell).reshape(exists.sum(), len(samples))
             error[exists] += norm - 2 * (wanted @ samples) + np.square(wanted).sum(1)[:, None]
         for i, (row, column) in enumerate(zip(rows, columns)):
             cost = cost_of_positions(error[i].reshape(shape), len(samples), used, counts, rng)
@@ -78,20 +79,24 @@ def lay_blocks(patches, size, rng):
     return sources[:size, :size]
 
 
-def halve(images):
-    """(N, H, W, 3) to (N, H/2, W/2, 3), the means of 2×2 pixels: enough to compare overlaps by, at a quarter of the work."""
+def cell_means(images, cell):
+    """(N, H, W, 3) to (N, H/h, W/w, 3), the means of h×w pixels: enough to compare overlaps by, at an eighth of the work."""
     n, height, width, _ = images.shape
-    return images.reshape(n, height // 2, 2, width // 2, 2, 3).mean(axis=(2, 4))
+    h, w = cell
+    return images.reshape(n, height // h, h, width // w, w, 3).mean(axis=(2, 4))
 
 
-def all_windows(patches, height, width):
-    """The halved height×width windows at all positions of a block, as columns: (height/2 · width/2 · 3, positions)."""
-    means = (patches[:, :-1, :-1] + patches[:, :-1, 1:] + patches[:, 1:, :-1] + patches[:, 1:, 1:]) / 4
-    count, rows, columns = patches.shape[0], patches.shape[1] - BLOCK + 1, patches.shape[2] - BLOCK + 1
+def all_windows(patches, size, cell):
+    """cell_means of the windows of (height, width) at all positions of a block, as columns: (numbers, positions)."""
+    (h, w), (height, width) = cell, size
+    rows, columns = patches.shape[1] - h + 1, patches.shape[2] - w + 1
+    means = sum(patches[:, i:i + rows] for i in range(h))
+    means = sum(means[:, :, i:i + columns] for i in range(w)) / (h * w)         # of the cell at every position
     patch, row, column, channel = means.strides
+    rows, columns = patches.shape[1] - BLOCK + 1, patches.shape[2] - BLOCK + 1
     windows = np.lib.stride_tricks.as_strided(
-        means, (height // 2, width // 2, 3, count, rows, columns), (2 * row, 2 * column, channel, patch, row, column))
-    return windows.reshape(height // 2 * (width // 2) * 3, -1)
+        means, (height // h, width // w, 3, len(patches), rows, columns), (h * row, w * column, channel, patch, row, column))
+    return windows.reshape(height // h * (width // w) * 3, -1)
 
 
 def cost_of_positions(error, samples, used, counts, rng):

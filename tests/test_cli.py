@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from conftest import REPOSITORY, TORCHRUN, run_script, write_folder
 from PIL import Image
 
@@ -92,9 +93,9 @@ def test_the_three_published_commands_and_the_robustness_table(tmp_path):
     table = run_script(EVALUATE, "--pretrained", f"patch={ckpt / 'model_best_0001.pth.tar'}", "--val", data,
                        "--sketch", data / "train", "-j", 1, "--json", report)
     assert "| model | val | Sketch |" in table.stdout
-    (result,) = json.loads(report.read_text())["runs"]
-    assert result["val"]["top1"] == pytest.approx(linear["best_acc1"]) and result["val"]["n"] == 6
-    assert result["sketch"]["n"] == 16 and result["sketch"]["classes"]["n02"]["n"] == 8
+    cells = json.loads(report.read_text())["cells"]
+    assert cells["val"]["results"][0]["top1"] == pytest.approx(linear["best_acc1"]) and cells["val"]["n"] == 6
+    assert cells["sketch"]["n"] == 16 and cells["sketch"]["results"][0]["classes"]["n02"]["n"] == 8
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(data, tmp_path):
@@ -274,15 +275,135 @@ def test_bad_checkpoints_end_in_one_line(shared_data, tmp_path):
     assert "1 epochs are done" in refused(PRETRAIN, *SMALL, "--epochs", 1, "--resume", pretrained, shared_data)
 
     assert "nothing to test on" in refused(EVALUATE, "--pretrained", linear)
+    assert "nothing to test" in refused(EVALUATE, "--val", shared_data)
+    assert "no row of the paper's table" in refused(EVALUATE, "--pretrained", linear, "--val", shared_data, "--compare", "paper")
+    assert "no folder" in refused(EVALUATE, "--pretrained", linear, "--val", shared_data, "--json", tmp_path / "no" / "r.json")
     assert "no linear head" in refused(EVALUATE, "--pretrained", pretrained, "--val", shared_data)
     assert "no such directory" in refused(EVALUATE, "--pretrained", linear, "--val", tmp_path / "nowhere")
     published = torch.load(linear, weights_only=True)
     del published["wnids"], published["image_size"]
     torch.save(published, tmp_path / "published.pth.tar")
-    assert "--classes" in refused(EVALUATE, "--pretrained", tmp_path / "published.pth.tar", "--val", shared_data)
+    assert "--classes" in refused(EVALUATE, "--pretrained", tmp_path / "published.pth.tar", "--sketch", shared_data / "val")
     (tmp_path / "classes.txt").write_text("n02\nn01\n")
     run_script(EVALUATE, "--pretrained", tmp_path / "published.pth.tar", "--classes", tmp_path / "classes.txt",
                "--val", shared_data, "-j", 1, "--json", tmp_path / "r.json")
+
+
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory):
+    """A linear checkpoint on random features of three classes, and its data with four test sets."""
+    root = tmp_path_factory.mktemp("linear")
+    data = write_folder(root / "data", classes=("n01", "n02", "n03"), train=4, val=5)
+    run_script(PROBE, "-a", "resnet10", "--image-size", 32, "-b", 4, "-j", 0, "--epochs", 1, "--seed", 1, "--ckpt_path", root, data)
+    for name, severity in (("fog", 1), ("fog", 2), ("spatter", 5)):
+        shutil.copytree(data / "val", root / "c" / name / str(severity))
+    (root / "c" / "fog" / "2" / "n02" / "n02_1.JPEG").unlink()
+    return root
+
+
+def evaluation(linear, *options, **settings):
+    return run_script(EVALUATE, "--pretrained", f"mine={linear / 'model_best_random.pth.tar'}", "--val", linear / "data",
+                      "--corruption", linear / "c", "--sketch", linear / "data" / "train", "-j", 1, *options, **settings)
+
+
+def test_two_evaluating_processes_give_exactly_the_figures_of_one(linear, tmp_path):
+    one = evaluation(linear, "--allow-partial", "--json", tmp_path / "one.json", "-b", 4)
+    two = evaluation(linear, "--allow-partial", "--json", tmp_path / "two.json", "-b", 4, launcher=[*TORCHRUN, "--nproc-per-node=2"])
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
+    assert "| mine |" in two.stdout and one.stdout.replace("one.json", "two.json") == two.stdout
+    assert "Corruption: 44 images, CenterCrop(32), 3 cells; partial, 73 of 75" in one.stdout
+
+
+def test_an_incomplete_corruption_set_is_partial_and_exits_non_zero(linear, tmp_path):
+    run = evaluation(linear, "--json", tmp_path / "r.json", check=False)
+    assert run.returncode == 1 and "Corruption (partial)" in run.stdout and "Traceback" not in run.stderr
+    quick = evaluation(linear, "--json", tmp_path / "q.json", "--limit", 1, "--allow-partial")
+    assert "a quick look: only the first 1 images of each class" in quick.stdout and "val: 3 images" in quick.stdout
+
+
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_file(linear, tmp_path):
+    evaluation(linear, "--allow-partial", "--json", tmp_path / "whole.json")
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    half = whole | {"cells": {key: cell for key, cell in whole["cells"].items() if key in ("val", "corruption/fog/2")}}
+    del half["table"]                                                 # as the file is after two cells
+    marked = json.loads(json.dumps(half))
+    marked["cells"]["val"]["results"][0]["top1"] = 12.5               # taken over, not evaluated again
+    for name, content in (("half", half), ("marked", marked)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        run = evaluation(linear, "--allow-partial", "--json", tmp_path / f"{name}.json")
+        assert "2 of 5 cells are done already" in run.stderr
+    assert (tmp_path / "half.json").read_text() == (tmp_path / "whole.json").read_text()
+    assert "| mine | 12.50 |" in run.stdout
+
+
+def test_evaluation_by_the_published_files_of_1000_outputs(linear, tmp_path):
+    """A linear checkpoint as the published code writes it: no class list, a head of 1000, best_acc1 a tensor."""
+    saved = torch.load(linear / "model_best_random.pth.tar", weights_only=True)
+    state = saved["state_dict"]
+    for name in ("module.fc.weight", "module.fc.bias"):
+        wide = torch.full((1000, *state[name].shape[1:]), -100.0 if name.endswith("bias") else 0.0)
+        wide[:3] = state[name]
+        state[name] = wide
+    torch.save({"epoch": 1, "arch": "resnet10", "state_dict": state, "best_acc1": torch.tensor(33.0),
+                "optimizer": saved["optimizer"]}, tmp_path / "published.pth.tar")
+    # Crops of 224 px there: the published code has no other. So the same images, at the checkpoint's own size, of ours.
+    torch.save({**saved, "image_size": 224}, tmp_path / "ours.pth.tar")
+    classes = tmp_path / "classes.txt"
+    classes.write_text("n01\nn02\nn03\n")
+    run_script(EVALUATE, "--pretrained", tmp_path / "published.pth.tar", "--classes", classes, "--val", linear / "data",
+               "-j", 1, "--json", tmp_path / "r.json")
+    run_script(EVALUATE, "--pretrained", tmp_path / "ours.pth.tar", "--val", linear / "data", "-j", 1, "--json", tmp_path / "o.json")
+    published, ours = (json.loads((tmp_path / name).read_text())["cells"]["val"]["results"] for name in ("r.json", "o.json"))
+    assert published == ours and published[0]["n"] == 15
+    told = refused(EVALUATE, "--pretrained", tmp_path / "published.pth.tar", "--val", linear / "data")
+    assert "--classes" in told and "give as --val the data" in told and "train the head with main_lincls.py" in told
+    probed = run_script(PROBE, "-a", "resnet10", "--evaluate", "--resume", tmp_path / "published.pth.tar", "-b", 4, "-j", 1,
+                        linear / "data")
+    assert f"top-1 {ours[0]['top1']:.2f} %" in probed.stdout
+
+
+def test_exported_backbones_load_into_torchvision_and_the_published_probe(shared_data, tmp_path):
+    settings = ["-a", "resnet18", *SMALL[2:], "--epochs", 1, "--ckpt_path", tmp_path, shared_data]
+    run_script(PRETRAIN, *settings)
+    pretrained = tmp_path / "checkpoint_0000.pth.tar"
+    run_script(PROBE, "-a", "resnet18", "--pretrained", pretrained, "--export-backbone", tmp_path / "resnet18.pth")
+    network = torchvision.models.resnet18()
+    result = network.load_state_dict(torch.load(tmp_path / "resnet18.pth", weights_only=True), strict=False)
+    assert (sorted(result.missing_keys), result.unexpected_keys) == (["fc.bias", "fc.weight"], [])
+    query = weights(pretrained)
+    assert torch.equal(network.layer4[1].bn2.running_var, query["module.encoder_q.layer4.1.bn2.running_var"])
+
+    # What the published probe does with a file: keep module.encoder_q.* but for its head, and demand that no more is missing.
+    kept = {name.removeprefix("module.encoder_q."): value for name, value in query.items()
+            if name.startswith("module.encoder_q.") and not name.startswith("module.encoder_q.fc")}
+    result = torchvision.models.resnet18().load_state_dict(kept, strict=False)
+    assert set(result.missing_keys) == {"fc.weight", "fc.bias"} and result.unexpected_keys == []
+
+    # And back in: the exported file, a supervised network with its head, and an official MoCo file, all probe alike.
+    torch.save({**network.state_dict()}, tmp_path / "supervised.pth")
+    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": query, "optimizer": {}}, tmp_path / "moco_v2.pth.tar")
+    heads = []
+    for name in ("resnet18.pth", "supervised.pth", "moco_v2.pth.tar"):
+        run_script(PROBE, "-a", "resnet18", "--image-size", 32, "-b", 8, "-j", 0, "--seed", 1, "--epochs", 1,
+                   "--pretrained", tmp_path / name, "--ckpt_path", tmp_path / name.split(".")[0], shared_data)
+        heads.append(weights(next((tmp_path / name.split(".")[0]).glob("model_best_*"))))
+    assert same(heads[0], heads[1]) and same(heads[0], heads[2])
+    assert "--export-backbone needs --pretrained" in refused(PROBE, "--export-backbone", tmp_path / "x.pth")
+    assert "DIR" in refused(PROBE, "--pretrained", pretrained)
+    assert "not --arch resnet50" in refused(PROBE, "--pretrained", pretrained, "--export-backbone", tmp_path / "x.pth")
+
+
+def test_knn_is_logged_and_skipped_without_val(data, tmp_path):
+    settings = [*SMALL, "--epochs", 3, "--knn", "--knn-freq", 2, data]
+    run = run_script(PRETRAIN, *settings, "--ckpt_path", tmp_path / "a")
+    assert [("knn_top1" in record) for record in log(tmp_path / "a")] == [False, True, True]
+    assert 0 <= log(tmp_path / "a")[2]["knn_top1"] <= 100 and run.stdout.count("200-nearest-neighbour top-1") == 2
+    two = run_script(PRETRAIN, *settings[:-1], "--lr", 1e-9, "--aug-plus", data, "--ckpt_path", tmp_path / "two",
+                     launcher=[*TORCHRUN, "--nproc-per-node=2"])
+    assert two.stdout.count("200-nearest-neighbour top-1") == 2
+    shutil.rmtree(data / "val")
+    run = run_script(PRETRAIN, *SMALL, "--epochs", 1, "--knn", "--ckpt_path", tmp_path / "b", data)
+    assert "--knn is skipped" in run.stdout and "knn_top1" not in log(tmp_path / "b")[0]
 
 
 def test_patch_size_is_accepted_and_said_to_do_nothing(shared_data, tmp_path):

@@ -74,6 +74,16 @@ def shuffle_rows(place):
             "gathered": distributed.gather(rows)}
 
 
+def uneven_rows(place):
+    return distributed.gather_uneven(torch.full((2 * place.rank + 1, 3), float(place.rank)))
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_tensors_of_uneven_length_are_joined_by_rank(world, tmp_path):
+    expected = torch.cat([torch.full((2 * rank + 1, 3), float(rank)) for rank in range(world)])
+    assert all(torch.equal(rank, expected) for rank in run_ranks(world, tmp_path, uneven_rows))
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_unshuffle_undoes_shuffle_and_shuffle_deals_every_row_once(world, tmp_path):
     ranks = run_ranks(world, tmp_path, shuffle_rows)

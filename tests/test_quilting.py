@@ -82,14 +82,14 @@ def test_patches_smaller_than_a_block_are_refused():
         quilting.quilt(np.zeros((2, 96, 39, 3), np.uint8), SIZE, np.random.default_rng(0))
 
 
-def test_windows_are_those_of_the_halved_patches_at_every_position():
+def test_windows_are_the_cell_means_at_every_position():
     patches = np.random.default_rng(0).random((2, 50, 47, 3), np.float32)
-    windows = quilting.all_windows(patches, 40, 8)
+    windows = quilting.all_windows(patches, (40, 8), (4, 2))
     positions = list(itertools.product(range(2), range(11), range(8)))
-    assert windows.shape == (20 * 4 * 3, len(positions))
+    assert windows.shape == (10 * 4 * 3, len(positions))
     for column in range(0, len(positions), 7):
         patch, top, left = positions[column]
-        plain = quilting.halve(patches[patch:patch + 1, top:top + 40, left:left + 8])
+        plain = quilting.cell_means(patches[patch:patch + 1, top:top + 40, left:left + 8], (4, 2))
         np.testing.assert_allclose(windows[:, column], plain.ravel(), atol=1e-6)
 
 

@@ -9,6 +9,7 @@ from torchvision import datasets, transforms
 from moco import loader, robustness
 from moco.augment import MEAN, STD, denormalize
 from moco.builder import build_encoder
+from moco.distributed import Place
 from moco.options import BadInput
 
 WNIDS = ["n01", "n02", "n03", "n04"]
@@ -33,8 +34,17 @@ def paint(path, decision, size=32):
     Image.new("RGB", (size, size), (20 * decision,) * 3).save(path)
 
 
-def scorer(models=None, wnids=WNIDS):
-    return robustness.Scorer(models or [Oracle()], wnids, image_size=28, batch_size=3, workers=0, device=torch.device("cpu"))
+def score(folder, *models, wnids=WNIDS, suite="val", limit=None):
+    """[results of each model] of the suite's only cell."""
+    (cell,) = robustness.list_cells({suite: str(folder)}, wnids, limit)
+    return robustness.score(cell, models or [Oracle()], wnids, image_size=28, batch_size=3, workers=0, place=Place())
+
+
+def score_corruptions(folder, model, outputs=4):
+    """The figures over all cells of an ImageNet-C folder, and the top-1 of each."""
+    cells = robustness.list_cells({"corruption": str(folder)}, WNIDS)
+    top1 = {cell.key: robustness.score(cell, [model], WNIDS, 28, 3, 0, Place())[0]["top1"] for cell in cells}
+    return robustness.corruption_figures(top1, outputs), top1
 
 
 def test_classes_are_matched_by_name_never_by_folder_order(tmp_path):
@@ -43,7 +53,7 @@ def test_classes_are_matched_by_name_never_by_folder_order(tmp_path):
     paint(tmp_path / "n00" / "a.png", 0)                              # extra classes, before and after
     paint(tmp_path / "n99" / "a.png", 3)
     paint(tmp_path / "n04" / "a.png", 3)
-    (result,) = scorer().score(tmp_path)
+    (result,) = score(tmp_path)
     assert result["n"] == 4 and result["top1"] == 75.0
     assert result["classes"] == {"n03": {"n": 3, "correct": 2}, "n04": {"n": 1, "correct": 1}}
 
@@ -53,14 +63,14 @@ def test_shared_classes_only_leaves_out_decisions_for_absent_ones(tmp_path):
     paint(tmp_path / "n02" / "b.png", 1)
     paint(tmp_path / "n04" / "a.png", 1)                              # wrong either way
     paint(tmp_path / "n04" / "b.png", 2)                              # first choice n03 absent, second n04 right
-    (result,) = scorer().score(tmp_path)
+    (result,) = score(tmp_path)
     assert result["top1"] == 25.0 and result["top1_shared_classes"] == 75.0
 
 
 def test_outputs_beyond_the_class_list_count_as_wrong(tmp_path):
     paint(tmp_path / "n01" / "a.png", 7)
     paint(tmp_path / "n01" / "b.png", 0)
-    (result,) = scorer([Oracle(outputs=10)]).score(tmp_path)
+    (result,) = score(tmp_path, Oracle(outputs=10))
     assert result["top1"] == 50.0 and result["top1_shared_classes"] == 100.0
 
 
@@ -69,14 +79,14 @@ def test_several_models_are_scored_on_the_same_images(tmp_path):
         def forward(self, images):
             return -super().forward(images)
     paint(tmp_path / "n01" / "a.png", 0)
-    right, wrong = scorer([Oracle(), Never()]).score(tmp_path)
+    right, wrong = score(tmp_path, Oracle(), Never())
     assert right["top1"] == 100.0 and wrong["top1"] == 0.0
 
 
 def test_no_common_class_is_refused(tmp_path):
     paint(tmp_path / "cat" / "a.png", 0)
     with pytest.raises(BadInput, match="none of its 1 class folders"):
-        scorer().score(tmp_path)
+        score(tmp_path)
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "as the archives unpack"])
@@ -92,18 +102,51 @@ def test_corruption_is_the_plain_mean_over_15_by_5_cells_without_the_extra_four(
                 if group != "extra":
                     expected.append(100 * right / total)
                 level += 1
-    (result,) = robustness.score_corruptions(scorer(), tmp_path)
-    assert len(expected) == 75 and result["top1"] == pytest.approx(sum(expected) / 75)
-    assert result["missing"] == [] and len(result["corruptions"]) == 19
-    assert result["corruptions"]["fog"]["3"]["classes"].keys() == {"n02"}
+    figures, top1 = score_corruptions(tmp_path, Oracle())
+    assert len(expected) == 75 and len(top1) == 95
+    assert figures["Corruption"] == pytest.approx(sum(expected) / 75)
+    extra = [value for key, value in top1.items() if key.split("/")[1] in robustness.CORRUPTIONS["extra"]]
+    assert len(extra) == 20 and figures["Corruption, extra four"] == pytest.approx(sum(extra) / 20)
+    assert robustness.missing_corruptions(top1) == [] and "mCE" not in figures
+
+
+def test_mce_divides_the_errors_of_1000_classes_by_alexnets():
+    top1 = {f"corruption/{name}/{severity}": 100 - error + (severity - 3) for name, error in robustness.ALEXNET_ERRORS.items()
+            for severity in range(1, 6)}
+    assert robustness.corruption_figures(top1, 1000)["mCE"] == pytest.approx(100)   # AlexNet itself
+    halved = {key: 100 - (100 - value) / 2 for key, value in top1.items()}
+    assert robustness.corruption_figures(halved, 1000)["mCE"] == pytest.approx(50)
+    assert "mCE" not in robustness.corruption_figures(top1, 100)
+    del top1["corruption/fog/3"]
+    assert "mCE" not in robustness.corruption_figures(top1, 1000)
+    # The mean of the published errors, as in the table of the ImageNet-C paper.
+    assert sum(robustness.ALEXNET_ERRORS.values()) / 15 == pytest.approx(78.9, abs=0.1)
 
 
 def test_missing_corruption_cells_are_named(tmp_path):
     paint(tmp_path / "fog" / "1" / "n01" / "a.png", 0)
-    (result,) = robustness.score_corruptions(scorer(), tmp_path)
-    assert result["top1"] == 100.0 and len(result["missing"]) == 74 and "fog/2" in result["missing"]
+    figures, top1 = score_corruptions(tmp_path, Oracle())
+    assert figures == {"Corruption": 100.0}
+    assert len(robustness.missing_corruptions(top1)) == 74 and "fog/2" in robustness.missing_corruptions(top1)
     with pytest.raises(BadInput, match="no <corruption>"):
-        robustness.score_corruptions(scorer(), tmp_path / "fog")
+        score_corruptions(tmp_path / "fog", Oracle())
+
+
+def test_a_limit_takes_the_first_images_of_each_class(tmp_path):
+    for i, decision in enumerate((0, 0, 3, 3)):
+        paint(tmp_path / "n01" / f"{i}.png", decision)
+    paint(tmp_path / "n03" / "0.png", 2)
+    assert score(tmp_path, limit=3)[0]["classes"] == {"n01": {"n": 3, "correct": 2}, "n03": {"n": 1, "correct": 1}}
+    assert score(tmp_path)[0]["classes"]["n01"] == {"n": 4, "correct": 2}
+
+
+def test_unexpected_numbers_of_images_are_told_for_imagenets_classes_only():
+    wnids = ["n01440764", "n01443537"]
+    cell = robustness.Cell("val", "", [""] * 99, [0] * 50 + [1] * 49)
+    assert "1 of 2 classes have not 50 images (n01443537 49)" in cell.warning(wnids)
+    assert cell.warning(["disc", "ring"]) == "" and cell._replace(labels=[0] * 50 + [1] * 50).warning(wnids) == ""
+    assert cell._replace(key="rendition").warning(wnids) == ""        # whose classes have from 51 to 430
+    assert cell._replace(key="corruption/fog/3").warning(wnids) and not cell._replace(key="sketch").warning(wnids)
 
 
 def test_corrupted_images_are_cropped_only_and_all_others_resized_first(tmp_path):
@@ -119,8 +162,8 @@ def test_corrupted_images_are_cropped_only_and_all_others_resized_first(tmp_path
         def forward(self, images):
             darkest.append(images.amin().item())
             return torch.zeros(len(images), 4)
-    robustness.score_corruptions(scorer([Watch()]), tmp_path)
-    scorer([Watch()]).score(robustness.class_root(tmp_path))
+    score_corruptions(tmp_path, Watch())
+    score(tmp_path, Watch())
     assert darkest[0] > 2 and darkest[1] < -1.7
 
 
@@ -131,10 +174,10 @@ def test_shape_bias_is_read_where_file_names_tell_both_cues(tmp_path):
     paint(tmp_path / "n03" / "n04-0.png", 3)                          # texture
     paint(tmp_path / "n03" / "n04-1.png", 2)                          # shape
     paint(tmp_path / "n03" / "n04-2.png", 1)                          # neither
-    (result,) = scorer().score(tmp_path)
+    (result,) = score(tmp_path)
     assert (result["shape_decisions"], result["texture_decisions"]) == (3, 2) and result["shape_bias"] == 60.0
     paint(tmp_path / "n03" / "n03-0.png", 2)                          # no conflict: not a cue-conflict set
-    assert "shape_bias" not in scorer().score(tmp_path)[0]
+    assert "shape_bias" not in score(tmp_path)[0]
 
 
 def test_scores_equal_a_plain_loop_over_imagefolder(tmp_path):
@@ -148,7 +191,7 @@ def test_scores_equal_a_plain_loop_over_imagefolder(tmp_path):
     with torch.no_grad():
         for image, label in datasets.ImageFolder(tmp_path, preset):
             decisions.append((model(image[None]).argmax().item(), label))
-    (result,) = scorer([model]).score(tmp_path)
+    (result,) = score(tmp_path, model)
     assert result["top1"] == 100 * sum(guess == label for guess, label in decisions) / 12
     for wnid, label in zip(WNIDS, range(4)):
         assert result["classes"][wnid]["correct"] == sum(g == y == label for g, y in decisions)

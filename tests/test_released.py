@@ -1,0 +1,57 @@
+import sys
+import types
+
+import pytest
+import torch
+
+from moco import released
+from moco.options import BadInput
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return tmp_path / "non-semantic-negatives"
+
+
+def test_all_rows_of_the_table_are_listed():
+    assert len(released.drive_ids()) == 18 and len(set(released.drive_ids().values())) == 18
+    assert "released:patch-k16384-a2-run1" in released.listing() and released.drive_ids()["mocov2-k8192-run3"] in released.listing()
+
+
+def test_other_paths_are_left_as_they_are():
+    assert released.local_path("ckpts/a.pth.tar") == "ckpts/a.pth.tar" and released.local_path("") == ""
+
+
+def test_without_gdown_the_link_and_the_place_are_told(cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    with pytest.raises(BadInput) as error:
+        released.local_path("released:patch-k16384-a2-run1")
+    assert released.drive_ids()["patch-k16384-a2-run1"] in str(error.value)
+    assert str(cache / "patch-k16384-a2-run1.pth.tar") in str(error.value)
+    with pytest.raises(BadInput, match="no such checkpoint; there are mocov2-k16384-run1"):
+        released.local_path("released:patch")
+
+
+def test_a_download_is_kept(cache, monkeypatch):
+    asked = []
+
+    def download(id, output):
+        asked.append(id)
+        with open(output, "wb") as file:
+            file.write(b"weights")
+        return output
+    monkeypatch.setitem(sys.modules, "gdown", types.SimpleNamespace(download=download))
+    for _ in range(2):
+        path = released.local_path("released:texture-k16384-a2-run2")
+    assert asked == [released.drive_ids()["texture-k16384-a2-run2"]]
+    assert path == str(cache / "texture-k16384-a2-run2.pth.tar") and open(path, "rb").read() == b"weights"
+
+
+def test_a_failed_download_leaves_nothing_and_says_what_to_do(cache, monkeypatch):
+    def download(id, output):
+        raise OSError("quota exceeded")
+    monkeypatch.setitem(sys.modules, "gdown", types.SimpleNamespace(download=download))
+    with pytest.raises(BadInput, match="quota exceeded.*drive.google.com"):
+        released.local_path("released:mocov2-k8192-run1")
+    assert not list(cache.glob("*.tar"))

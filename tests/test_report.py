@@ -1,0 +1,106 @@
+"""The report of an evaluation: what its table, comparison and JSON say of results that are known."""
+
+import json
+import statistics
+
+import pytest
+
+from moco import report
+from moco.options import BadInput
+from moco.robustness import STANDARD, Cell
+
+WNIDS = ["n01", "n02"]
+
+
+def result(top1, **more):
+    return {"top1": top1, "top1_shared_classes": top1 + 1, "n": 4, "classes": {}} | more
+
+
+def make(tmp_path, rows, cells, limit=None, outputs=2):
+    """A report on {name: number of runs}; cells: {key: top-1 of each run, or results}."""
+    files = {name: [str(tmp_path / f"{name}{i}.pth") for i in range(runs)] for name, runs in rows.items()}
+    for path in (path for paths in files.values() for path in paths):
+        with open(path, "w") as file:
+            file.write(path)
+    made = report.new(files, WNIDS, 28, limit, outputs)
+    for key, values in cells.items():
+        report.add(made, Cell(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]),
+                   [value if isinstance(value, dict) else result(value) for value in values], 28, WNIDS)
+    return made
+
+
+def test_rows_are_the_mean_and_sample_std_of_their_runs(tmp_path):
+    made = make(tmp_path, {"a": 3, "b": 1}, {"val": [70.0, 71.0, 75.0, 60.0], "sketch": [1.0, 2.0, 3.0, 4.0]})
+    assert report.table(made).splitlines() == [
+        "| model | val | Sketch |", "|---|---|---|",
+        f"| a | 72.00±{statistics.stdev([70, 71, 75]):.2f} | 2.00±1.00 |", "| b | 60.00 | 4.00 |"]
+    assert report.differences(made) == ["b against a: val -12.00, Sketch +2.00"]
+
+
+def test_columns_are_in_the_published_order_and_the_others_follow(tmp_path):
+    bias = result(5.0, shape_bias=30.0)
+    cells = {"stylized": [bias], "rendition": [8.0], f"corruption/{STANDARD[0]}/1": [7.0], "corruption/spatter/1": [50.0], "val": [9.0]}
+    made = make(tmp_path, {"a": 1}, cells)
+    assert list(report.figures(made, 0).items()) == [
+        ("val", 9.0), ("Corruption", 7.0), ("Stylized", 5.0), ("Rendition", 8.0), ("Rendition, shared classes", 9.0),
+        ("Corruption, extra four", 50.0), ("Shape bias", 30.0)]
+
+
+def test_a_partial_corruption_mean_says_so(tmp_path):
+    some = {f"corruption/{name}/{severity}": [50.0] for name in STANDARD for severity in range(1, 6)}
+    assert "partial" not in report.table(make(tmp_path, {"a": 1}, some)) + str(report.notes(make(tmp_path, {"a": 1}, some)))
+    del some["corruption/fog/3"]
+    made = make(tmp_path, {"a": 1}, some)
+    assert "Corruption (partial)" in report.table(made)
+    (note,) = report.notes(made)
+    assert "1 of 75 cells are missing (fog/3" in note and "296 images, CenterCrop(28), 74 cells" in note
+
+
+def test_notes_tell_preprocessing_and_a_quick_look(tmp_path):
+    notes = report.notes(make(tmp_path, {"a": 1}, {"val": [5.0]}, limit=2))
+    assert notes == ["val: 4 images, Resize(32), CenterCrop(28)", "a quick look: only the first 2 images of each class were tested"]
+
+
+def test_comparison_is_in_the_papers_standard_deviations(tmp_path):
+    made = make(tmp_path, {"patch-k16384-a2": 1}, {"val": [79.47], "sketch": [30.88]})
+    rows = report.comparison(made).splitlines()
+    assert rows[3] == "| patch-k16384-a2, paper | 79.35±0.12 | 31.76±0.88 |"
+    assert rows[4] == "| difference in the paper's std | +1.0 | -1.0 |"
+    with pytest.raises(BadInput, match="mine is no row of the paper's table.*patch-k8192-a2"):
+        report.check_published(["patch-k16384-a3", "mine"])
+
+
+def test_published_figures_are_those_of_the_readme():
+    readme = (report.PUBLISHED.parents[2] / "README.md").read_text()
+    for row in report.published().values():
+        cells = [row["model"], row["moco_k"], row["alpha"] or "–", *("{:.2f}±{:.2f}".format(*row[suite]) for suite in report.TITLES)]
+        assert f"| {' | '.join(cells)} |" in readme
+
+
+def test_an_interrupted_report_is_continued_and_another_is_not(tmp_path):
+    path = tmp_path / "r.json"
+    whole = make(tmp_path, {"a": 1}, {"val": [5.0], "sketch": [6.0]})
+    report.save(path, whole)
+    cells = [Cell(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]) for key in ("val", "sketch", "rendition")]
+
+    def continued(cells=cells, **settings):
+        fresh = make(tmp_path, {"a": 1}, {}, **settings)
+        report.continue_from(path, fresh, cells)
+        return fresh["cells"]
+    assert continued() == json.loads(json.dumps(whole["cells"]))
+    assert continued(limit=1) == {} == continued(outputs=3)           # other settings
+    assert continued([cells[0]._replace(folder="/elsewhere")]) == {} == continued([cells[0]._replace(labels=[0])])
+    (tmp_path / "a0.pth").write_text("trained on")
+    changed = report.new({"a": [str(tmp_path / "a0.pth")]}, WNIDS, 28, None, 2)
+    report.continue_from(path, changed, cells)
+    assert changed["cells"] == {}                                     # another checkpoint of the same name
+    path.write_text("half a fi")
+    assert continued() == {}
+    report.continue_from(tmp_path / "nowhere.json", changed, cells)
+
+
+def test_plot_draws_every_corruption(tmp_path):
+    pytest.importorskip("matplotlib")
+    cells = {f"corruption/{name}/{severity}": [90 - 10.0 * severity, 80.0, 50.0] for name in STANDARD[:7] for severity in (1, 5)}
+    report.plot(make(tmp_path, {"a": 2, "b": 1}, cells), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
