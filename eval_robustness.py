@@ -132,7 +132,7 @@ def evaluate(place, args, rows, models, wnids, image_size, cells):
     with tqdm(total=images, unit="image", disable=not distributed.is_main(),
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
         for cell in todo:
-            bar.set_description(cell.key)
+            bar.set_description(cell.key, refresh=False)
             scores = robustness.score(cell, models, wnids, image_size, args.batch_size, workers, place, bar.update)
             report.add(result, cell, scores, image_size, wnids)
             if distributed.is_main():

@@ -5,6 +5,7 @@
 #   QUICKSTART_OUT=DIR   where everything goes (default quickstart_out)
 set -euo pipefail
 cd "$(dirname "$0")"
+export OMP_NUM_THREADS=1    # with another number of threads sums round differently, and a seed is another run
 out=${QUICKSTART_OUT:-quickstart_out}
 seeds=$(seq 0 $((${QUICKSTART_SEEDS:-1} - 1)))
 data=$out/shapes

@@ -23,7 +23,7 @@ class OptionParser(argparse.ArgumentParser):
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default == "":
+        if action.default is None or action.default is False or action.default in ("", []):
             return action.help
         if isinstance(action.default, (list, tuple)):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"

@@ -114,12 +114,15 @@ def main():
                 # Outside of the splits: a reader of those would take a folder that is growing for a class.
                 jobs.append((args.imagenet_path / split / wnid, target, args.imagenet100_path / ".partial" / split / wnid))
     broken = []
-    if args.resize:
-        for left_out in files.in_processes(functools.partial(take_smaller, side=args.resize), jobs, args.workers, "class"):
-            broken += left_out
-    else:
-        for job in jobs:
-            take(*job, args.mode)
+    try:
+        if args.resize:
+            for left_out in files.in_processes(functools.partial(take_smaller, side=args.resize), jobs, args.workers, "class"):
+                broken += left_out
+        else:
+            for job in jobs:
+                take(*job, args.mode)
+    except OSError as error:                                          # a full disk, or a hard link to another one
+        sys.exit(f"{error}; start again to go on from here, with another --mode if that is the reason")
     shutil.rmtree(args.imagenet100_path / ".partial", ignore_errors=True)
     print(f"{len(jobs)} class folders made, {2 * len(wnids) - len(jobs)} were there already")
     for split, usual in SPLITS.items():

@@ -165,15 +165,20 @@ def main():
         return print(f"wrote {args.preview}")
     part, parts = args.shard
     photos = photos[part - 1::parts]
-    for folder in {texture_path(args.imagenet_t_path, photo).parent for photo in photos}:
-        folder.mkdir(parents=True, exist_ok=True)
     jobs = [photo for photo in photos if args.overwrite or not texture_path(args.imagenet_t_path, photo).exists()]
     print(f"{len(photos)} photos, {len(photos) - len(jobs)} of them done; {args.workers} processes", flush=True)
     write = functools.partial(write_texture, destination=args.imagenet_t_path, **how)
-    results = list(files.in_processes(write, jobs, args.workers, "image"))
-    print(f"wrote {sum(reason is None for _, _, reason in results)} textures;"
-          f" {sum(enlarged for _, enlarged, _ in results)} photos below {PATCH} px were enlarged first")
-    return files.report_broken([(photo, reason) for photo, _, reason in results if reason])
+    small, broken = 0, []
+    try:
+        for folder in {texture_path(args.imagenet_t_path, photo).parent for photo in jobs}:
+            folder.mkdir(parents=True, exist_ok=True)
+        for photo, enlarged, reason in files.in_processes(write, jobs, args.workers, "image"):
+            small += enlarged
+            broken += [(photo, reason)] if reason else []
+    except OSError as error:                                          # a full or read-only disk
+        sys.exit(f"{error}; start again to go on from here")
+    print(f"wrote {len(jobs) - len(broken)} textures; {small} photos below {PATCH} px were enlarged first")
+    return files.report_broken(broken)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # the same rounding everywhere, and no spinning where cores are busy
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # of the scripts, too
 
 
 def fill(name, shape):
@@ -56,7 +57,7 @@ def data(tmp_path):
 
 def run_script(*arguments, launcher=(), env=None, check=True, timeout=300):
     """Run a script of the repository as a user would; its CompletedProcess, with stdout and stderr as text."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    environment = {**ENVIRONMENT, **(env or {})}
     command = [sys.executable, *launcher, *map(str, arguments)]
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=timeout)
     if check and result.returncode:

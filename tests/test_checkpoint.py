@@ -58,7 +58,7 @@ class Malicious:
         return os.mkdir, ("ran_code",)
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps([1, 2])], ids=["empty", "text", "pickle"])
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps([1, 2], protocol=2)], ids=["empty", "text", "pickle"])
 def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     (tmp_path / "file.pth.tar").write_bytes(content)
     with pytest.raises(BadInput, match="not a checkpoint"):

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 import torchvision
-from conftest import REPOSITORY, TORCHRUN, run_script, write_folder
+from conftest import ENVIRONMENT, REPOSITORY, TORCHRUN, run_script, write_folder
 from PIL import Image
 
 PRETRAIN, PROBE, EVALUATE = "moco-non-sem-neg.py", "main_lincls.py", "eval_robustness.py"
@@ -145,7 +145,7 @@ def test_torchrun_and_two_nodes_are_the_same_training(data, tmp_path):
     node = [sys.executable, PRETRAIN, *map(str, settings), "--batch-size", "4", "--multiprocessing-distributed",
             "--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{_free_port()}"]
     nodes = [subprocess.Popen([*node, "--rank", str(rank), "--ckpt_path", str(tmp_path / f"node{rank}")], cwd=REPOSITORY,
-                              stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
+                              env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
     outputs = [process.communicate(timeout=300)[0] for process in nodes]
     assert [process.returncode for process in nodes] == [0, 0]
     assert "images per step  8" in outputs[0] and not (tmp_path / "node1").exists()
