@@ -166,6 +166,7 @@ def train(place, args):
     for epoch in range(start_epoch, args.epochs):
         # All randomness of an epoch follows from (seed, epoch, rank): a resumed run goes on as if never stopped.
         distributed.seed_everything(seed, epoch, place.rank)
+        distributed.seed_shuffles(seed, epoch)
         batches.epoch = epoch
         lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
         for group in optimizer.param_groups:

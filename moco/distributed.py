@@ -162,17 +162,33 @@ def shuffle(x):
     """
     if world_size() == 1:
         return x, None
-    order = torch.randperm(world_size() * len(x), device=x.device)
-    dist.broadcast(order, src=0)
-    return gather(x)[order.view(world_size(), -1)[rank()]], order
+    order = torch.randperm(world_size() * len(x), generator=_shuffles)
+    return _deal(x, order), order
 
 
 @torch.no_grad()
 def unshuffle(x, order):
     """Give the rows (N, ...) of a shuffled batch back to the ranks and places they came from."""
-    if order is None:
-        return x
-    return gather(x)[order.argsort().view(world_size(), -1)[rank()]]
+    return x if order is None else _deal(x, order.argsort())
+
+
+_shuffles = torch.Generator()    # on the CPU and alike in all processes: nobody need be told the permutation, or wait
+
+
+def seed_shuffles(*parts):
+    """Seed the permutations of `shuffle`, by the same parts in all processes."""
+    _shuffles.manual_seed(derive_seed(*parts))
+
+
+def _deal(x, order):
+    """This rank's rows (N, ...) of the global batch (world × N, ...) in the given order. Every row travels once."""
+    owner, place = (order // len(x)).view(world_size(), -1), (order % len(x)).view(world_size(), -1)  # by receiving rank
+    mine = owner == rank()
+    sent = x[place[mine].to(x.device)]                               # to rank 0 first, to each in the order it wants
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, owner[rank()].bincount(minlength=world_size()).tolist(), mine.sum(1).tolist())
+    arrival = owner[rank()].argsort(stable=True).argsort()           # from rank 0 first: where each wanted row came in
+    return received[arrival.to(x.device)]
 
 
 def agree(number, device):

@@ -98,12 +98,39 @@ def test_unshuffle_undoes_shuffle_and_shuffle_deals_every_row_once(world, tmp_pa
         assert torch.equal(rank["back"], rank["rows"]) and torch.equal(rank["gathered"], everything)
 
 
+def shuffle_and_count(place):
+    """A shuffle there and back, the same by gathering the global batch, and the bytes that came in from other ranks."""
+    rows = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(place.rank))
+    came_in, exchange = [], dist.all_to_all_single
+
+    def counted(received, sent, receive_counts, send_counts):
+        others = sum(receive_counts) - receive_counts[place.rank]
+        came_in.append(others * received[0].numel() * received.element_size())
+        return exchange(received, sent, receive_counts, send_counts)
+    dist.all_to_all_single = counted
+    distributed.seed_shuffles(1, place.world_size)
+    shuffled, order = distributed.shuffle(rows)
+    everything = distributed.gather(rows)
+    by_gathering = everything[order.chunk(place.world_size)[place.rank]]
+    return {"equal": torch.equal(shuffled, by_gathering), "back": torch.equal(distributed.unshuffle(shuffled, order), rows),
+            "bytes": came_in, "gathered": (everything.numel() - rows.numel()) * rows.element_size()}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shuffling_equals_gathering_and_moves_every_image_once(world, tmp_path):
+    ranks = run_ranks(world, tmp_path, shuffle_and_count)
+    assert all(rank["equal"] and rank["back"] and len(rank["bytes"]) == 2 for rank in ranks)
+    for way in (0, 1):                                                # there and back
+        received, gathered = (sum(values) for values in zip(*((rank["bytes"][way], rank["gathered"]) for rank in ranks)))
+        assert 0 < received <= gathered / world * 1.15                # all ranks together; a row may stay where it is
+
+
 def shuffled_statistics(place):
     """The key of an image whose rank holds a batch unlike the others', with BatchNorm in train mode."""
     torch.manual_seed(0)
     model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=8)
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * torch.arange(1, 9).view(-1, 1, 1, 1)
-    distributed.seed_everything(5)
+    distributed.seed_shuffles(5)
     return model._encode_key(share(images, place))
 
 
@@ -112,8 +139,7 @@ def test_keys_are_normalised_with_the_statistics_of_a_shuffled_batch(tmp_path):
     torch.manual_seed(0)
     model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=8)
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * torch.arange(1, 9).view(-1, 1, 1, 1)
-    distributed.seed_everything(5)
-    order = torch.randperm(8)                                         # what rank 0 drew and sent to rank 1
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(distributed.derive_seed(5)))  # both ranks'
     expected = torch.empty_like(keys)
     for half in order.chunk(2):
         expected[half] = F.normalize(model.encoder_k(images[half]), dim=1).detach()
