@@ -13,7 +13,7 @@ import numpy as np
 
 BLOCK, OVERLAP = 40, 8      # px: the side of a block, and what neighbours share of it; both multiples of 4
 STEP = BLOCK - OVERLAP
-BALANCE = 2.0               # what an earlier use of all of a block's pixels costs; a good overlap's error costs 1
+BALANCE = 1.0               # what one earlier use of a block's pixels costs, or of its colours
 LEAD = 4                    # blocks that a patch may be ahead of another
 APART = 4                   # px that a block keeps from being the mere continuation of a neighbour
 REACH = 16                  # px over which a step at a cut is levelled out
@@ -40,6 +40,8 @@ def lay_blocks(patches, size, rng):
     norms = [np.einsum("ij,ij->j", samples, samples) for samples in windows]
     shape = count, height - BLOCK + 1, width - BLOCK + 1              # of all positions of a block
     used, counts = np.zeros(shape, np.float32), np.zeros(count, int)
+    bins = (patches >> 5).astype(int).reshape(-1, 3) @ (64, 8, 1)     # the colour of each pixel, one of 512
+    bin_sizes, bin_uses = np.bincount(bins, minlength=512), np.zeros(512)
     blocks = -(-(size - OVERLAP) // STEP)
     sources = np.zeros((blocks * STEP + OVERLAP,) * 2, np.int64)
     places = np.zeros((blocks, blocks, 3), int)                       # patch, top and left of each block
@@ -57,8 +59,10 @@ def lay_blocks(patches, size, rng):
         for exists, strip, cell, samples, norm in zip(neighbours, strips, cells, windows, norms):
             wanted = cell_means(pixels[strip[exists]], cell).reshape(exists.sum(), len(samples))
             error[exists] += norm - 2 * (wanted @ samples) + np.square(wanted).sum(1)[:, None]
+        colour_uses = block_means((bin_uses / np.maximum(bin_sizes, 1))[bins].reshape(patches.shape[:3]))
         for i, (row, column) in enumerate(zip(rows, columns)):
-            cost = cost_of_positions(error[i].reshape(shape), len(samples), used, counts, rng)
+            cost = cost_of_positions(error[i].reshape(shape), len(samples), used + colour_uses, rng)
+            cost[counts - counts.min() >= LEAD] = np.inf
             if column:
                 forbid_near(cost, places[row, column - 1] + (0, 0, STEP))
             if row:
@@ -69,6 +73,7 @@ def lay_blocks(patches, size, rng):
             count_use(used[place[0]], *place[1:])
         patch, top, left = places[rows, columns].T[:, :, None, None]
         block = (patch * height + top + at[:, None]) * width + left + at
+        bin_uses += np.bincount(bins[block].ravel(), minlength=512)
         difference = np.square(pixels[block] - pixels[before]).sum(3)
         keep_left, keep_top = np.split(before_cut(np.concatenate(
             [difference[:, :, :OVERLAP], difference[:, :OVERLAP].transpose(0, 2, 1)])), 2)
@@ -99,16 +104,23 @@ def all_windows(patches, size, cell):
     return windows.reshape(height // h * (width // w) * 3, -1)
 
 
-def cost_of_positions(error, samples, used, counts, rng):
+def block_means(values):
+    """(P, H, W) to the means over the block at each position, (P, rows, columns) float32."""
+    sums = np.pad(values.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
+    sums = sums[:, BLOCK:, BLOCK:] - sums[:, :-BLOCK, BLOCK:] - sums[:, BLOCK:, :-BLOCK] + sums[:, :-BLOCK, :-BLOCK]
+    return (sums / BLOCK ** 2).astype(np.float32)
+
+
+def cost_of_positions(error, samples, uses, rng):
     """What taking a block from each position (P, rows, columns) costs: overlap error, earlier uses, a little chance.
 
     error: squared, summed over `samples` numbers. Its unit is what the best twentieth of the positions reach, or one
-    level a sample, which nobody sees.
+    level a sample, which nobody sees. Its cost levels off: where flat regions fit a thousand times better than what has
+    structure, structure shall still get its turn.
     """
     good = np.partition(error, error.size // 20, axis=None)[error.size // 20]
-    cost = error / max(good, samples) + BALANCE * used + 0.1 * rng.random(error.shape, np.float32)
-    cost[counts - counts.min() >= LEAD] = np.inf
-    return cost
+    error = np.maximum(error, 0) / max(good, samples)
+    return 6 * error / (3 + error) + BALANCE * uses + 0.1 * rng.random(error.shape, np.float32)
 
 
 def forbid_near(cost, place):

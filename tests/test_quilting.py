@@ -69,6 +69,23 @@ def test_same_generator_same_texture_and_another_another(patches):
     assert patches.std() == 0 or not np.array_equal(one, other)
 
 
+def test_what_is_rare_gets_its_turn_though_flat_regions_fit_better():
+    """A light plate whose dark corner fits nothing: quilting by the overlap alone would never leave the plate."""
+    patches = np.random.default_rng(0).integers(198, 202, (2, 96, 96, 3))
+    dark = np.arange(96)[:, None] + np.arange(96) < 60                # a fifth of each patch
+    patches[:, dark] -= 170
+    sources = quilting.lay_blocks(patches.astype(np.uint8), SIZE, np.random.default_rng(0))
+    share = dark.ravel()[sources % 9216].mean()
+    assert 0.5 * dark.mean() < share < 1.5 * dark.mean()
+
+
+def test_means_over_blocks():
+    values = np.random.default_rng(0).random((2, 44, 50))
+    means = quilting.block_means(values)
+    assert means.shape == (2, 5, 11)
+    assert means[1, 3, 7] == pytest.approx(values[1, 3:43, 7:47].mean(), rel=1e-5)
+
+
 @pytest.mark.parametrize("size, shape", [(64, (1, 40, 40, 3)), (100, (3, 50, 71, 3)), (40, (2, 96, 96, 3)), (8, (2, 41, 40, 3))])
 def test_any_size_and_any_number_of_patches(size, shape):
     patches = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
