@@ -74,8 +74,8 @@ def parse_rows(entries):
 
 
 def load_models(rows, args):
-    """All checkpoints' models, and the class list and crop size that they share."""
-    models, shared = [], None
+    """All checkpoints' models and options of pre-training, and the class list and crop size that they share."""
+    models, pretraining, shared = [], [], None
     for path in [path for files in rows.values() for path in files]:
         model, saved = classifier.load_classifier(path)
         these = class_list(path, saved, model.fc.out_features, args), saved.get("image_size", 224)
@@ -85,7 +85,8 @@ def load_models(rows, args):
             raise options.BadInput(f"--pretrained {path}: its classes or crop size are not those of {first};"
                                    " test them in two runs")
         models.append(model)
-    return models, *shared
+        pretraining.append(saved.get("pretraining") or {})
+    return models, pretraining, *shared
 
 
 def class_list(path, saved, width, args):
@@ -117,11 +118,11 @@ def read_classes(path):
         return sorted(file.read().split())
 
 
-def evaluate(place, args, rows, models, wnids, image_size, cells):
+def evaluate(place, args, rows, models, pretraining, wnids, image_size, cells):
     """Score what an earlier run has not; the main process writes the report after each cell. All processes do this."""
     models = [model.to(place.device, memory_format=torch.channels_last) for model in models]
     workers = options.workers_per_process(args.workers, place.local_size)
-    result = report.new(rows, wnids, image_size, args.limit, models[0].fc.out_features)
+    result = report.new(rows, pretraining, wnids, image_size, args.limit, models[0].fc.out_features)
     report.continue_from(args.json, result, cells)
     distributed.barrier()                                             # all have read the file before one writes it
     todo = [cell for cell in cells if cell.key not in result["cells"]]
@@ -161,11 +162,11 @@ def main():
         return print(released.listing())
     rows = parse_rows(args.pretrained)
     check(args, rows)
-    models, wnids, image_size = load_models(rows, args)
+    models, pretraining, wnids, image_size = load_models(rows, args)
     # Listing everything first finds a wrong folder before an hour of evaluation, and gives the bar its length.
     directories = {suite: getattr(args, suite) for suite in robustness.SUITES if getattr(args, suite)}
     cells = robustness.list_cells(directories, wnids, args.limit)
-    distributed.launch(evaluate, (args, rows, models, wnids, image_size, cells), gpu=args.gpu)
+    distributed.launch(evaluate, (args, rows, models, pretraining, wnids, image_size, cells), gpu=args.gpu)
     if args.corruption and robustness.missing_corruptions([cell.key for cell in cells]) and not args.allow_partial:
         sys.exit(1)
 

@@ -181,7 +181,8 @@ def train(place, args):
             print(f"epoch {epoch + 1}/{args.epochs}  {accuracy_line(result)}  best {best_acc1:.2f} %", flush=True)
             state = {"epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.with_prefix(model.state_dict()),
                      "best_acc1": best_acc1, "optimizer": optimizer.state_dict(),
-                     "wnids": classes, "image_size": image_size, "seed": seed}
+                     "wnids": classes, "image_size": image_size, "seed": seed,
+                     "pretraining": pretrained.get("options") or saved.get("pretraining")}
             for kind in ("checkpoint_robust", "model_best")[:1 + best]:
                 checkpoint.save(os.path.join(args.ckpt_path, f"{kind}_{name}.pth.tar"), state)
     distributed.barrier()                                            # no process leaves while rank 0 is still saving

@@ -18,13 +18,18 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def new(rows, wnids, image_size, limit, outputs):
-    """An empty report on {name: files}. All of it but `cells` says what was evaluated, and how."""
+def new(rows, pretraining, wnids, image_size, limit, outputs):
+    """An empty report on {name: files}. All of it but `cells` says what was evaluated, and how.
+
+    pretraining: for each file the options of its pre-training, {} where the file does not say them.
+    """
+    entries = [(name, file) for name, files in rows.items() for file in files]
     return {
         "image_size": image_size, "limit": limit, "outputs": outputs, "wnids": wnids,
         "wnids_sha256": sha256("\n".join(wnids).encode()),
-        "checkpoints": [{"row": name, "file": file, "sha256": sha256(Path(file).read_bytes())}
-                        for name, files in rows.items() for file in files],
+        "checkpoints": [{"row": name, "file": file, "sha256": sha256(Path(file).read_bytes()),
+                         "moco_k": known.get("moco_k"), "alpha": known.get("alpha") if known.get("num_nonsem") else None}
+                        for (name, file), known in zip(entries, pretraining)],
         "cells": {},
     }
 
@@ -96,10 +101,17 @@ def table(report):
     rows = by_row(report)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     titles = [f"{column} (partial)" if column == "Corruption" and missing(report) else column for column in columns]
-    lines = [f"| model | {' | '.join(titles)} |", "|---|" + "---|" * len(titles)]
-    lines += [f"| {name} | {' | '.join(mean_std(row[column]) if column in row else '–' for column in columns)} |"
+    lines = [f"| model | K | alpha | {' | '.join(titles)} |", "|---|---|---|" + "---|" * len(titles)]
+    lines += [f"| {name} | {setting(report, name, 'moco_k')} | {setting(report, name, 'alpha')} |"
+              f" {' | '.join(mean_std(row[column]) if column in row else '–' for column in columns)} |"
               for name, row in rows.items()]
     return "\n".join(lines)
+
+
+def setting(report, row, name):
+    """A pre-training option of a row's runs, as text; "–" where there is none or the files do not say it."""
+    values = {checkpoint[name] for checkpoint in report["checkpoints"] if checkpoint["row"] == row}
+    return ", ".join(f"{value:g}" for value in sorted(values - {None})) or "–"
 
 
 def missing(report):

@@ -92,7 +92,7 @@ def test_the_three_published_commands_and_the_robustness_table(tmp_path):
     report = tmp_path / "table.json"
     table = run_script(EVALUATE, "--pretrained", f"patch={ckpt / 'model_best_0001.pth.tar'}", "--val", data,
                        "--sketch", data / "train", "-j", 1, "--json", report)
-    assert "| model | val | Sketch |" in table.stdout
+    assert "| model | K | alpha | val | Sketch |" in table.stdout and "| patch | 64 | 2 |" in table.stdout
     cells = json.loads(report.read_text())["cells"]
     assert cells["val"]["results"][0]["top1"] == pytest.approx(linear["best_acc1"]) and cells["val"]["n"] == 6
     assert cells["sketch"]["n"] == 16 and cells["sketch"]["results"][0]["classes"]["n02"]["n"] == 8
@@ -333,7 +333,7 @@ def test_an_evaluation_that_was_killed_goes_on_to_the_same_file(linear, tmp_path
         run = evaluation(linear, "--allow-partial", "--json", tmp_path / f"{name}.json")
         assert "2 of 5 cells are done already" in run.stderr
     assert (tmp_path / "half.json").read_text() == (tmp_path / "whole.json").read_text()
-    assert "| mine | 12.50 |" in run.stdout
+    assert "| mine | – | – | 12.50 |" in run.stdout
 
 
 def test_evaluation_by_the_published_files_of_1000_outputs(linear, tmp_path):

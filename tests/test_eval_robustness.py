@@ -50,14 +50,14 @@ def test_every_column_of_a_miniature_equals_the_hand_computed_figure(tmp_path, c
     (tmp_path / "m.pth").write_bytes(b"")
     args = argparse.Namespace(json=str(tmp_path / "r.json"), limit=None, workers=0, batch_size=3, compare=None, plot=None)
     rows = {"right": [str(tmp_path / "m.pth")], "off": [str(tmp_path / "m.pth")]}
-    eval_robustness.evaluate(Place(), args, rows, models, WNIDS, 28, cells)
+    eval_robustness.evaluate(Place(), args, rows, models, [{}, {}], WNIDS, 28, cells)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == ("| model | val | Corruption (partial) | Sketch | Stylized | Rendition | Rendition, shared classes |"
+    assert lines[0] == ("| model | K | alpha | val | Corruption (partial) | Sketch | Stylized | Rendition | Rendition, shared classes |"
                         " Corruption, extra four | Shape bias |")
-    assert lines[2] == "| right | 75.00 | 44.44 | 60.00 | 50.00 | 50.00 | 75.00 | 50.00 | 66.67 |"
+    assert lines[2] == "| right | – | – | 75.00 | 44.44 | 60.00 | 50.00 | 50.00 | 75.00 | 50.00 | 66.67 |"
     # Off by one: right is what was painted as the class before. Val: 1 of 8. Corruption: 0, 2 of 3 and 0. Stylized: no shape,
     # one texture.
-    assert lines[3].startswith("| off | 12.50 | 22.22 | 0.00 | 0.00 |") and lines[3].endswith("| 0.00 | 0.00 |")
+    assert lines[3].startswith("| off | – | – | 12.50 | 22.22 | 0.00 | 0.00 |") and lines[3].endswith("| 0.00 | 0.00 |")
     assert any(line.startswith("Corruption: 8 images, CenterCrop(28), 4 cells; partial, 72 of 75") for line in lines)
     saved = json.loads((tmp_path / "r.json").read_text())
     assert saved["cells"]["val"]["results"][0]["classes"] == {

@@ -22,7 +22,9 @@ def make(tmp_path, rows, cells, limit=None, outputs=2):
     for path in (path for paths in files.values() for path in paths):
         with open(path, "w") as file:
             file.write(path)
-    made = report.new(files, WNIDS, 28, limit, outputs)
+    plain, patch = {"moco_k": 16384, "alpha": 2.0, "num_nonsem": 0}, {"moco_k": 16384, "alpha": 2.0, "num_nonsem": 1}
+    pretraining = [{"plain": plain, "patch": patch}.get(name, {}) for name, paths in files.items() for _ in paths]
+    made = report.new(files, pretraining, WNIDS, 28, limit, outputs)
     for key, values in cells.items():
         report.add(made, Cell(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]),
                    [value if isinstance(value, dict) else result(value) for value in values], 28, WNIDS)
@@ -32,9 +34,14 @@ def make(tmp_path, rows, cells, limit=None, outputs=2):
 def test_rows_are_the_mean_and_sample_std_of_their_runs(tmp_path):
     made = make(tmp_path, {"a": 3, "b": 1}, {"val": [70.0, 71.0, 75.0, 60.0], "sketch": [1.0, 2.0, 3.0, 4.0]})
     assert report.table(made).splitlines() == [
-        "| model | val | Sketch |", "|---|---|---|",
-        f"| a | 72.00±{statistics.stdev([70, 71, 75]):.2f} | 2.00±1.00 |", "| b | 60.00 | 4.00 |"]
+        "| model | K | alpha | val | Sketch |", "|---|---|---|---|---|",
+        f"| a | – | – | 72.00±{statistics.stdev([70, 71, 75]):.2f} | 2.00±1.00 |", "| b | – | – | 60.00 | 4.00 |"]
     assert report.differences(made) == ["b against a: val -12.00, Sketch +2.00"]
+
+
+def test_rows_tell_the_queue_and_alpha_of_their_pretraining(tmp_path):
+    lines = report.table(make(tmp_path, {"plain": 1, "patch": 2}, {"val": [1.0, 2.0, 2.0]})).splitlines()
+    assert lines[2:] == ["| plain | 16384 | – | 1.00 |", "| patch | 16384 | 2 | 2.00±0.00 |"]
 
 
 def test_columns_are_in_the_published_order_and_the_others_follow(tmp_path):
@@ -91,7 +98,7 @@ def test_an_interrupted_report_is_continued_and_another_is_not(tmp_path):
     assert continued(limit=1) == {} == continued(outputs=3)           # other settings
     assert continued([cells[0]._replace(folder="/elsewhere")]) == {} == continued([cells[0]._replace(labels=[0])])
     (tmp_path / "a0.pth").write_text("trained on")
-    changed = report.new({"a": [str(tmp_path / "a0.pth")]}, WNIDS, 28, None, 2)
+    changed = report.new({"a": [str(tmp_path / "a0.pth")]}, [{}], WNIDS, 28, None, 2)
     report.continue_from(path, changed, cells)
     assert changed["cells"] == {}                                     # another checkpoint of the same name
     path.write_text("half a fi")
