@@ -122,7 +122,7 @@ def evaluate(place, args, rows, models, pretraining, wnids, image_size, cells):
     """Score what an earlier run has not; the main process writes the report after each cell. All processes do this."""
     models = [model.to(place.device, memory_format=torch.channels_last) for model in models]
     workers = options.workers_per_process(args.workers, place.local_size)
-    result = report.new(rows, pretraining, wnids, image_size, args.limit, models[0].fc.out_features)
+    result = report.new(rows, pretraining, wnids, image_size, args.limit)
     report.continue_from(args.json, result, cells)
     distributed.barrier()                                             # all have read the file before one writes it
     todo = [cell for cell in cells if cell.key not in result["cells"]]

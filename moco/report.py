@@ -18,14 +18,14 @@ def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
 
-def new(rows, pretraining, wnids, image_size, limit, outputs):
+def new(rows, pretraining, wnids, image_size, limit):
     """An empty report on {name: files}. All of it but `cells` says what was evaluated, and how.
 
     pretraining: for each file the options of its pre-training, {} where the file does not say them.
     """
     entries = [(name, file) for name, files in rows.items() for file in files]
     return {
-        "image_size": image_size, "limit": limit, "outputs": outputs, "wnids": wnids,
+        "image_size": image_size, "limit": limit, "wnids": wnids,
         "wnids_sha256": sha256("\n".join(wnids).encode()),
         "checkpoints": [{"row": name, "file": file, "sha256": sha256(Path(file).read_bytes()),
                          "moco_k": known.get("moco_k"), "alpha": known.get("alpha") if known.get("num_nonsem") else None}
@@ -65,7 +65,7 @@ def figures(report, run):
     """{column: figure} of one checkpoint, by its place among all: the published table's columns, then those beside it."""
     results = {key: cell["results"][run] for key, cell in report["cells"].items()}
     corruption = robustness.corruption_figures(
-        {key: result["top1"] for key, result in results.items() if key.startswith("corruption/")}, report["outputs"])
+        {key: result["top1"] for key, result in results.items() if key.startswith("corruption/")}, len(report["wnids"]))
     table = {}
     for suite, title in TITLES.items():
         if suite in results:

@@ -175,9 +175,9 @@ def missing_corruptions(keys):
     return [f"{name}/{severity}" for name in STANDARD for severity in SEVERITIES if f"corruption/{name}/{severity}" not in keys]
 
 
-def corruption_figures(top1, outputs):
+def corruption_figures(top1, classes):
     """Means of {"corruption/fog/3": top-1, …} of one model, each cell weighing the same: Corruption over the standard
-    corruptions, the four extra ones apart, and, where nothing is missing and the head has 1000 outputs, mCE."""
+    corruptions, the four extra ones apart, and, where nothing is missing and there are 1000 classes, mCE."""
     def cells(names):
         return [value for key, value in top1.items() if key.split("/")[1] in names]
     figures = {}
@@ -185,7 +185,7 @@ def corruption_figures(top1, outputs):
         figures["Corruption"] = statistics.fmean(cells(STANDARD))
     if cells(CORRUPTIONS["extra"]):
         figures["Corruption, extra four"] = statistics.fmean(cells(CORRUPTIONS["extra"]))
-    if outputs == 1000 and not missing_corruptions(top1):
+    if classes == 1000 and not missing_corruptions(top1):
         figures["mCE"] = statistics.fmean(100 * (100 - statistics.fmean(cells([name]))) / error
                                           for name, error in ALEXNET_ERRORS.items())
     return figures

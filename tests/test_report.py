@@ -16,7 +16,7 @@ def result(top1, **more):
     return {"top1": top1, "top1_shared_classes": top1 + 1, "n": 4, "classes": {}} | more
 
 
-def make(tmp_path, rows, cells, limit=None, outputs=2):
+def make(tmp_path, rows, cells, limit=None):
     """A report on {name: number of runs}; cells: {key: top-1 of each run, or results}."""
     files = {name: [str(tmp_path / f"{name}{i}.pth") for i in range(runs)] for name, runs in rows.items()}
     for path in (path for paths in files.values() for path in paths):
@@ -24,7 +24,7 @@ def make(tmp_path, rows, cells, limit=None, outputs=2):
             file.write(path)
     plain, patch = {"moco_k": 16384, "alpha": 2.0, "num_nonsem": 0}, {"moco_k": 16384, "alpha": 2.0, "num_nonsem": 1}
     pretraining = [{"plain": plain, "patch": patch}.get(name, {}) for name, paths in files.items() for _ in paths]
-    made = report.new(files, pretraining, WNIDS, 28, limit, outputs)
+    made = report.new(files, pretraining, WNIDS, 28, limit)
     for key, values in cells.items():
         report.add(made, Cell(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]),
                    [value if isinstance(value, dict) else result(value) for value in values], 28, WNIDS)
@@ -95,10 +95,10 @@ def test_an_interrupted_report_is_continued_and_another_is_not(tmp_path):
         report.continue_from(path, fresh, cells)
         return fresh["cells"]
     assert continued() == json.loads(json.dumps(whole["cells"]))
-    assert continued(limit=1) == {} == continued(outputs=3)           # other settings
+    assert continued(limit=1) == {}                                   # another setting
     assert continued([cells[0]._replace(folder="/elsewhere")]) == {} == continued([cells[0]._replace(labels=[0])])
     (tmp_path / "a0.pth").write_text("trained on")
-    changed = report.new({"a": [str(tmp_path / "a0.pth")]}, [{}], WNIDS, 28, None, 2)
+    changed = report.new({"a": [str(tmp_path / "a0.pth")]}, [{}], WNIDS, 28, None)
     report.continue_from(path, changed, cells)
     assert changed["cells"] == {}                                     # another checkpoint of the same name
     path.write_text("half a fi")

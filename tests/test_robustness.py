@@ -40,11 +40,11 @@ def score(folder, *models, wnids=WNIDS, suite="val", limit=None):
     return robustness.score(cell, models or [Oracle()], wnids, image_size=28, batch_size=3, workers=0, place=Place())
 
 
-def score_corruptions(folder, model, outputs=4):
+def score_corruptions(folder, model):
     """The figures over all cells of an ImageNet-C folder, and the top-1 of each."""
     cells = robustness.list_cells({"corruption": str(folder)}, WNIDS)
     top1 = {cell.key: robustness.score(cell, [model], WNIDS, 28, 3, 0, Place())[0]["top1"] for cell in cells}
-    return robustness.corruption_figures(top1, outputs), top1
+    return robustness.corruption_figures(top1, len(WNIDS)), top1
 
 
 def test_classes_are_matched_by_name_never_by_folder_order(tmp_path):
