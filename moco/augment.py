@@ -1,14 +1,17 @@
 """The augmentation recipes of MoCo v1 and v2, for whole batches, on the device that trains.
 
-Crops come from the loader; here follow colour, blur, flip and normalisation. Each operation equals torchvision's
+Crops come from the loader; here follow flip, colour, blur and normalisation. Each operation equals torchvision's
 functional one for the same parameters, and every image has its own parameters, drawn as torchvision draws them.
-Drawing and applying are apart, so that a texture negative can be given its query's draws.
+Drawing and applying are apart, so that a texture negative can be given its query's draws. Parameters are drawn on the
+host, where looking at them costs nothing: what no image of a batch needs is not computed, and no GPU is waited for.
 """
 
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -32,53 +35,74 @@ V2 = Recipe(0.4, 0.4, 0.4, hue=0.1, jitter_p=0.8, gray_p=0.2, gray_first=False, 
 
 
 class Draws(NamedTuple):
-    """The random parameters of N images, on one device. `order[:, j]` is the j-th of brightness, contrast and
+    """The random parameters of N images, NumPy arrays. `order[:, j]` is the j-th of brightness, contrast and
     saturation to be applied, and hue comes before the `hue_slot`-th of them (3: after all)."""
 
-    factors: torch.Tensor    # N×3
-    order: torch.Tensor      # N×3
-    hue_shift: torch.Tensor  # N
-    hue_slot: torch.Tensor   # N
-    jittered: torch.Tensor   # N, bool
-    gray: torch.Tensor       # N, bool
-    sigma: torch.Tensor      # N, pixels; 0 leaves the image sharp
-    flip: torch.Tensor       # N, bool
+    factors: np.ndarray    # N×3
+    order: np.ndarray      # N×3
+    hue_shift: np.ndarray  # N
+    hue_slot: np.ndarray   # N
+    jittered: np.ndarray   # N, bool
+    gray: np.ndarray       # N, bool
+    sigma: np.ndarray      # N, pixels; 0 leaves the image sharp
+    flip: np.ndarray       # N, bool
 
 
-def draw(recipe, n, device):
-    """Draw the parameters of n images from the device's default generator."""
-    def uniform(low, high, *shape):
-        return torch.rand(n, *shape, device=device) * (high - low) + low
-
-    def chance(p):
-        return torch.rand(n, device=device) < p
+def draw(recipe, n, rng):
+    """Draw the parameters of n images from a NumPy generator."""
+    def uniform(low, high):
+        return rng.uniform(low, high, n).astype(np.float32)
 
     factors = [uniform(max(0, 1 - s), 1 + s) for s in (recipe.brightness, recipe.contrast, recipe.saturation)]
-    sigma = uniform(*recipe.blur_sigma)
     return Draws(
-        factors=torch.stack(factors, dim=1),
-        order=uniform(0, 1, 3).argsort(dim=1),
+        factors=np.stack(factors, axis=1),
+        order=rng.random((n, 3)).argsort(axis=1),
         hue_shift=uniform(-recipe.hue, recipe.hue),
-        hue_slot=torch.randint(4, (n,), device=device),
-        jittered=chance(recipe.jitter_p),
-        gray=chance(recipe.gray_p),
-        sigma=torch.where(chance(recipe.blur_p), sigma, 0),
-        flip=chance(0.5),
+        hue_slot=rng.integers(4, size=n),
+        jittered=rng.random(n) < recipe.jitter_p,
+        gray=rng.random(n) < recipe.gray_p,
+        sigma=uniform(*recipe.blur_sigma) * (rng.random(n) < recipe.blur_p),
+        flip=rng.random(n) < 0.5,
     )
 
 
 def apply(recipe, draws, images):
     """uint8 crops (N, 3, S, S) to normalised float32 images (N, 3, S, S)."""
-    x = images.float() / 255
+    result = torch.empty(images.shape, device=images.device)
+    for part in in_cache(images):
+        result[part] = _apply(recipe, Draws(*(parameter[part] for parameter in draws)), images[part])
+    return result
+
+
+def in_cache(images):
+    """The slices of a batch to be worked on one after the other: all of it on a GPU; on a CPU single images, whose
+    many intermediate results then stay in its cache, which is several times as fast."""
+    step = 1 if images.device.type == "cpu" else max(1, len(images))
+    return [slice(start, start + step) for start in range(0, len(images), step)]
+
+
+def _apply(recipe, draws, images):
+    x = _where(draws.flip, lambda x: x.flip(3), images).float().div_(255)
     if recipe.gray_first:
         x = grayscale(x, draws.gray)
     x = color_jitter(x, draws)
     if not recipe.gray_first:
         x = grayscale(x, draws.gray)
-    if recipe.blur_p:
+    if draws.sigma.any():
         x = gaussian_blur(x, draws.sigma, recipe.blur_sigma[1])
-    x = torch.where(_per_image(draws.flip), x.flip(3), x)
     return normalize(x)
+
+
+def _where(chosen, change, x):
+    """change(x) for the chosen images, a boolean array (N,), and x for the others."""
+    if not chosen.any():
+        return x
+    return change(x) if chosen.all() else torch.where(_per_image(chosen, x), change(x), x)
+
+
+def _per_image(values, x):
+    """Values (N,) of the host as (N, 1, 1, 1) beside x. Not blocking: a copy of so few bytes waits for no GPU."""
+    return torch.as_tensor(values).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
 def normalize(x):
@@ -96,12 +120,12 @@ def color_jitter(x, draws):
     """Brightness, contrast, saturation and hue in each image's own random order, where `draws.jittered`.
 
     A random order of four is a random order of three with the fourth, hue, put in at a random place. So hue, the
-    costly one, runs once for the whole batch; the blends that an image has on the other side of it get factor 1.
+    costly one, runs once for the whole batch, and the three blends before and after it.
     """
-    factors = draws.factors.gather(1, draws.order)
+    factors = np.take_along_axis(draws.factors, draws.order, axis=1)
     for slot in range(3):
         x = _blend(x, draws.order[:, slot], factors[:, slot], where=draws.jittered & (slot < draws.hue_slot))
-    x = torch.where(_per_image(draws.jittered), shift_hue(x, draws.hue_shift), x)
+    x = _where(draws.jittered, lambda x: shift_hue(x, draws.hue_shift), x)
     for slot in range(3):
         x = _blend(x, draws.order[:, slot], factors[:, slot], where=draws.jittered & (slot >= draws.hue_slot))
     return x
@@ -109,58 +133,56 @@ def color_jitter(x, draws):
 
 def _blend(x, operation, factor, where):
     """Brightness, contrast and saturation are one blend, with black, the mean gray or each pixel's gray."""
-    gray = _luma(x)
-    target = _per_image(operation == SATURATION) * gray
-    target += _per_image(operation == CONTRAST) * gray.mean(dim=(2, 3), keepdim=True)
-    return torch.lerp(target, x, _per_image(torch.where(where, factor, 1))).clamp_(0, 1)
+    if not where.any():
+        return x
+    target = torch.zeros((), device=x.device)
+    if (operation[where] != BRIGHTNESS).any():
+        gray = _luma(x)
+        target = _per_image(operation == SATURATION, x) * gray
+        target += _per_image(operation == CONTRAST, x) * gray.mean(dim=(2, 3), keepdim=True)
+    return torch.lerp(target, x, _per_image(np.where(where, factor, 1).astype(np.float32), x)).clamp_(0, 1)
 
 
 def shift_hue(x, shift):
-    """Turn the hue of RGB images (N, 3, H, W) in [0, 1] by shift (N,), in turns of the colour wheel."""
-    r, g, b = x.unbind(1)
-    value, least = x.amax(1), x.amin(1)
-    chroma = value - least
-    divisor = torch.where(chroma == 0, 1, chroma)
-    sextant = torch.where(value == r, (g - b) / divisor,
-                          torch.where(value == g, (b - r) / divisor + 2, (r - g) / divisor + 4))
-    sextant = sextant + 6 * shift.view(-1, 1, 1)
+    """Turn the hue of RGB images (N, 3, H, W) in [0, 1] by shift (N,), in turns of the colour wheel, -0.5 to 0.5."""
+    r, g, b = x.split(1, dim=1)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
+    # A gray pixel has no hue; any will do, since its chroma of 0 multiplies it in the end.
+    sixth = (6 * chroma).clamp_(min=torch.finfo(x.dtype).tiny).reciprocal_()
+    turns = torch.where(value == r, (g - b) * sixth, torch.where(value == g, (b - r) * sixth + 1 / 3, (r - g) * sixth + 2 / 3))
+    turns += _per_image(shift, x)
     # HSV to RGB in closed form: every channel is value minus chroma times a trapezoid of its distance in hue.
-    offset = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)        # red, green, blue
-    distance = (sextant.unsqueeze(1) + offset).remainder(6)
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(distance, 4 - distance).clamp(0, 1)
+    distance = torch.cat([turns + 2, turns + 5 / 3, turns + 4 / 3], dim=1).frac_()  # red, green, blue; none is negative
+    return distance.sub_(0.5).abs_().mul_(-6).add_(2).clamp_(0, 1).mul_(chroma).neg_().add_(value)
 
 
 def grayscale(x, where):
     """Replace the images chosen by `where` (N,) with their gray ones."""
-    return torch.where(_per_image(where), _luma(x), x)
+    return _where(where, lambda x: _luma(x).expand_as(x), x)
 
 
 def gaussian_blur(x, sigma, max_sigma):
     """Blur each image (N, C, S, S) with its own sigma (N,), pixels, reflecting at the borders; 0 changes nothing.
 
-    Equals torchvision's gaussian_blur with a kernel of 2 * ceil(4 * max_sigma) + 1 taps. The blur of a row is a
-    matrix product whose matrix holds the taps along its diagonal, and again mirrored where they leave the image.
+    Equals torchvision's gaussian_blur with a kernel of 2 * ceil(4 * max_sigma) + 1 taps. Rows, then columns, are cut
+    into overlapping windows, and one small matrix with the taps along its diagonals turns every window into the
+    blurred tile at its middle.
     """
     n, channels, size, _ = x.shape
     radius = min(math.ceil(4 * max_sigma), size - 1)
-    taps = torch.arange(radius + 2, device=x.device) / sigma.clamp(min=0.05).view(-1, 1)
-    taps = torch.exp(-0.5 * taps.square())                           # N×(radius + 2); 0.05 px: neighbours weigh 0
-    taps[:, radius + 1] = 0
-    taps /= 2 * taps.sum(dim=1, keepdim=True) - 1
-    i = torch.arange(size, device=x.device).view(-1, 1)
-    j = i.T
-    distance = torch.stack([(i - j).abs(), i + j, 2 * (size - 1) - i - j])  # direct, and over either border
-    distance[1, :, 0] = distance[2, :, size - 1] = radius + 1        # which are not mirrored onto themselves
-    matrix = taps[:, distance.clamp(max=radius + 1)].sum(dim=1).transpose(1, 2)  # N×S×S
+    tile = min(16, size - radius)
+    window = tile + 2 * radius
+    offset = torch.arange(window, device=x.device).view(-1, 1) - radius - torch.arange(tile, device=x.device)
+    matrix = torch.exp(-0.5 * (offset / _per_image(sigma, x).clamp(min=0.05)).square())  # at 0.05 px neighbours weigh 0
+    matrix = (matrix * (offset.abs() <= radius)).view(n, window, tile)
+    matrix /= matrix.sum(dim=1, keepdim=True)
     for _ in range(2):                                                # along the rows, then along the columns
-        x = (x.reshape(n, channels * size, size) @ matrix).view(n, channels, size, size).transpose(2, 3)
+        windows = F.pad(x, (radius, radius + -size % tile, 0, 0), mode="reflect").unfold(3, window, tile)
+        x = (windows.reshape(n, -1, window) @ matrix).view(n, channels, size, -1)[..., :size].transpose(2, 3)
     return x
 
 
 def _luma(x):
-    r, g, b = x.unbind(1)
-    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114).unsqueeze(1)
-
-
-def _per_image(values):
-    return values.view(-1, 1, 1, 1)
+    r, g, b = x.split(1, dim=1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)

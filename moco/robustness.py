@@ -126,13 +126,13 @@ def score(cell, models, wnids, image_size, batch_size, workers, place, on_batch=
     for either cue, the percentage for shape. The same in all processes.
     """
     size = image_size
-    transform = loader.transforms.CenterCrop(size) if cell.suite == "corruption" else loader.test_transform(size)
-    batches = loader.evaluation_loader(loader.Labelled(cell.paths, cell.labels, transform), batch_size, workers, place)
+    view = loader.center_view(size) if cell.suite == "corruption" else loader.test_view(size)
+    batches = loader.evaluation_loader(loader.Labelled(cell.paths, cell.labels, view), batch_size, workers, place)
     present = torch.tensor(sorted(set(cell.labels)), device=place.device)
     decisions = torch.zeros(len(models), 2, len(cell.labels), dtype=torch.long, device=place.device)
     mine = decisions[:, :, place.rank::place.world_size]             # as evaluation_loader deals them
     done = 0
-    for logits, labels in outputs(models, batches, place.device):
+    for logits, labels in outputs(lambda images: [model(images) for model in models], batches, place.device):
         for model, values in enumerate(logits):
             mine[model, :, done:done + len(labels)] = torch.stack(
                 [values.argmax(1), present[values[:, present].argmax(1)]])

@@ -6,6 +6,7 @@ through a whole step. Both refuse .item() and other looks at values; OneDevice r
 
 import contextlib
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,12 @@ CASES = [("patch", 2), ("texture", 1), ("none", 0)]
 
 
 class OneDevice(TorchDispatchMode):
-    """Refuses any operation whose tensors, inputs and outputs, sit on two devices."""
+    """Refuses any operation whose tensors, inputs and outputs, sit on two devices, but copies that wait for nothing."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and kwargs.get("non_blocking"):
+            return result
         devices = {leaf.device.type for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
         if len(devices) > 1:
             raise RuntimeError(f"{function} on {' and '.join(sorted(devices))}")
@@ -38,7 +41,7 @@ def build(device):
 
 def forward(model, device, robust, count, recipe=augment.V2):
     crops = torch.empty(4, 3 if robust == "texture" else 2, 3, 32, 32, dtype=torch.uint8, device=device)
-    views = training_views(crops, recipe, robust, count, (4, 10))
+    views = training_views(crops, recipe, robust, count, (4, 10), np.random.default_rng(0))
     assert all(view.device.type == device and view.dtype == torch.float32 for view in views)
     return model(*views)
 
@@ -75,6 +78,7 @@ FAULTS = {
     "mixed add": lambda x: x + torch.ones(3, device="cpu"),
     "cpu index": lambda x: x[torch.tensor([0, 2], device="cpu")],
     "cpu index_copy": lambda x: x.index_copy(0, torch.tensor([0], device="cpu"), x[:1]),
+    "waiting copy": lambda x: torch.ones(3, device="cpu").to(x.device),
     "item": lambda x: x.sum().item(),
     "boolean index": lambda x: x[x > 0],
     "tensor of python numbers": lambda x: x * torch.tensor([1.0, 2.0, 3.0], device=x.device),

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -21,8 +22,7 @@ def tiles(negative, side):
 
 @pytest.mark.parametrize("side", [1, 7, 8, 13, 20, 39, 40])
 def test_every_tile_is_an_exact_window_of_its_own_image(side):
-    torch.manual_seed(0)
-    negatives = patch_negatives(labelled_pixels(3), side, side, count=2)
+    negatives = patch_negatives(labelled_pixels(3), side, side, np.random.default_rng(0), count=2)
     assert negatives.shape == (3, 2, 3, SIZE, SIZE)
     for i in range(3):
         for negative in negatives[i]:
@@ -41,8 +41,7 @@ def side_of(negative):
 
 
 def test_sides_are_uniform_from_low_to_high_both_included_and_independent():
-    torch.manual_seed(1)
-    negatives = patch_negatives(labelled_pixels(), 5, 8, count=2000)[0]
+    negatives = patch_negatives(labelled_pixels(), 5, 8, np.random.default_rng(1), count=2000)[0]
     sides = torch.tensor([side_of(negative) for negative in negatives])
     shares = sides.bincount(minlength=9)[5:9] / 2000
     assert sides.min() == 5 and sides.max() == 8
@@ -50,16 +49,14 @@ def test_sides_are_uniform_from_low_to_high_both_included_and_independent():
 
 
 def test_images_of_a_batch_draw_their_own_sides():
-    torch.manual_seed(2)
-    sides = [side_of(negative[0]) for negative in patch_negatives(labelled_pixels(200), 5, 8)]
+    sides = [side_of(negative[0]) for negative in patch_negatives(labelled_pixels(200), 5, 8, np.random.default_rng(2))]
     assert set(sides) == {5, 6, 7, 8}
 
 
 def test_positions_are_uniform_up_to_the_last_one():
-    torch.manual_seed(3)
     side = 20
-    corners = torch.cat([torch.stack([tile[:2, 0, 0] for tile in tiles(negative, side)])
-                         for negative in patch_negatives(labelled_pixels(), side, side, count=2000)[0]])
+    negatives = patch_negatives(labelled_pixels(), side, side, np.random.default_rng(3), count=2000)[0]
+    corners = torch.cat([torch.stack([tile[:2, 0, 0] for tile in tiles(negative, side)]) for negative in negatives])
     for axis in range(2):
         counts = corners[:, axis].bincount(minlength=SIZE - side + 1)
         assert len(counts) == SIZE - side + 1
@@ -70,19 +67,19 @@ def test_positions_are_uniform_up_to_the_last_one():
 
 def test_a_patch_as_large_as_the_image_gives_the_image():
     images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(patch_negatives(images, 16, 16)[:, 0], images)
+    assert torch.equal(patch_negatives(images, 16, 16, np.random.default_rng(0))[:, 0], images)
 
 
 @pytest.mark.parametrize("low, high", [(0, 16), (20, 10), (16, SIZE + 1)])
 def test_sides_that_do_not_fit_are_refused(low, high):
     with pytest.raises(ValueError, match="patch sizes"):
-        patch_negatives(labelled_pixels(), low, high)
+        patch_negatives(labelled_pixels(), low, high, np.random.default_rng(0))
 
 
 def test_patch_negatives_come_from_the_augmented_query():
     torch.manual_seed(4)
     crops = torch.randint(256, (4, 2, 3, 32, 32), dtype=torch.uint8)
-    query, key, negatives = training_views(crops, augment.V2, "patch", 2, (4, 8))
+    query, key, negatives = training_views(crops, augment.V2, "patch", 2, (4, 8), np.random.default_rng(4))
     assert negatives.shape == (4, 2, 3, 32, 32)
     for i in range(4):
         of_query = {tuple(pixel) for pixel in query[i].flatten(1).T.tolist()}
@@ -94,13 +91,13 @@ def test_texture_negative_gets_the_draws_of_the_query():
     torch.manual_seed(5)
     crops = torch.randint(256, (16, 3, 3, 32, 32), dtype=torch.uint8)
     crops[:, 2] = crops[:, 0]                                         # then the same draws give the same picture
-    query, key, negatives = training_views(crops, augment.V2, "texture", 1, (4, 8))
+    query, key, negatives = training_views(crops, augment.V2, "texture", 1, (4, 8), np.random.default_rng(5))
     torch.testing.assert_close(negatives[:, 0], query)
 
 
 def test_query_and_key_of_the_same_crop_are_augmented_independently():
     torch.manual_seed(6)
     crops = torch.randint(256, (8, 1, 3, 32, 32), dtype=torch.uint8).expand(-1, 2, -1, -1, -1)
-    query, key, negatives = training_views(crops, augment.V2, "none", 0, (4, 8))
+    query, key, negatives = training_views(crops, augment.V2, "none", 0, (4, 8), np.random.default_rng(6))
     assert negatives.shape == (8, 0, 3, 32, 32)
     assert (query - key).abs().flatten(1).amax(1).gt(0.1).all()

@@ -201,4 +201,4 @@ def test_evaluation_loader_and_scorer_see_the_same_order(tmp_path):
     paint(tmp_path / "n02" / "b.png", 1)
     paint(tmp_path / "n01" / "a.png", 0)
     paths, labels = robustness.list_by_wnid(tmp_path, WNIDS)
-    assert labels == [0, 1] and [label for _, label in loader.Labelled(paths, labels, loader.test_transform(28))] == [0, 1]
+    assert labels == [0, 1] and [label for _, label in loader.Labelled(paths, labels, loader.test_view(28))] == [0, 1]

@@ -37,7 +37,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "a").symlink_to(Path(sys.argv[1]).resolve())
         (cell,) = robustness.list_cells({"val": folder}, ["a", "b"])
-        dataset = loader.Labelled(cell.paths, cell.labels, loader.test_transform(SIZE))
+        dataset = loader.Labelled(cell.paths, cell.labels, loader.test_view(SIZE))
         batches = list(loader.evaluation_loader(dataset, BATCH, 0, Place()))
 
         def score(some):
