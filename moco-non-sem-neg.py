@@ -12,16 +12,17 @@ Two machines; on the other one with --rank 1:
 import math
 import os
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from moco import augment, checkpoint, distributed, knn, loader, metrics, negatives, options, preview
+from moco import augment, checkpoint, distributed, knn, loader, metrics, negatives, options, precision, preview
 from moco.builder import ARCHS, MoCo, build_encoder
 
 SPELLINGS = {"patch": "patch", "nonsem": "patch", "texture": "texture", "texture_syn": "texture", "none": "none"}
 SAVED_OPTIONS = ("moco_dim", "moco_k", "moco_m", "moco_t", "mlp", "aug_plus", "robust", "num_nonsem", "alpha",
-                 "patch_ratio", "image_size", "batch_size", "lr", "epochs", "cos", "schedule")
+                 "patch_ratio", "image_size", "batch_size", "lr", "epochs", "cos", "schedule", "precision")
 
 
 def parse_args():
@@ -50,6 +51,8 @@ def parse_args():
     training = options.add_training_options(parser, epochs=200, batch_size=256, lr=0.03, schedule=[120, 160],
                                             weight_decay=1e-4)
     training.add_argument("--cos", action="store_true", help="half-cosine learning rate instead of --schedule")
+    speed = options.add_precision_options(parser)
+    speed.add_argument("--compile", action="store_true", help="compile the encoders; on a CPU this needs a C++ compiler")
     output = options.add_output_options(parser, "./ckpts/moco")
     output.add_argument("--save-freq", default=10, type=options.positive_int, metavar="N", help="epochs between checkpoints")
     output.add_argument("--knn", action="store_true", help="log the top-1 of weighted 200-nearest-neighbour on val/")
@@ -121,26 +124,34 @@ def train(place, args):
     batch_loader = loader.training_loader(dataset, batches, workers, device)
     recipe = augment.V2 if args.aug_plus else augment.V1
 
-    def views(crops):
+    def views(crops, epoch, step):
+        rng = np.random.default_rng(distributed.derive_seed(seed, epoch, step, place.rank))
         crops = crops.to(device, non_blocking=True)
-        return negatives.training_views(crops, recipe, args.robust, args.num_nonsem, args.patch_ratio)
+        return negatives.training_views(crops, recipe, args.robust, args.num_nonsem, args.patch_ratio, rng)
 
     neighbours = neighbour_loaders(args, batch_size, workers, place) if args.knn else None
 
     if args.preview:
-        distributed.seed_everything(seed)
-        return draw_preview(args.preview, *views(next(iter(batch_loader))[:8]))
+        return draw_preview(args.preview, *views(next(iter(batch_loader))[:8], epoch=0, step=0))
 
     # Model and optimiser. The seed makes all processes start from the same weights and queue.
+    precision.configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
     distributed.seed_everything(seed)
     model = MoCo(lambda num_classes: build_encoder(args.arch, num_classes), args.moco_dim, args.moco_k, args.moco_m,
-                 args.moco_t, args.mlp, args.alpha).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+                 args.moco_t, args.mlp, args.alpha, precision.DTYPES[args.precision])
+    model.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     start_epoch = args.start_epoch
     if saved:
         checkpoint.load_exactly(model, checkpoint.without_prefix(saved["state_dict"]), f"--resume {args.resume}")
-        optimizer.load_state_dict(saved["optimizer"])
+        checkpoint.load_optimizer(optimizer, saved["optimizer"])
+        if saved.get("scaler"):                                      # none from another precision
+            scaler.load_state_dict(saved["scaler"])
         start_epoch = saved["epoch"]
+    if args.compile:
+        model.encoder_q.compile()
+        model.encoder_k.compile()
     stepped = model
     if place.world_size > 1:
         # The queue is the same on all ranks by construction, and batch statistics are each rank's own.
@@ -164,16 +175,16 @@ def train(place, args):
         print(f"from epoch {start_epoch}" + (f", resumed from {args.resume}" if saved else ""), flush=True)
 
     for epoch in range(start_epoch, args.epochs):
-        # All randomness of an epoch follows from (seed, epoch, rank): a resumed run goes on as if never stopped.
-        distributed.seed_everything(seed, epoch, place.rank)
+        # All randomness of an epoch follows from (seed, epoch, step, rank): a resumed run goes on as if never stopped.
         distributed.seed_shuffles(seed, epoch)
         batches.epoch = epoch
         lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        means, progress = train_epoch(stepped, optimizer, batch_loader, views, metrics.Progress(
-            batch_loader, f"epoch {epoch + 1}/{args.epochs}", batches.global_batch, args.print_freq,
-            args.epochs - epoch - 1))
+        progress = metrics.Progress(batch_loader, f"epoch {epoch + 1}/{args.epochs}", batches.global_batch,
+                                    args.print_freq, args.epochs - epoch - 1)
+        numbered = loader.prepared(enumerate(progress), lambda batch: views(batch[1], epoch, batch[0]), device)
+        means = train_epoch(stepped, optimizer, scaler, numbered, progress)
         record = {"epoch": epoch, "lr": lr, **means.read(over_ranks=True), **progress.speed()}
         if neighbours and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
             record["knn_top1"] = knn.accuracy(model.encoder_q, *neighbours, device)
@@ -184,7 +195,8 @@ def train(place, args):
             if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
                 checkpoint.save(os.path.join(args.ckpt_path, f"checkpoint_{epoch:04d}.pth.tar"), {
                     "epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.with_prefix(model.state_dict()),
-                    "optimizer": optimizer.state_dict(), "seed": seed, "image_size": args.image_size,
+                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seed": seed,
+                    "image_size": args.image_size,
                     "options": {name: getattr(args, name) for name in SAVED_OPTIONS}})
     distributed.barrier()                                            # no process leaves while rank 0 is still saving
 
@@ -197,28 +209,28 @@ def neighbour_loaders(args, batch_size, workers, place):
     splits = [loader.list_photos(os.path.join(root, split)) for split in ("train", "val")]
     if splits[0][2] != splits[1][2]:
         return None
-    transform = loader.test_transform(args.image_size)
-    return *[loader.evaluation_loader(loader.Labelled(paths, labels, transform), batch_size, workers, place)
+    view = loader.test_view(args.image_size)
+    return *[loader.evaluation_loader(loader.Labelled(paths, labels, view), batch_size, workers, place)
              for paths, labels, _ in splits], len(splits[0][2])
 
 
-def train_epoch(model, optimizer, batch_loader, views, progress):
-    """One pass over the data; returns the means over its steps and its progress."""
+def train_epoch(model, optimizer, scaler, batches, progress):
+    """One pass over batches of (query, key, negatives); returns the means over its steps."""
     model.train()
     means = metrics.Means()
     unwrapped = getattr(model, "module", model)
-    for crops in progress:
-        query, key, negative = views(crops)
+    for query, key, negative in batches:
         logits, labels = model(query, key, negative)
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         accuracy = metrics.correct_counts(logits, labels, ks=(1,))[0] * (100 / len(labels))
         means.add({"loss": loss, "contrast_acc": accuracy, **unwrapped.similarities})
-        if progress.due():
+        if progress.due():                                           # the one place that waits for the GPU
             progress.report("  ".join(f"{name} {value:.3f}" for name, value in means.read().items()))
-    return means, progress
+    return means
 
 
 def learning_rate(base, epoch, epochs, cosine, schedule):

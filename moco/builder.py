@@ -11,7 +11,7 @@ import torchvision.models
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.models.resnet import BasicBlock
 
-from moco import distributed
+from moco import distributed, precision
 
 
 class ResNet10(nn.Module):
@@ -87,13 +87,13 @@ class MoCo(nn.Module):
 
     base_encoder(num_classes=dim) builds an encoder with a final linear layer `fc`. dim: feature dimension C;
     K: queue length; m: momentum of the key encoder; T: temperature; mlp: two-layer head (MoCo v2);
-    alpha: strength of the non-semantic negatives.
+    alpha: strength of the non-semantic negatives; dtype: what the encoders compute in (see precision.py).
     state_dict: encoder_q.*, encoder_k.*, queue (C, K), queue_ptr (1,).
     """
 
-    def __init__(self, base_encoder, dim=128, K=65536, m=0.999, T=0.07, mlp=False, alpha=1.0):
+    def __init__(self, base_encoder, dim=128, K=65536, m=0.999, T=0.07, mlp=False, alpha=1.0, dtype=torch.float32):
         super().__init__()
-        self.K, self.m, self.T, self.alpha = K, m, T, alpha
+        self.K, self.m, self.T, self.alpha, self.dtype = K, m, T, alpha, dtype
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
         if mlp:
@@ -110,13 +110,20 @@ class MoCo(nn.Module):
     def _update_key_encoder(self):
         self._move_towards(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), None)
 
+    def _features(self, encoder, images):
+        """Unit features (N, C), in the format of the queue whatever the encoder's."""
+        with precision.autocast(images.device, self.dtype):
+            features = encoder(images)
+        return F.normalize(features.to(self.queue.dtype), dim=1)
+
     @torch.no_grad()
     def _encode_key(self, images):
         # Shuffled BN: the key's batch statistics come from other images than the query's,
         # so that they cannot give the positive away.
+        if self.dtype.itemsize == 2:                                 # autocast would cast them next:
+            images = images.to(self.dtype)                           # do it now, and half the bytes travel
         images, order = distributed.shuffle(images)
-        features = F.normalize(self.encoder_k(images), dim=1)
-        return distributed.unshuffle(features, order)
+        return distributed.unshuffle(self._features(self.encoder_k, images), order)
 
     @torch.no_grad()
     def _enqueue(self, keys):
@@ -132,7 +139,7 @@ class MoCo(nn.Module):
         One step of the method: encode, move the key encoder, enqueue the keys.
         Returns logits (N, 1 + K + n) and labels (N,), all 0. `self.similarities` then describes this batch.
         """
-        q = F.normalize(self.encoder_q(im_q), dim=1)                 # N×C
+        q = self._features(self.encoder_q, im_q)                     # N×C
         with torch.no_grad():
             self._update_key_encoder()
             k = self._encode_key(im_k)                               # N×C

@@ -70,6 +70,11 @@ def load_exactly(module, state_dict, source, allowed_missing=()):
     module.load_state_dict(state_dict, strict=False)
 
 
+def load_optimizer(optimizer, saved):
+    """Take the momenta of a saved state, and keep this run's options (weight decay, implementation, …)."""
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def resume_path(resume, folder, pattern):
     """The file to resume from, or '' for a fresh start. 'auto' is the last of the folder's files whose names match
     `pattern`, a regular expression; a longer number comes after a shorter one."""

@@ -184,11 +184,11 @@ def _deal(x, order):
     """This rank's rows (N, ...) of the global batch (world × N, ...) in the given order. Every row travels once."""
     owner, place = (order // len(x)).view(world_size(), -1), (order % len(x)).view(world_size(), -1)  # by receiving rank
     mine = owner == rank()
-    sent = x[place[mine].to(x.device)]                               # to rank 0 first, to each in the order it wants
+    sent = x[place[mine].to(x.device, non_blocking=True)]            # to rank 0 first, to each in the order it wants
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, owner[rank()].bincount(minlength=world_size()).tolist(), mine.sum(1).tolist())
     arrival = owner[rank()].argsort(stable=True).argsort()           # from rank 0 first: where each wanted row came in
-    return received[arrival.to(x.device)]
+    return received[arrival.to(x.device, non_blocking=True)]
 
 
 def agree(number, device):

@@ -29,6 +29,11 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
 
+    def _format_args(self, action, default_metavar):
+        if action.nargs == "+":                                       # "LR [LR ...]" twice takes a line of its own
+            return f"{action.metavar or default_metavar}…"
+        return super()._format_args(action, default_metavar)
+
 
 def run(main):
     """Call main(); what it finds wrong with its input ends in one line on stderr and exit code 2."""
@@ -68,6 +73,14 @@ natural_float = _number(float, lambda v: 0 <= v < float("inf"), "a number of 0 o
 fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
+def positive_float_or_text(text):
+    """For numbers that a path may follow: the script tells them apart."""
+    try:
+        return positive_float(text)
+    except argparse.ArgumentTypeError:
+        return text
+
+
 def add_data_options(parser, workers=32, nargs=None):
     group = parser.add_argument_group("data")
     group.add_argument("data", metavar="DIR", nargs=nargs, help="data set with train/ (and val/), one folder a class")
@@ -85,14 +98,26 @@ def add_training_options(parser, *, epochs, batch_size, lr, schedule, weight_dec
     group.add_argument("--start-epoch", default=0, type=natural_int, metavar="N", help="first epoch, for restarts by hand")
     group.add_argument("-b", "--batch-size", default=batch_size, type=positive_int, metavar="N",
                        help="images a step on this node, over all its GPUs")
-    group.add_argument("--lr", "--learning-rate", dest="lr", default=lr, type=positive_float, metavar="LR",
-                       help="initial learning rate")
+    if isinstance(lr, list):
+        group.add_argument("--lr", "--learning-rate", dest="lr", default=lr, nargs="+", type=positive_float_or_text,
+                           metavar="LR", help="initial learning rate; of several, each trains a head")
+    else:
+        group.add_argument("--lr", "--learning-rate", dest="lr", default=lr, type=positive_float, metavar="LR",
+                           help="initial learning rate")
     group.add_argument("--schedule", default=schedule, nargs="*", type=natural_int, metavar="EPOCH",
                        help="epochs at which the learning rate drops tenfold")
     group.add_argument("--momentum", default=0.9, type=fraction, metavar="M", help="momentum of SGD")
     group.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay, type=natural_float,
                        metavar="W", help="weight decay")
     group.add_argument("--seed", default=None, type=natural_int, metavar="N", help="same seed, same run; default: drawn anew")
+    return group
+
+
+def add_precision_options(parser):
+    group = parser.add_argument_group("speed")
+    group.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), metavar="P",
+                       help="what the encoders compute in: fp32, bf16, fp16")
+    group.add_argument("--strict-fp32", action="store_true", help="fp32 without TF32 on NVIDIA GPUs")
     return group
 
 
