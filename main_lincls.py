@@ -7,10 +7,13 @@ All GPUs of this machine:
     torchrun --nproc-per-node=8 main_lincls.py … DIR
 A linear checkpoint tested, nothing trained:
     python main_lincls.py --evaluate --resume ckpts/RUN/model_best_0199.pth.tar DIR
+Several learning rates at once, on the same features:
+    python main_lincls.py --lr 3 10 30 --pretrained ckpts/RUN/checkpoint_0199.pth.tar --ckpt_path ckpts/RUN DIR
 The backbone alone, for torchvision:
     python main_lincls.py --pretrained ckpts/RUN/checkpoint_0199.pth.tar --export-backbone resnet50.pth
 """
 
+import copy
 import os
 import re
 
@@ -18,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from moco import checkpoint, classifier, distributed, loader, metrics, options, released
+from moco import checkpoint, classifier, distributed, loader, metrics, options, precision, released
 from moco.builder import ARCHS, build_encoder
 
 
@@ -34,10 +37,15 @@ def parse_args():
     model.add_argument("--image-size", default=None, type=options.positive_int, metavar="S",
                        help="side of the crops, pixels; default: the checkpoint's, else 224")
     model.add_argument("-e", "--evaluate", action="store_true", help="test the linear checkpoint of --resume, then exit")
-    options.add_training_options(parser, epochs=100, batch_size=256, lr=30.0, schedule=[30, 40, 50], weight_decay=0.0)
+    options.add_training_options(parser, epochs=100, batch_size=256, lr=[30.0], schedule=[30, 40, 50], weight_decay=0.0)
+    options.add_precision_options(parser)
     options.add_output_options(parser, "./ckpts/moco")
     options.add_launch_options(parser)
     args = parser.parse_args()
+    if args.data is None and isinstance(args.lr[-1], str):            # --lr 10 DIR, as the published script takes it
+        args.data = args.lr.pop()
+    if not args.lr or any(isinstance(lr, str) for lr in args.lr):
+        parser.error(f"argument --lr/--learning-rate: {' '.join(map(str, args.lr))!r} is not one or more numbers above 0")
     if args.data is None and not args.export_backbone:
         parser.error("the following arguments are required: DIR")
     args.resume = checkpoint.resume_path(
@@ -67,12 +75,19 @@ def check(args):
         saved = checkpoint.load(args.resume)
         classifier.check_classes(saved, classes, f"--resume {args.resume}")
         check_arch(args, saved, f"--resume {args.resume}")
+        if not args.evaluate and saved.get("lrs", args.lr[:1]) != args.lr:
+            raise options.BadInput(f"--resume {args.resume}: it was made with --lr {numbers(saved.get('lrs', ['of one number']))},"
+                                   f" this run has --lr {numbers(args.lr)}")
         if not args.evaluate and saved["epoch"] >= args.epochs:
             raise options.BadInput(f"--resume {args.resume}: its {saved['epoch']} epochs are done; use a larger --epochs")
     if args.pretrained:
         pretrained = checkpoint.load(args.pretrained, "--pretrained")
         check_arch(args, pretrained, f"--pretrained {args.pretrained}")
         classifier.build_probe(args.arch, len(classes), pretrained_backbone(args, pretrained))
+
+
+def numbers(values):
+    return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
 def export_backbone(args):
@@ -125,34 +140,45 @@ def train(place, args):
     batch_size = options.per_process(args.batch_size, place.local_size)
     workers = options.workers_per_process(args.workers, place.local_size)
     val_loader = loader.evaluation_loader(
-        loader.Labelled(val_paths, val_labels, loader.test_transform(image_size)), batch_size, workers, place)
+        loader.Labelled(val_paths, val_labels, loader.test_view(image_size)), batch_size, workers, place)
 
-    # Model: only the head learns. A resumed head keeps its own width, 1000 in published files.
+    # Model: only heads learn, one for each learning rate. A resumed head keeps its own width, 1000 in published files.
+    precision.configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
     distributed.seed_everything(seed)
     width = classifier.head_width(saved, args.resume) if saved else len(classes)
-    model = classifier.build_probe(args.arch, width, pretrained_backbone(args, pretrained) if pretrained else {})
-    start_epoch, best_acc1 = args.start_epoch, 0.0
+    backbone = classifier.build_probe(args.arch, width, pretrained_backbone(args, pretrained) if pretrained else {})
+    start_epoch, best_acc1s = args.start_epoch, [0.0] * len(args.lr)
     if saved:
-        checkpoint.load_exactly(model, checkpoint.without_prefix(saved["state_dict"]), f"--resume {args.resume}")
-        start_epoch, best_acc1 = saved["epoch"], float(saved["best_acc1"])
-    frozen = {name: value.clone() for name, value in model.state_dict().items() if name not in classifier.HEAD}
-    model = model.to(device, memory_format=torch.channels_last)
+        checkpoint.load_exactly(backbone, checkpoint.without_prefix(saved["state_dict"]), f"--resume {args.resume}")
+        start_epoch, best_acc1s = saved["epoch"], saved.get("best_acc1s", [float(saved["best_acc1"])])
+    frozen = {name: value.clone() for name, value in backbone.state_dict().items() if name not in classifier.HEAD}
+    heads = classifier.Heads(copy.deepcopy(backbone.fc) for _ in args.lr)
+    if "heads" in saved:
+        heads.load_state_dict(saved["heads"])
+    backbone.fc = torch.nn.Identity()
+    backbone.to(device, memory_format=torch.channels_last).eval()    # batch statistics would adapt it to the labelled data
+    heads.to(device)
+
+    @torch.inference_mode()
+    def features(images):
+        with precision.autocast(device, precision.DTYPES[args.precision]):
+            return backbone(images).float()
 
     if args.evaluate:
-        result = classifier.evaluate(model, val_loader, device)
+        (result,) = classifier.evaluate(lambda images: heads(features(images)), val_loader, device)
         return print(accuracy_line(result), flush=True) if distributed.is_main() else None
 
     train_paths, train_labels, _ = train_split
     batches = loader.ShuffledBatches(len(train_paths), batch_size, seed, place)
     train_loader = loader.training_loader(
-        loader.Labelled(train_paths, train_labels, loader.probe_transform(image_size)), batches, workers, device)
-    optimizer = torch.optim.SGD(model.fc.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay)
+        loader.Labelled(train_paths, train_labels, loader.probe_view(image_size)), batches, workers, device)
+    optimizer = torch.optim.SGD([{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, args.lr)],
+                                momentum=args.momentum, weight_decay=args.weight_decay)
     if saved:
-        optimizer.load_state_dict(saved["optimizer"])
-    stepped = model
+        checkpoint.load_optimizer(optimizer, saved["optimizer"])
+    stepped = heads
     if place.world_size > 1:
-        stepped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                          broadcast_buffers=False)
+        stepped = DistributedDataParallel(heads, device_ids=[device] if device.type == "cuda" else None)
     name = run_name(args.pretrained)
     if distributed.is_main():
         os.makedirs(args.ckpt_path, exist_ok=True)
@@ -164,45 +190,57 @@ def train(place, args):
             print("no --pretrained: the backbone is random, a baseline")
 
     for epoch in range(start_epoch, args.epochs):
-        distributed.seed_everything(seed, epoch, place.rank)
         batches.epoch = epoch
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
-        train_epoch(stepped, optimizer, train_loader, device, metrics.Progress(
+        for group, lr in zip(optimizer.param_groups, args.lr):
+            group["lr"] = lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+        train_epoch(features, stepped, optimizer, train_loader, device, metrics.Progress(
             train_loader, f"epoch {epoch + 1}/{args.epochs}", batches.global_batch, args.print_freq,
             args.epochs - epoch - 1))
-        result = classifier.evaluate(model, val_loader, device)
-        changed = classifier.changed_entries(model, frozen)
+        results = classifier.evaluate(lambda images: heads(features(images)), val_loader, device)
+        changed = classifier.changed_entries(backbone, frozen)
         if changed:
             raise RuntimeError(f"the frozen backbone changed in training: {', '.join(changed[:5])}")
         if distributed.is_main():
-            best = result["acc1"] >= best_acc1
-            best_acc1 = max(result["acc1"], best_acc1)
-            print(f"epoch {epoch + 1}/{args.epochs}  {accuracy_line(result)}  best {best_acc1:.2f} %", flush=True)
-            state = {"epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.with_prefix(model.state_dict()),
-                     "best_acc1": best_acc1, "optimizer": optimizer.state_dict(),
+            acc1s = [result["acc1"] for result in results]
+            winner = acc1s.index(max(acc1s))
+            is_best = acc1s[winner] >= max(best_acc1s)
+            best_acc1s = [max(pair) for pair in zip(acc1s, best_acc1s)]
+            print(f"epoch {epoch + 1}/{args.epochs}  {accuracy_line(results[winner])}  best {max(best_acc1s):.2f} %"
+                  + by_lr(args.lr, acc1s), flush=True)
+            classifier_state = {**backbone.state_dict(), **dict(zip(classifier.HEAD, heads[winner].state_dict().values()))}
+            state = {"epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.with_prefix(classifier_state),
+                     "best_acc1": max(best_acc1s), "optimizer": optimizer.state_dict(),
                      "wnids": classes, "image_size": image_size, "seed": seed,
+                     "lrs": args.lr, "best_acc1s": best_acc1s, "heads": heads.state_dict(),
                      "pretraining": pretrained.get("options") or saved.get("pretraining")}
-            for kind in ("checkpoint_robust", "model_best")[:1 + best]:
+            for kind in ("checkpoint_robust", "model_best")[:1 + is_best]:
                 checkpoint.save(os.path.join(args.ckpt_path, f"{kind}_{name}.pth.tar"), state)
+    if distributed.is_main() and len(args.lr) > 1:
+        print(f"best {max(best_acc1s):.2f} %{by_lr(args.lr, best_acc1s)}", flush=True)
     distributed.barrier()                                            # no process leaves while rank 0 is still saving
 
 
-def train_epoch(model, optimizer, train_loader, device, progress):
-    """One pass over the data, in eval mode: batch statistics would let the backbone adapt to the labelled data."""
-    model.eval()
+def train_epoch(features, heads, optimizer, train_loader, device, progress):
+    """One pass over the data. The loss is the sum over the heads, none of which sees another's gradient."""
     means = metrics.Means()
     for images, labels in progress:
         labels = labels.to(device, non_blocking=True)
-        logits = model(classifier.to_input(images, device))
-        loss = F.cross_entropy(logits, labels)
+        logits = heads(features(classifier.to_input(images, device)).clone())  # a tensor that autograd may keep
+        loss = sum(F.cross_entropy(own, labels) for own in logits)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        top1 = metrics.correct_counts(logits, labels, ks=(1,))[0] * (100 / len(labels))
-        means.add({"loss": loss, "acc1": top1})
+        top1 = torch.stack([metrics.correct_counts(own, labels, ks=(1,))[0] for own in logits]).max() * (100 / len(labels))
+        means.add({"loss": loss / len(logits), "acc1": top1})
         if progress.due():
             progress.report("  ".join(f"{name} {value:.3f}" for name, value in means.read().items()))
+
+
+def by_lr(lrs, accuracies):
+    """Each learning rate with its top-1, where there are several."""
+    if len(lrs) == 1:
+        return ""
+    return "  at " + "  ".join(f"lr {lr:g}: {accuracy:.2f}" for lr, accuracy in zip(lrs, accuracies))
 
 
 def accuracy_line(result):

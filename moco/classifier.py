@@ -25,6 +25,13 @@ def build_probe(arch, classes, backbone):
     return model
 
 
+class Heads(nn.ModuleList):
+    """Linear heads side by side on the same features (N, d): their logits (heads, N, classes)."""
+
+    def forward(self, features):
+        return torch.stack([head(features) for head in self])
+
+
 def head_width(saved, source):
     """How many outputs the head of a linear checkpoint has; BadInput if it has no linear head."""
     state = checkpoint.without_prefix(saved.get("state_dict", {}))
@@ -72,19 +79,18 @@ def to_input(images, device):
 
 
 @torch.inference_mode()
-def outputs(models, batches, device):
-    """Each batch once through every model: yields ([logits (N, classes) of each model], labels (N,)) on the device."""
+def outputs(predict, batches, device):
+    """predict(images) for each batch, normalised and on the device: yields its result and the labels (N,)."""
     for images, labels in batches:
-        images = to_input(images, device)
-        yield [model(images) for model in models], labels.to(device, non_blocking=True)
+        yield predict(to_input(images, device)), labels.to(device, non_blocking=True)
 
 
-def evaluate(model, batches, device):
-    """Exact accuracy over all processes, each image counted once: {"acc1", "acc5"} in percent, and "n"."""
-    model.eval()
-    correct = torch.zeros(3, dtype=torch.long, device=device)
-    for (logits,), labels in outputs([model], batches, device):
-        correct[:2] += metrics.correct_counts(logits, labels)
-        correct[2] += len(labels)
-    top1, top5, n = distributed.all_reduce(correct).tolist()
-    return {"acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "n": n}
+def evaluate(predict, batches, device):
+    """Exact accuracy over all processes, each image counted once, of several classifiers at once: for each one
+    {"acc1", "acc5"} in percent, and "n". predict(images) gives the logits (N, classes) of each."""
+    correct = 0
+    for logits, labels in outputs(predict, batches, device):
+        counts = [metrics.correct_counts(own, labels) for own in logits]
+        correct = correct + torch.stack([torch.cat([count, count.new_tensor([len(labels)])]) for count in counts])
+    return [{"acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "n": n}
+            for top1, top5, n in distributed.all_reduce(correct).tolist()]

@@ -70,9 +70,10 @@ class ByBrightness(torch.nn.Module):
 
 def test_evaluate_counts_every_image_once(tmp_path):
     paths, labels, _ = loader.list_photos(write_folder(tmp_path) / "train")
-    dataset = loader.Labelled(paths, labels, loader.test_transform(16))
+    dataset = loader.Labelled(paths, labels, loader.test_view(16))
     batches = loader.evaluation_loader(dataset, 5, 0, Place())
-    result = classifier.evaluate(ByBrightness(), batches, torch.device("cpu"))
+    model = ByBrightness()
+    (result,) = classifier.evaluate(lambda images: [model(images)], batches, torch.device("cpu"))
     bright = [classifier.to_input(dataset[i][0][None], torch.device("cpu")).mean().item() > 0 for i in range(16)]
     correct = sum(guess == label for guess, label in zip(bright, labels))
     assert result == {"acc1": 100 * correct / 16, "acc5": 100.0, "n": 16}
