@@ -1,0 +1,204 @@
+"""Pre-training against the plain baseline of plain.py: every figure of the README's table of speed.
+
+    python -m tests.benchmarks PHOTOS
+
+PHOTOS: a folder of photos at ImageNet size. Plain and ours take turns; medians over the rounds and their ratio.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from moco import augment, distributed, loader, negatives
+from moco.builder import MoCo, build_encoder
+from moco.distributed import Place
+from moco.precision import DTYPES
+from tests.benchmarks import plain
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BATCH = 16
+
+
+def photos_in(folder):
+    return sorted(str(path) for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+
+
+def plain_input(photos):
+    dataset = plain.Views(photos)
+    for i in range(len(dataset)):
+        dataset[i]
+
+
+def our_loader(photos):
+    dataset = loader.ViewPairs(photos, plain.SIZE)
+    return [dataset[i, i] for i in range(len(dataset))]
+
+
+def our_input(photos):
+    rng = np.random.default_rng(0)
+    dataset = loader.ViewPairs(photos, plain.SIZE)
+    for start in range(0, len(photos), BATCH):
+        crops = torch.stack([dataset[i, i] for i in range(start, min(start + BATCH, len(photos)))])
+        negatives.training_views(crops, augment.V2, "patch", 1, plain.PATCH_SIDES, rng)
+
+
+def peak_memory(function, photos):
+    """MB that a fresh process with one thread takes at most while it runs function(photos)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (function, photos))
+
+
+def _peak_memory(function, photos):
+    torch.set_num_threads(1)
+    function(photos)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class OurStep:
+    """One training step of moco-non-sem-neg.py."""
+
+    def __init__(self, arch, precision):
+        self.model = MoCo(lambda num_classes: build_encoder(arch, num_classes), K=plain.K, T=plain.T, mlp=True,
+                          alpha=plain.ALPHA, dtype=DTYPES[precision]).to(memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=True)
+
+    def step(self, query, key, negative):
+        logits, labels = self.model(query, key, negative.unsqueeze(1))
+        self.optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        self.optimizer.step()
+
+    def step_without_encoders(self):
+        """The rest of it: features are given, gradients of the weights are those of the last step."""
+        features = F.normalize(torch.randn(BATCH, 128), dim=1).requires_grad_()
+        images = torch.empty(BATCH, 3, 1, 1)
+        self.model._features = lambda encoder, images: features
+        try:
+            logits, labels = self.model(images, images, images.unsqueeze(1))
+        finally:
+            del self.model._features
+        F.cross_entropy(logits, labels).backward()
+        self.optimizer.step()
+
+
+def seconds(function, *arguments):
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def medians(rounds, **functions):
+    """{name: median seconds}; the functions take turns, and the first turn warms up."""
+    times = [{name: seconds(function) for name, function in functions.items()} for _ in range(rounds + 1)][1:]
+    return {name: statistics.median(turn[name] for turn in times) for name in functions}
+
+
+def shuffled_bytes(world=4):
+    """Bytes that reach a rank, on average, for the key images of a step: plain's gathering, ours in fp32 and bf16."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_count_bytes, (world, folder), nprocs=world)
+        counts = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(world)]
+    return [sum(values) / world for values in zip(*counts)]
+
+
+def _count_bytes(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", world_size=world, rank=rank)
+    exchange, received = dist.all_to_all_single, 0
+
+    def counted(output, sent, receive_counts, send_counts):
+        nonlocal received
+        received += (sum(receive_counts) - receive_counts[rank]) * output[0].numel() * output.element_size()
+        return exchange(output, sent, receive_counts, send_counts)
+    dist.all_to_all_single = counted
+    images = torch.randn(BATCH, 3, plain.SIZE, plain.SIZE)
+    counts = [distributed.gather(images).numel() * 4 - images.numel() * 4]
+    for dtype in (torch.float32, torch.bfloat16):
+        received = 0
+        for step in range(10):
+            distributed.seed_shuffles(step)
+            distributed.shuffle(images.to(dtype))
+        counts.append(received / 10)
+    Path(folder, str(rank)).write_text(json.dumps(counts))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def end_to_end(photos, workers=2, rounds=3):
+    """Images a second of the scripts, each in a process of its own: {name: median}."""
+    speeds = {"plain": [], "fp32": [], "bf16": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for copy in range(4):
+            Path(folder, "train").mkdir(exist_ok=True)
+            Path(folder, "train", f"n{copy}").symlink_to(Path(photos).resolve())
+
+        def run(*command):
+            return subprocess.run([sys.executable, *map(str, command)], cwd=REPOSITORY, check=True, capture_output=True,
+                                  text=True).stdout
+        for turn in range(rounds):
+            speeds["plain"].append(float(run("tests/benchmarks/plain.py", "resnet18", BATCH, workers, 2, folder)))
+            for precision in ("fp32", "bf16"):
+                out = Path(folder, f"{precision}-{turn}")
+                run("moco-non-sem-neg.py", "-a", "resnet18", "-b", BATCH, "-j", workers, "--epochs", 2, "--mlp", "--aug-plus",
+                    "--moco-t", plain.T, "--alpha", plain.ALPHA, "--patch-ratio", *plain.PATCH_SIDES, "--precision", precision,
+                    "--ckpt_path", out, folder)
+                speeds[precision].append(json.loads((out / "log.jsonl").read_text().splitlines()[-1])["images_per_s"])
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
+def row(what, plain_figure, our_figure, ratio):
+    print(f"| {what} | {plain_figure} | {our_figure} | {ratio} |", flush=True)
+
+
+def main():
+    photos = photos_in(sys.argv[1])
+    cores = len(os.sched_getaffinity(0))
+    print(f"{len(photos)} photos, {plain.SIZE} px, patch negatives, {cores} cores, torch {torch.__version__}\n")
+    print("| | plain | here | ratio |\n|---|---|---|---|")
+
+    torch.set_num_threads(1)
+    times = medians(5, plain=lambda: plain_input(photos), loader=lambda: our_loader(photos), input=lambda: our_input(photos))
+    each = {name: 1000 * value / len(photos) for name, value in times.items()}
+    row("a loading process, ms an image", f"{each['plain']:.1f}", f"{each['loader']:.2f}",
+        f"{each['plain'] / each['loader']:.1f}")
+    row("whole input path on one core, ms an image", f"{each['plain']:.1f}", f"{each['input']:.2f}",
+        f"{each['plain'] / each['input']:.2f}")
+    for what, function in (("a loading process", our_loader), ("the input path's process", our_input)):
+        theirs, ours = peak_memory(plain_input, photos), peak_memory(function, photos)
+        row(f"peak memory of {what}, MB", f"{theirs:.0f}", f"{ours:.0f}", f"{theirs / ours:.2f}")
+
+    torch.set_num_threads(cores)
+    batch = [torch.randn(BATCH, 3, plain.SIZE, plain.SIZE) for _ in range(3)]
+    trainer, fp32, bf16 = plain.Trainer("resnet50"), OurStep("resnet50", "fp32"), OurStep("resnet50", "bf16")
+    times = medians(5, plain=lambda: trainer.step(*batch), fp32=lambda: fp32.step(*batch), bf16=lambda: bf16.step(*batch),
+                    rest=bf16.step_without_encoders)
+    for precision in ("fp32", "bf16"):
+        row(f"training step, ResNet-50, {BATCH} images, K {plain.K}, {precision}, s", f"{times['plain']:.2f}",
+            f"{times[precision]:.2f}", f"{times['plain'] / times[precision]:.2f}")
+    row("of the bf16 step, what is not an encoder pass", "", f"{times['rest'] / times['bf16']:.1%}", "")
+    del trainer, fp32, bf16
+
+    gathered, *dealt = shuffled_bytes()
+    for name, received in zip(("fp32", "bf16"), dealt):
+        row(f"shuffling over 4 ranks, {name}, MB received by a rank", f"{gathered / 2**20:.1f}", f"{received / 2**20:.2f}",
+            f"{gathered / received:.1f}")
+
+    speeds = end_to_end(sys.argv[1])
+    for precision in ("fp32", "bf16"):
+        row(f"the script, ResNet-18, -j 2, {precision}, images/s", f"{speeds['plain']:.1f}", f"{speeds[precision]:.1f}",
+            f"{speeds[precision] / speeds['plain']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
