@@ -141,6 +141,9 @@ def train(place, args):
                  args.moco_t, args.mlp, args.alpha, precision.DTYPES[args.precision])
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
+    for weight in model.encoder_q.parameters():
+        # Left to itself, a fused first step that the scaler skips leaves them as whatever the memory held.
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     start_epoch = args.start_epoch
     if saved:

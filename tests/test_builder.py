@@ -3,12 +3,16 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import shapes
 import torch
 import torch.nn.functional as F
 from conftest import fill, fill_encoder
 
+from moco import augment
 from moco.builder import ARCHS, MoCo, build_encoder, contrastive_logits, similarities
+from moco.negatives import training_views
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "moco_reference.json").read_text())
 
@@ -219,3 +223,32 @@ def test_every_family_of_encoders_ends_in_fc_of_the_asked_width(arch):
     encoder = build_encoder(arch, 7)
     assert encoder.fc.out_features == 7
     assert encoder(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
+def loss_curve(dtype, steps=200, batch=16):
+    """Losses of training on generated photos, one class each in turn, with augmentation and patch negatives."""
+    torch.manual_seed(0)
+    model = build("resnet10", dim=32, K=256, m=0.99, T=0.2, mlp=True, alpha=2, dtype=dtype)
+    optimizer = torch.optim.SGD(model.parameters(), 0.06, momentum=0.9, weight_decay=1e-4)
+    photos = [image for label in range(10) for number in range(8)
+              for image in shapes.images(0, "train", label, number).values()]
+    photos = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2)[:, :, 4:-4, 4:-4]
+    losses = []
+    for step in range(steps):
+        rng = np.random.default_rng(step)
+        chosen = photos[rng.choice(len(photos), batch, replace=False)]
+        logits, labels = model(*training_views(torch.stack([chosen, chosen], 1), augment.V2, "patch", 1, (4, 18), rng))
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return np.array(losses)
+
+
+def test_bf16_follows_the_loss_curve_of_fp32():
+    full, half = loss_curve(torch.float32), loss_curve(torch.bfloat16)
+    assert full[-20:].mean() < 0.97 * full[:20].mean()                # it learns
+    assert not np.array_equal(full, half)
+    smooth = [losses.reshape(-1, 20).mean(1) for losses in (full, half)]
+    np.testing.assert_allclose(smooth[1], smooth[0], rtol=0.01)

@@ -125,6 +125,33 @@ def test_a_resumed_probe_equals_an_uninterrupted_one(data, tmp_path):
     assert same(weights(tmp_path / "whole" / name), weights(tmp_path / "cut" / name))
 
 
+def test_heads_side_by_side_learn_what_each_learns_alone(data, tmp_path):
+    settings = ["-a", "resnet10", "--image-size", 32, "--batch-size", 8, "-j", 1, "--seed", 1]
+    run_script(PROBE, *settings, "--epochs", 2, "--ckpt_path", tmp_path / "alone", "--lr", 0.1, data)
+    run = run_script(PROBE, *settings, "--epochs", 1, "--ckpt_path", tmp_path / "three", "--lr", 0.01, 0.1, 1, data)
+    assert "lr 0.01: " in run.stdout.splitlines()[-1] and "lr 1: " in run.stdout.splitlines()[-1]
+    resumed = [PROBE, *settings, "--epochs", 2, "--ckpt_path", tmp_path / "three", "--resume", "auto"]
+    run_script(*resumed, "--lr", 0.01, 0.1, 1, data)
+    name = "checkpoint_robust_random.pth.tar"
+    alone, three = (torch.load(tmp_path / run / name, weights_only=True) for run in ("alone", "three"))
+    assert torch.equal(three["heads"]["1.weight"], alone["heads"]["0.weight"])
+    winners = [three["state_dict"]["module.fc.weight"].equal(three["heads"][f"{i}.weight"]) for i in range(3)]
+    assert sum(winners) == 1 and three["best_acc1s"][1] == alone["best_acc1"]
+    assert "made with --lr 0.01 0.1 1" in refused(*resumed, "--epochs", 3, "--lr", 0.1, data)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_two_byte_encoders_train_and_resume(data, tmp_path, precision):
+    settings = [PRETRAIN, *SMALL, "--precision", precision, "--save-freq", 1, "--ckpt_path", tmp_path, data]
+    run_script(*settings, "--epochs", 2)
+    whole = torch.load(tmp_path / "checkpoint_0001.pth.tar", weights_only=True)
+    assert bool(whole["scaler"]) == (precision == "fp16")
+    assert all(value.dtype in (torch.float32, torch.int64) for value in whole["state_dict"].values())
+    (tmp_path / "checkpoint_0001.pth.tar").unlink()
+    run_script(*settings, "--epochs", 2, "--resume", "auto")
+    assert same(whole["state_dict"], weights(tmp_path / "checkpoint_0001.pth.tar"))
+
+
 def test_same_seed_is_the_same_run_with_any_number_of_workers_and_another_seed_is_not(data, tmp_path):
     for name, workers, seed in (("none", 0, 1), ("two", 2, 1), ("other", 1, 2)):
         settings = [*SMALL[:-2], "--seed", seed, "-j", workers, "--epochs", 1]

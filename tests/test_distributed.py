@@ -125,6 +125,25 @@ def test_shuffling_equals_gathering_and_moves_every_image_once(world, tmp_path):
         assert 0 < received <= gathered / world * 1.15                # all ranks together; a row may stay where it is
 
 
+def key_bytes(place):
+    """The bytes of the images that reach this rank when keys are encoded, in fp32 and in bf16."""
+    images, came_in, exchange = torch.randn(8, 3, 32, 32), [], dist.all_to_all_single
+
+    def counted(received, *rest):
+        came_in.append(received.numel() * received.element_size())
+        return exchange(received, *rest)
+    dist.all_to_all_single = counted
+    for dtype in (torch.float32, torch.bfloat16):
+        model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=8, dtype=dtype)
+        assert model._encode_key(images).dtype == torch.float32
+    return came_in[::2]                                               # the others are features on their way back
+
+
+def test_images_for_a_two_byte_encoder_travel_as_two_bytes(tmp_path):
+    for full, half in run_ranks(2, tmp_path, key_bytes):
+        assert full == 8 * 3 * 32 * 32 * 4 and half == full / 2
+
+
 def shuffled_statistics(place):
     """The key of an image whose rank holds a batch unlike the others', with BatchNorm in train mode."""
     torch.manual_seed(0)

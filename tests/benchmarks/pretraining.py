@@ -1,6 +1,6 @@
 """Pre-training against the plain baseline of plain.py: every figure of the README's table of speed.
 
-    python -m tests.benchmarks PHOTOS
+    python -m tests.benchmarks.pretraining PHOTOS
 
 PHOTOS: a folder of photos at ImageNet size. Plain and ours take turns; medians over the rounds and their ratio.
 """
@@ -8,7 +8,6 @@ PHOTOS: a folder of photos at ImageNet size. Plain and ours take turns; medians 
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 
 from moco import augment, distributed, loader, negatives
 from moco.builder import MoCo, build_encoder
@@ -35,22 +35,25 @@ def photos_in(folder):
     return sorted(str(path) for path in Path(folder).iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
 
 
+def in_batches(dataset, keys):
+    """Batches of a dataset, as a loading process makes them."""
+    for start in range(0, len(keys), BATCH):
+        yield default_collate([dataset[key] for key in keys[start:start + BATCH]])
+
+
 def plain_input(photos):
-    dataset = plain.Views(photos)
-    for i in range(len(dataset)):
-        dataset[i]
+    for _ in in_batches(plain.Views(photos), range(len(photos))):
+        pass
 
 
 def our_loader(photos):
-    dataset = loader.ViewPairs(photos, plain.SIZE)
-    return [dataset[i, i] for i in range(len(dataset))]
+    for _ in in_batches(loader.ViewPairs(photos, plain.SIZE), [(i, i) for i in range(len(photos))]):
+        pass
 
 
 def our_input(photos):
     rng = np.random.default_rng(0)
-    dataset = loader.ViewPairs(photos, plain.SIZE)
-    for start in range(0, len(photos), BATCH):
-        crops = torch.stack([dataset[i, i] for i in range(start, min(start + BATCH, len(photos)))])
+    for crops in in_batches(loader.ViewPairs(photos, plain.SIZE), [(i, i) for i in range(len(photos))]):
         negatives.training_views(crops, augment.V2, "patch", 1, plain.PATCH_SIDES, rng)
 
 
@@ -63,7 +66,9 @@ def peak_memory(function, photos):
 def _peak_memory(function, photos):
     torch.set_num_threads(1)
     function(photos)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage's maximum, which a new process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 class OurStep:
