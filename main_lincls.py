@@ -75,19 +75,15 @@ def check(args):
         saved = checkpoint.load(args.resume)
         classifier.check_classes(saved, classes, f"--resume {args.resume}")
         check_arch(args, saved, f"--resume {args.resume}")
-        if not args.evaluate and saved.get("lrs", args.lr[:1]) != args.lr:
-            raise options.BadInput(f"--resume {args.resume}: it was made with --lr {numbers(saved.get('lrs', ['of one number']))},"
-                                   f" this run has --lr {numbers(args.lr)}")
+        heads = len(saved.get("lrs", [None]))
+        if not args.evaluate and heads != len(args.lr):
+            raise options.BadInput(f"--resume {args.resume}: it has heads for {heads} learning rates, --lr has {len(args.lr)}")
         if not args.evaluate and saved["epoch"] >= args.epochs:
             raise options.BadInput(f"--resume {args.resume}: its {saved['epoch']} epochs are done; use a larger --epochs")
     if args.pretrained:
         pretrained = checkpoint.load(args.pretrained, "--pretrained")
         check_arch(args, pretrained, f"--pretrained {args.pretrained}")
         classifier.build_probe(args.arch, len(classes), pretrained_backbone(args, pretrained))
-
-
-def numbers(values):
-    return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
 def export_backbone(args):
@@ -152,8 +148,9 @@ def train(place, args):
         checkpoint.load_exactly(backbone, checkpoint.without_prefix(saved["state_dict"]), f"--resume {args.resume}")
         start_epoch, best_acc1s = saved["epoch"], saved.get("best_acc1s", [float(saved["best_acc1"])])
     frozen = {name: value.clone() for name, value in backbone.state_dict().items() if name not in classifier.HEAD}
-    heads = classifier.Heads(copy.deepcopy(backbone.fc) for _ in args.lr)
-    if "heads" in saved:
+    # --evaluate tests one head, the checkpoint's best; training goes on with all of them.
+    heads = classifier.Heads(copy.deepcopy(backbone.fc) for _ in ([None] if args.evaluate else args.lr))
+    if "heads" in saved and not args.evaluate:
         heads.load_state_dict(saved["heads"])
     backbone.fc = torch.nn.Identity()
     backbone.to(device, memory_format=torch.channels_last).eval()    # batch statistics would adapt it to the labelled data

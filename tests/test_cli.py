@@ -137,7 +137,11 @@ def test_heads_side_by_side_learn_what_each_learns_alone(data, tmp_path):
     assert torch.equal(three["heads"]["1.weight"], alone["heads"]["0.weight"])
     winners = [three["state_dict"]["module.fc.weight"].equal(three["heads"][f"{i}.weight"]) for i in range(3)]
     assert sum(winners) == 1 and three["best_acc1s"][1] == alone["best_acc1"]
-    assert "made with --lr 0.01 0.1 1" in refused(*resumed, "--epochs", 3, "--lr", 0.1, data)
+    assert "it has heads for 3 learning rates, --lr has 1" in refused(*resumed, "--epochs", 3, "--lr", 0.1, data)
+    best = torch.load(tmp_path / "three" / "model_best_random.pth.tar", weights_only=True)
+    for lrs in ([], ["--lr", 3, 10]):                                 # whichever are given: one head is tested
+        tested = run_script(PROBE, *settings, *lrs, "--evaluate", "--resume", tmp_path / "three" / "model_best_random.pth.tar", data)
+        assert f"top-1 {best['best_acc1']:.2f} %" in tested.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -70,14 +70,13 @@ class Views(Dataset):
 
 
 class Trainer:
-    def __init__(self, arch, device="cpu"):
+    def __init__(self, arch):
         self.query_encoder, self.key_encoder = (get_model(arch, num_classes=128) for _ in range(2))
         for encoder in (self.query_encoder, self.key_encoder):
             width = encoder.fc.in_features
             encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
-            encoder.to(device)
         self.key_encoder.load_state_dict(self.query_encoder.state_dict())
-        self.queue = F.normalize(torch.randn(128, K, device=device), dim=0)
+        self.queue = F.normalize(torch.randn(128, K), dim=0)
         self.position = 0
         self.optimizer = torch.optim.SGD(self.query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4,
                                          foreach=False)
@@ -91,7 +90,7 @@ class Trainer:
             t = F.normalize(self.key_encoder(negative), dim=1)
         logits = torch.cat([torch.einsum("nc,nc->n", q, k).unsqueeze(1), torch.einsum("nc,ck->nk", q, self.queue.clone()),
                             ALPHA * torch.einsum("nc,nc->n", q, t).unsqueeze(1)], dim=1) / T
-        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
+        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
