@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 import torchvision.transforms as transforms
-import torchvision.transforms.v2
 import torchvision.transforms.functional as TF
-import torchvision.transforms.v2.functional as TF2
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
 
 from moco import distributed
 from moco.options import BadInput
@@ -142,7 +141,7 @@ class ViewPairs(Dataset):
 
     def _crop(self, image, top, left, height, width):
         # version 2 resizes uint8 as it is; version 1 goes by way of floats, four times as slow
-        return TF2.resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
+        return v2.functional.resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
 
 
 def _rescale(box, old, new):
@@ -170,7 +169,7 @@ class Labelled(Dataset):
 
 def probe_view(size):
     """The linear probe's training view: a random resized crop, flipped or not."""
-    return transforms.Compose([read_rgb, transforms.v2.RandomResizedCrop(size), transforms.v2.RandomHorizontalFlip()])
+    return transforms.Compose([read_rgb, v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
 
 
 def test_view(size):

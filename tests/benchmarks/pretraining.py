@@ -23,7 +23,6 @@ from torch.utils.data import default_collate
 
 from moco import augment, distributed, loader, negatives
 from moco.builder import MoCo, build_encoder
-from moco.distributed import Place
 from moco.precision import DTYPES
 from tests.benchmarks import plain
 
@@ -192,7 +191,6 @@ def main():
         row(f"training step, ResNet-50, {BATCH} images, K {plain.K}, {precision}, s", f"{times['plain']:.2f}",
             f"{times[precision]:.2f}", f"{times['plain'] / times[precision]:.2f}")
     row("of the bf16 step, what is not an encoder pass", "", f"{times['rest'] / times['bf16']:.1%}", "")
-    del trainer, fp32, bf16
 
     gathered, *dealt = shuffled_bytes()
     for name, received in zip(("fp32", "bf16"), dealt):
