@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from moco import augment, checkpoint, distributed, knn, loader, metrics, negatives, options, precision, preview
+from moco import augment, checkpoint, distributed, knn, loader, metrics, negatives, options, precision, preview, signals
 from moco.builder import ARCHS, MoCo, build_encoder
 
 SPELLINGS = {"patch": "patch", "nonsem": "patch", "texture": "texture", "texture_syn": "texture", "none": "none"}
@@ -54,7 +54,10 @@ def parse_args():
     speed = options.add_precision_options(parser)
     speed.add_argument("--compile", action="store_true", help="compile the encoders; on a CPU this needs a C++ compiler")
     output = options.add_output_options(parser, "./ckpts/moco")
-    output.add_argument("--save-freq", default=10, type=options.positive_int, metavar="N", help="epochs between checkpoints")
+    output.add_argument("--save-freq", default=10, type=options.positive_int, metavar="N", help="epochs between numbered checkpoints")
+    output.add_argument("--save-steps", type=options.positive_int, metavar="N",
+                        help="steps between saves of checkpoint_latest; default: an epoch's")
+    output.add_argument("--keep", type=options.positive_int, metavar="N", help="numbered checkpoints to keep; default: all")
     output.add_argument("--knn", action="store_true", help="log the top-1 of weighted 200-nearest-neighbour on val/")
     output.add_argument("--knn-freq", default=10, type=options.positive_int, metavar="E", help="epochs between those")
     options.add_launch_options(parser)
@@ -62,7 +65,7 @@ def parse_args():
     args.robust = SPELLINGS[args.robust] if args.num_nonsem else "none"
     if args.robust == "none":
         args.num_nonsem = 0
-    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, r"checkpoint_\d{4,}\.pth\.tar")
+    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, r"checkpoint_(\d{4,}|latest)\.pth\.tar")
     return args
 
 
@@ -77,27 +80,38 @@ def check(args):
     if args.start_epoch >= args.epochs:
         raise options.BadInput(f"--start-epoch {args.start_epoch}: there are only --epochs {args.epochs}")
     local_size, world_size = distributed.process_counts(args.multiprocessing_distributed, args.world_size)
-    photos, *_ = list_data(args)
+    photos, _, classes, _ = list_data(args)
     batch_size = options.per_process(args.batch_size, local_size)
-    loader.ShuffledBatches(len(photos), batch_size, seed=0, place=distributed.Place(world_size=world_size))
+    batches = loader.ShuffledBatches(len(photos), batch_size, seed=0, place=distributed.Place(world_size=world_size))
     if args.resume:
-        check_resume(args, checkpoint.load(args.resume))
+        check_resume(args, checkpoint.load(args.resume), classes, batches)
 
 
-def check_resume(args, saved):
+def check_resume(args, saved, classes, batches):
     if not {"epoch", "arch", "state_dict", "optimizer"} <= saved.keys():
         raise options.BadInput(f"--resume {args.resume}: not a pre-training checkpoint; --resume takes a checkpoint_*.pth.tar")
     state = checkpoint.without_prefix(saved["state_dict"])
     if "queue" not in state:
         raise options.BadInput(f"--resume {args.resume}: it has no queue, so it is no pre-training checkpoint")
     dim, length = state["queue"].shape
-    for option, here, there in (("--arch", args.arch, saved["arch"]), ("--moco-dim", args.moco_dim, dim),
-                                ("--moco-k", args.moco_k, length),
-                                ("--mlp", args.mlp, "encoder_q.fc.2.weight" in state)):
+    known = saved.get("options", {})                                 # published files say no more than arch and weights
+    pairs = [("--arch", args.arch, saved["arch"]), ("--moco-dim", args.moco_dim, dim), ("--moco-k", args.moco_k, length),
+             ("--mlp", args.mlp, "encoder_q.fc.2.weight" in state),
+             *((f"--{name.replace('_', '-')}", getattr(args, name), known[name])
+               for name in ("aug_plus", "image_size", "robust") if name in known),
+             ("classes", _listed(classes), _listed(saved.get("classes", classes)))]
+    if saved.get("step"):                                            # its order of the data must be this run's
+        pairs += [("training images:", batches.images, saved["images"]),
+                  ("images a step:", batches.global_batch, saved["images_per_step"])]
+    for option, here, there in pairs:
         if here != there:
             raise options.BadInput(f"--resume {args.resume}: it was made with {option} {there}, this run has {here}")
     if saved["epoch"] >= args.epochs:
         raise options.BadInput(f"--resume {args.resume}: its {saved['epoch']} epochs are done; use a larger --epochs to go on")
+
+
+def _listed(classes):
+    return f"{len(classes)}: {', '.join(classes)}"
 
 
 def list_data(args):
@@ -111,6 +125,7 @@ def list_data(args):
 def train(place, args):
     """The training of one process, on `place.device`; every way of launching ends here."""
     device = place.device
+    stop = signals.Stop()
     saved = checkpoint.load(args.resume) if args.resume else {}
     seed = args.seed if args.seed is not None else saved.get("seed", options.draw_seed())
     seed = distributed.agree(seed, device)
@@ -145,13 +160,15 @@ def train(place, args):
         # Left to itself, a fused first step that the scaler skips leaves them as whatever the memory held.
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    start_epoch = args.start_epoch
+    start_epoch, start_step, means = args.start_epoch, 0, metrics.Means()
     if saved:
         checkpoint.load_exactly(model, checkpoint.without_prefix(saved["state_dict"]), f"--resume {args.resume}")
         checkpoint.load_optimizer(optimizer, saved["optimizer"])
         if saved.get("scaler"):                                      # none from another precision
             scaler.load_state_dict(saved["scaler"])
-        start_epoch = saved["epoch"]
+        start_epoch, start_step = saved["epoch"], saved.get("step", 0)
+        if start_step:
+            means = metrics.Means.restored(saved["means"], device)
     if args.compile:
         model.encoder_q.compile()
         model.encoder_k.compile()
@@ -175,19 +192,45 @@ def train(place, args):
             print(f"--knn is skipped: {args.data} has no val/ of the same classes")
         if args.patch_size != 32:
             print("--patch-size has no effect; --patch-ratio sets the patch sizes")
-        print(f"from epoch {start_epoch}" + (f", resumed from {args.resume}" if saved else ""), flush=True)
+        print(f"from epoch {start_epoch}" + (f" step {start_step}" if start_step else "")
+              + (f", resumed from {args.resume}" if saved else ""), flush=True)
+
+    def save(names, epoch, step=0):
+        """Write the state after `epoch` whole epochs and `step` steps, by rank 0; all processes call this."""
+        state = {"epoch": epoch, "step": step, "means": means.state() if step else None}
+        if not distributed.is_main():
+            return
+        state |= {"arch": args.arch, "state_dict": checkpoint.with_prefix(model.state_dict()),
+                  "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seed": seed,
+                  "image_size": args.image_size, "classes": classes, "images": len(photos),
+                  "images_per_step": batches.global_batch,
+                  "options": {name: getattr(args, name) for name in SAVED_OPTIONS}}
+        for name in names:
+            checkpoint.save(os.path.join(args.ckpt_path, f"checkpoint_{name}.pth.tar"), state)
+        if args.keep:
+            checkpoint.keep_last(args.ckpt_path, args.keep, r"checkpoint_\d{4,}\.pth\.tar")
 
     for epoch in range(start_epoch, args.epochs):
-        # All randomness of an epoch follows from (seed, epoch, step, rank): a resumed run goes on as if never stopped.
-        distributed.seed_shuffles(seed, epoch)
-        batches.epoch = epoch
+        # All randomness of a step follows from (seed, epoch, step, rank): a resumed run goes on as if never stopped.
+        batches.epoch, batches.first_step = epoch, start_step
         lr = learning_rate(args.lr, epoch, args.epochs, args.cos, args.schedule)
         for group in optimizer.param_groups:
             group["lr"] = lr
         progress = metrics.Progress(batch_loader, f"epoch {epoch + 1}/{args.epochs}", batches.global_batch,
-                                    args.print_freq, args.epochs - epoch - 1)
-        numbered = loader.prepared(enumerate(progress), lambda batch: views(batch[1], epoch, batch[0]), device)
-        means = train_epoch(stepped, optimizer, scaler, numbered, progress)
+                                    args.print_freq, args.epochs - epoch - 1, start_step)
+        prepared = loader.prepared(enumerate(progress, start_step), lambda batch: views(batch[1], epoch, batch[0]), device)
+        stepped.train()
+        for step, batch in enumerate(prepared, start_step + 1):      # counted from 1: the steps done after it
+            distributed.seed_shuffles(seed, epoch, step)
+            train_step(stepped, optimizer, scaler, batch, means)
+            if progress.due():                                       # the one place that waits for the GPU
+                progress.report("  ".join(f"{name} {value:.3f}" for name, value in means.read().items()))
+            if step < len(batches):                                  # after the last one all is saved anyway
+                stopping = stop.agreed()
+                if stopping or args.save_steps and step % args.save_steps == 0:
+                    save(["latest"], epoch, step)
+                if stopping:
+                    stop.leave(f"after epoch {epoch} step {step}")
         record = {"epoch": epoch, "lr": lr, **means.read(over_ranks=True), **progress.speed()}
         if neighbours and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
             record["knn_top1"] = knn.accuracy(model.encoder_q, *neighbours, device)
@@ -195,12 +238,11 @@ def train(place, args):
             if "knn_top1" in record:
                 print(f"epoch {epoch + 1}/{args.epochs}  val: 200-nearest-neighbour top-1 {record['knn_top1']:.2f} %", flush=True)
             metrics.append_jsonl(log_path, record)
-            if (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs:
-                checkpoint.save(os.path.join(args.ckpt_path, f"checkpoint_{epoch:04d}.pth.tar"), {
-                    "epoch": epoch + 1, "arch": args.arch, "state_dict": checkpoint.with_prefix(model.state_dict()),
-                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seed": seed,
-                    "image_size": args.image_size,
-                    "options": {name: getattr(args, name) for name in SAVED_OPTIONS}})
+        numbered = (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs
+        save([f"{epoch:04d}", "latest"] if numbered else ["latest"], epoch + 1)
+        start_step, means = 0, metrics.Means()
+        if stop.agreed():
+            stop.leave(f"after epoch {epoch + 1}")
     distributed.barrier()                                            # no process leaves while rank 0 is still saving
 
 
@@ -217,23 +259,16 @@ def neighbour_loaders(args, batch_size, workers, place):
              for paths, labels, _ in splits], len(splits[0][2])
 
 
-def train_epoch(model, optimizer, scaler, batches, progress):
-    """One pass over batches of (query, key, negatives); returns the means over its steps."""
-    model.train()
-    means = metrics.Means()
-    unwrapped = getattr(model, "module", model)
-    for query, key, negative in batches:
-        logits, labels = model(query, key, negative)
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        accuracy = metrics.correct_counts(logits, labels, ks=(1,))[0] * (100 / len(labels))
-        means.add({"loss": loss, "contrast_acc": accuracy, **unwrapped.similarities})
-        if progress.due():                                           # the one place that waits for the GPU
-            progress.report("  ".join(f"{name} {value:.3f}" for name, value in means.read().items()))
-    return means
+def train_step(model, optimizer, scaler, batch, means):
+    """One step on a batch (query, key, negatives); its figures go into the means."""
+    logits, labels = model(*batch)
+    loss = F.cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    accuracy = metrics.correct_counts(logits, labels, ks=(1,))[0] * (100 / len(labels))
+    means.add({"loss": loss, "contrast_acc": accuracy, **getattr(model, "module", model).similarities})
 
 
 def learning_rate(base, epoch, epochs, cosine, schedule):

@@ -4,25 +4,38 @@ Pre-training files hold `module.encoder_q.*`, linear ones `module.conv1.*` … `
 modules wrapped for distributed training. The prefix is added on saving and taken off, where present, on loading.
 """
 
+import contextlib
 import os
 import pickle
 import re
 
 import torch
 
-from moco.options import BadInput
+from moco.options import BadInput, RunFailed
 
 PREFIX = "module."
 
 
 def save(path, state):
-    """Write `state` to `path` so that no reader and no crash ever sees half a file."""
+    """Write `state` to `path` so that no reader and no crash ever sees half a file. RunFailed if that is impossible."""
     partial = f"{path}.partial"
-    with open(partial, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:                         # PyTorch's zip writer turns a full disk into the second
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise RunFailed(f"{path} could not be written ({_first_line(error)}); what was saved before is whole;"
+                        " make room, then go on with --resume auto") from error
+
+
+def keep_last(folder, count, pattern):
+    """Remove all but the last `count` of the folder's files whose names match."""
+    for name in _matching(folder, pattern)[:-count]:
+        os.remove(os.path.join(folder, name))
 
 
 def load(path, option="--resume"):
@@ -32,11 +45,15 @@ def load(path, option="--resume"):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"{option} {path}: not a checkpoint that can be loaded as tensors only ({reason})") from error
+        raise BadInput(f"{option} {path}: not a checkpoint that can be loaded as tensors only ({_first_line(error)});"
+                       " it is cut short, of another program, or would run code: get it anew, or take another") from error
     if not isinstance(checkpoint, dict):
         raise BadInput(f"{option} {path}: not a checkpoint, it holds a {type(checkpoint).__name__}")
     return checkpoint
+
+
+def _first_line(error):
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def with_prefix(state_dict):
@@ -77,9 +94,13 @@ def load_optimizer(optimizer, saved):
 
 def resume_path(resume, folder, pattern):
     """The file to resume from, or '' for a fresh start. 'auto' is the last of the folder's files whose names match
-    `pattern`, a regular expression; a longer number comes after a shorter one."""
+    `pattern`, a regular expression; a longer number comes after a shorter one, "latest" after both."""
     if resume != "auto":
         return resume
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    matching = sorted((name for name in names if re.fullmatch(pattern, name)), key=lambda name: (len(name), name))
+    matching = _matching(folder, pattern)
     return os.path.join(folder, matching[-1]) if matching else ""
+
+
+def _matching(folder, pattern):
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((name for name in names if re.fullmatch(pattern, name)), key=lambda name: (len(name), name))

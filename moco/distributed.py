@@ -6,7 +6,9 @@ Everything below works without a process group, too, where this process is rank 
 import hashlib
 import os
 import random
+import signal
 import socket
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moco.options import BadInput
+from moco.options import BadInput, RunFailed, run
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)           # SIGUSR1 is what Slurm is told to send
 MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch dropped multicast long ago
 
 
@@ -62,7 +65,7 @@ def launch(worker, args, *, multiprocessing=False, world_size=-1, rank=-1, dist_
             print("no GPU found: one CPU process, over gloo", flush=True)
         local_size, _ = process_counts(multiprocessing, world_size)
         spawn_args = (max(rank, 0), nodes, local_size, dist_url, backend, worker, args)
-        return mp.spawn(_spawned, spawn_args, nprocs=local_size)
+        return _join(mp.start_processes(_spawned, spawn_args, nprocs=local_size, join=False))
     device = _device(gpu or 0)
     if nodes > 1:
         return _join_and_run(Place(rank, nodes, 0, 1, device), dist_url, backend, worker, args)
@@ -83,12 +86,33 @@ def _under_torchrun():
 
 def _spawned(local_rank, node, nodes, local_size, dist_url, backend, worker, args):
     place = Place(node * local_size + local_rank, nodes * local_size, local_rank, local_size, _device(local_rank))
-    _join_and_run(place, dist_url, backend, worker, args)
+    run(lambda: _join_and_run(place, dist_url, backend, worker, args))
+
+
+def _join(context):
+    """Wait for all spawned processes, and pass signals on to them. When one fails the others are ended; its traceback
+    or exit code is this process's."""
+    def pass_on(number, frame):
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+    for number in STOPPING:
+        signal.signal(number, pass_on)
+    try:
+        while not context.join(grace_period=10):
+            pass
+    except mp.ProcessExitedException as error:
+        if error.exit_code < 0:
+            raise RunFailed(f"process {error.error_index} was killed by {error.signal_name};"
+                            " if that was for lack of memory, take a smaller --batch-size or fewer -j") from error
+        sys.exit(error.exit_code)
 
 
 def _join_and_run(place, dist_url, backend, worker, args):
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
+        if backend == "nccl":
+            backend = "cpu:gloo,cuda:nccl"                           # what is on the host is exchanged between hosts
     elif backend == "nccl":
         backend = "gloo"
     dist.init_process_group(backend, init_method=dist_url, world_size=place.world_size, rank=place.rank)

@@ -13,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
 
-from moco import distributed
+from moco import distributed, signals
 from moco.options import BadInput
 
 CROP_SCALE = (0.2, 1.0)          # MoCo's, for pre-training; torchvision's default for the linear probe
@@ -188,12 +188,12 @@ class ShuffledBatches(Sampler):
 
     The order and the seeds follow from (seed, epoch) alone: with any number of processes, a step sees the same
     global batch. `batch_size` is one process's; what does not fill a global batch at the end is left out.
-    BadInput where there is not even one.
+    Set `epoch`, and `first_step` to begin within it, before each pass. BadInput where there is not even one batch.
     """
 
     def __init__(self, images, batch_size, seed, place):
         self.images, self.batch_size, self.seed, self.place = images, batch_size, seed, place
-        self.epoch = 0
+        self.epoch = self.first_step = 0
         self.global_batch = batch_size * place.world_size
         if images < self.global_batch:
             raise BadInput(f"--batch-size: {images} training images do not fill one batch of {self.global_batch}"
@@ -206,15 +206,15 @@ class ShuffledBatches(Sampler):
         generator = torch.Generator().manual_seed(distributed.derive_seed(self.seed, self.epoch))
         order = torch.randperm(self.images, generator=generator).tolist()
         seeds = torch.randint(2**62, (self.images,), generator=generator).tolist()
-        for step in range(len(self)):
+        for step in range(self.first_step, len(self)):
             start = step * self.global_batch + self.place.rank * self.batch_size
             yield [(order[i], seeds[i]) for i in range(start, start + self.batch_size)]
 
 
 def training_loader(dataset, batches, workers, device):
-    """A DataLoader over ShuffledBatches; set `batches.epoch` before each pass. Its workers stay for all of them."""
+    """A DataLoader over ShuffledBatches. Its workers stay for all passes."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
-                      persistent_workers=workers > 0)
+                      persistent_workers=workers > 0, worker_init_fn=signals.left_to_the_trainer())
 
 
 def prepared(batches, prepare, device):
@@ -239,4 +239,5 @@ def prepared(batches, prepare, device):
 def evaluation_loader(dataset, batch_size, workers, place):
     """Every image exactly once over all processes: rank r takes images r, r + world, … without padding."""
     share = list(range(place.rank, len(dataset), place.world_size))
-    return DataLoader(dataset, batch_size, sampler=share, num_workers=workers, pin_memory=place.device.type == "cuda")
+    return DataLoader(dataset, batch_size, sampler=share, num_workers=workers, pin_memory=place.device.type == "cuda",
+                      worker_init_fn=signals.left_to_the_trainer())

@@ -29,6 +29,17 @@ class Means:
         self.sums = self.sums + torch.stack([value.detach().float() for value in values.values()])
         self.steps += 1
 
+    def state(self):
+        """What `restored` takes: the sums of all ranks, which must all call this."""
+        return {"names": list(self.names), "sums": distributed.gather(self.sums.unsqueeze(0)).cpu(), "steps": self.steps}
+
+    @classmethod
+    def restored(cls, state, device):
+        means, sums = cls(), state["sums"]
+        means.names, means.steps = tuple(state["names"]), state["steps"]
+        means.sums = (sums[distributed.rank()] if len(sums) == distributed.world_size() else sums.mean(dim=0)).to(device)
+        return means
+
     def read(self, over_ranks=False):
         """{name: mean}; over_ranks: the mean over all processes, which must all call this."""
         sums = self.sums.clone()
@@ -41,19 +52,20 @@ class Progress:
     """One epoch's steps: a bar on a terminal, else a line every `print_freq` steps. Iterates over the loader,
     measuring the time it waits for data.
 
-    images: images a step, over all processes; remaining_epochs: whole epochs after this one, for the ETA.
+    images: images a step, over all processes; remaining_epochs: whole epochs after this one, for the ETA;
+    first_step: where a resumed epoch begins.
     """
 
-    def __init__(self, loader, title, images, print_freq, remaining_epochs=0):
+    def __init__(self, loader, title, images, print_freq, remaining_epochs=0, first_step=0):
         self.loader, self.title, self.images, self.print_freq = loader, title, images, print_freq
         self.steps_to_come = len(loader) * remaining_epochs
-        self.waited, self.done = 0.0, 0
+        self.waited, self.done, self.first_step = 0.0, first_step, first_step
         self.bar = None
 
     def __iter__(self):
         self.start = time.perf_counter()
         terminal = distributed.is_main() and sys.stderr.isatty()
-        self.bar = tqdm(total=len(self.loader), desc=self.title, unit="step") if terminal else None
+        self.bar = tqdm(total=len(self.loader), initial=self.done, desc=self.title, unit="step") if terminal else None
         asked = time.perf_counter()
         for batch in self.loader:
             self.waited += time.perf_counter() - asked
@@ -83,7 +95,7 @@ class Progress:
     def speed(self):
         """Images a second of all processes and the share of time spent waiting for data, since the epoch began."""
         elapsed = time.perf_counter() - self.start
-        steps = min(self.done + 1, len(self.loader))
+        steps = min(self.done + 1, len(self.loader)) - self.first_step
         return {"images_per_s": steps * self.images / elapsed, "data_share": self.waited / elapsed}
 
 
@@ -103,6 +115,8 @@ def keep_jsonl(path, before_epoch):
     """Drop the lines of `before_epoch` and later ones, which a resumed run will write again."""
     if os.path.exists(path):
         with open(path) as file:
-            kept = [line for line in file if json.loads(line)["epoch"] < before_epoch]
-        with open(path, "w") as file:
-            file.writelines(kept)
+            whole = [line for line in file if line.endswith("\n")]   # a killed process may leave half a line
+        partial = f"{path}.partial"
+        with open(partial, "w") as file:
+            file.writelines(line for line in whole if json.loads(line)["epoch"] < before_epoch)
+        os.replace(partial, path)

@@ -10,6 +10,10 @@ class BadInput(Exception):
     """What the user gave cannot work. The message names the value, why it is wrong, and one that would work."""
 
 
+class RunFailed(Exception):
+    """The run cannot go on, through no fault of the input. The message says what happened and what to do."""
+
+
 class OptionParser(argparse.ArgumentParser):
     """argparse with defaults in the help, and errors of one line."""
 
@@ -36,13 +40,23 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def run(main):
-    """Call main(); what it finds wrong with its input ends in one line on stderr and exit code 2."""
+    """Call main(). What is wrong with its input ends in one line on stderr and exit code 2, a run that cannot go on in
+    one line and 1, an interruption where there is nothing to save in 130."""
     try:
         main()
     except BadInput as error:
         if _speaks():
-            sys.stderr.write(one_line(f"{os.path.basename(sys.argv[0])}: error: {error}"))
+            _say(error)
         sys.exit(2)
+    except RunFailed as error:
+        _say(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _say(error):
+    sys.stderr.write(one_line(f"{os.path.basename(sys.argv[0])}: error: {error}"))
 
 
 def one_line(message):

@@ -6,7 +6,7 @@ import torch
 
 from moco import checkpoint
 from moco.builder import MoCo, build_encoder
-from moco.options import BadInput
+from moco.options import BadInput, RunFailed
 
 
 def resnet(classes=7, arch="resnet18"):
@@ -68,7 +68,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content):
 def test_a_truncated_checkpoint_is_refused(tmp_path):
     pretraining_file(tmp_path / "file.pth.tar")
     content = (tmp_path / "file.pth.tar").read_bytes()
-    for length in (10, len(content) // 2, len(content) - 1):
+    for length in (1, 10, 100, 1000, *(len(content) * part // 6 for part in range(1, 6)), len(content) - 1):
         (tmp_path / "file.pth.tar").write_bytes(content[:length])
         with pytest.raises(BadInput, match="not a checkpoint"):
             checkpoint.load(tmp_path / "file.pth.tar")
@@ -96,16 +96,18 @@ def test_a_failed_write_leaves_the_last_good_file(tmp_path, monkeypatch):
         file.write(b"half a file")
         raise OSError("No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(RunFailed, match="No space left on device"):
         checkpoint.save(path, {"epoch": 2})
-    assert checkpoint.load(path) == {"epoch": 1}
+    assert checkpoint.load(path) == {"epoch": 1} and os.listdir(tmp_path) == [path.name]
 
 
 def test_auto_resume_takes_the_last_epoch_and_ignores_other_files(tmp_path):
     for name in ("checkpoint_0009.pth.tar", "checkpoint_0019.pth.tar", "checkpoint_10000.pth.tar",
                  "checkpoint_0029.pth.tar.partial", "checkpoint_robust_0199.pth.tar", "log.jsonl"):
         (tmp_path / name).touch()
-    pattern = r"checkpoint_\d{4,}\.pth\.tar"
+    pattern = r"checkpoint_(\d{4,}|latest)\.pth\.tar"
     assert checkpoint.resume_path("auto", tmp_path, pattern) == str(tmp_path / "checkpoint_10000.pth.tar")
+    (tmp_path / "checkpoint_latest.pth.tar").touch()
+    assert checkpoint.resume_path("auto", tmp_path, pattern) == str(tmp_path / "checkpoint_latest.pth.tar")
     assert checkpoint.resume_path("auto", tmp_path / "nowhere", pattern) == ""
     assert checkpoint.resume_path("a/file", tmp_path, pattern) == "a/file"
