@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from moco import augment, checkpoint, distributed, knn, loader, metrics, negatives, options, precision, preview, signals
+from moco import augment, checkpoint, distributed, knn, loader, memory, metrics, negatives, options, precision, preview, signals
 from moco.builder import ARCHS, MoCo, build_encoder
 
 SPELLINGS = {"patch": "patch", "nonsem": "patch", "texture": "texture", "texture_syn": "texture", "none": "none"}
@@ -125,6 +125,7 @@ def list_data(args):
 def train(place, args):
     """The training of one process, on `place.device`; every way of launching ends here."""
     device = place.device
+    memory.keep_freed(device)
     stop = signals.Stop()
     saved = checkpoint.load(args.resume) if args.resume else {}
     seed = args.seed if args.seed is not None else saved.get("seed", options.draw_seed())

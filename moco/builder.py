@@ -96,10 +96,12 @@ class MoCo(nn.Module):
         self.K, self.m, self.T, self.alpha, self.dtype = K, m, T, alpha, dtype
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
-        if mlp:
-            for encoder in (self.encoder_q, self.encoder_k):
+        for encoder in (self.encoder_q, self.encoder_k):
+            if mlp:
                 width = encoder.fc.in_features
                 encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
+            if dtype.itemsize == 2:
+                precision.keep_fp32(encoder.fc)
         self.encoder_k.load_state_dict(self.encoder_q.state_dict())
         self.encoder_k.requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(dim, K), dim=0))

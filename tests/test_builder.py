@@ -250,7 +250,17 @@ def test_bf16_follows_the_loss_curve_of_fp32():
     full, half = loss_curve(torch.float32), loss_curve(torch.bfloat16)
     assert full[-20:].mean() < 0.97 * full[:20].mean()                # it learns
     assert not np.array_equal(full, half)
-    smooth = [losses.reshape(-1, 20).mean(1) for losses in (full, half)]
-    # While the loss falls steeply, a run that falls some steps earlier is 4 % away.
-    np.testing.assert_allclose(smooth[1], smooth[0], rtol=0.06)
-    np.testing.assert_allclose(smooth[1][-1], smooth[0][-1], rtol=0.02)
+    full, half = (losses.reshape(-1, 20).mean(1) for losses in (full, half))
+    distance = np.abs(half / full - 1)
+    # fp32 with another rounding is 1.1 % away over the curve and 2.5 % where it falls steeply.
+    assert distance.mean() < 0.01 and distance.max() < 0.03
+
+
+def test_the_head_and_the_features_of_a_two_byte_encoder_are_fp32():
+    model = build(dim=8, K=16, mlp=True, dtype=torch.bfloat16)
+    seen = []
+    for layer in (model.encoder_q.stages, *model.encoder_q.fc):
+        layer.register_forward_hook(lambda layer, inputs, output: seen.append(output.dtype))
+    logits, _ = model(*(torch.randn(4, 3, 32, 32) for _ in range(2)), torch.randn(4, 0, 3, 32, 32))
+    assert seen == [torch.bfloat16, *[torch.float32] * 3] and logits.dtype == torch.float32
+    assert "encoder_q.fc.2.weight" in model.state_dict()

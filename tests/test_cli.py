@@ -151,7 +151,8 @@ def test_two_byte_encoders_train_and_resume(data, tmp_path, precision):
     whole = torch.load(tmp_path / "checkpoint_0001.pth.tar", weights_only=True)
     assert bool(whole["scaler"]) == (precision == "fp16")
     assert all(value.dtype in (torch.float32, torch.int64) for value in whole["state_dict"].values())
-    (tmp_path / "checkpoint_0001.pth.tar").unlink()
+    for name in ("0001", "latest"):
+        (tmp_path / f"checkpoint_{name}.pth.tar").unlink()
     run_script(*settings, "--epochs", 2, "--resume", "auto")
     assert same(whole["state_dict"], weights(tmp_path / "checkpoint_0001.pth.tar"))
 

@@ -5,6 +5,8 @@
 PHOTOS: a folder of photos at ImageNet size. Plain and ours take turns; medians over the rounds and their ratio.
 """
 
+import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -21,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-from moco import augment, distributed, loader, negatives
+from moco import augment, distributed, loader, memory, negatives
 from moco.builder import MoCo, build_encoder
 from moco.precision import DTYPES
 from tests.benchmarks import plain
@@ -56,20 +58,6 @@ def our_input(photos):
         negatives.training_views(crops, augment.V2, "patch", 1, plain.PATCH_SIDES, rng)
 
 
-def peak_memory(function, photos):
-    """MB that a fresh process with one thread takes at most while it runs function(photos)."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (function, photos))
-
-
-def _peak_memory(function, photos):
-    torch.set_num_threads(1)
-    function(photos)
-    # Not getrusage's maximum, which a new process inherits from the one that started it.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
 class OurStep:
     """One training step of moco-non-sem-neg.py."""
 
@@ -97,20 +85,66 @@ class OurStep:
         self.optimizer.step()
 
 
+@functools.cache
+def trainer(kind):
+    return plain.Trainer("resnet50") if kind == "plain" else OurStep("resnet50", kind)
+
+
+@functools.cache
+def batch():
+    return [torch.randn(BATCH, 3, plain.SIZE, plain.SIZE) for _ in range(3)]
+
+
+def step(kind):
+    trainer(kind).step(*batch())
+
+
+def step_without_encoders(kind):
+    trainer(kind).step_without_encoders()
+
+
 def seconds(function, *arguments):
     start = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - start
 
 
-def medians(rounds, **functions):
-    """{name: median seconds}; the functions take turns, and the first turn warms up."""
-    times = [{name: seconds(function) for name, function in functions.items()} for _ in range(rounds + 1)][1:]
-    return {name: statistics.median(turn[name] for turn in times) for name in functions}
+def own_process(kind, threads):
+    """A process for one of the two sides: what ours does to its memory must not serve plain."""
+    return multiprocessing.get_context("spawn").Pool(1, _set_up, (kind, threads))
+
+
+def _set_up(kind, threads):
+    torch.set_num_threads(threads)
+    if kind != "plain":
+        memory.keep_freed(torch.device("cpu"))
+
+
+def medians(rounds, threads, **calls):
+    """{name: median seconds} of calls (kind, function, *arguments). They take turns, and the first turn warms up. Calls
+    of one kind share a process."""
+    with contextlib.ExitStack() as stack:
+        processes = {kind: stack.enter_context(own_process(kind, threads)) for kind in {call[0] for call in calls.values()}}
+        times = [{name: processes[kind].apply(seconds, call) for name, (kind, *call) in calls.items()}
+                 for _ in range(rounds + 1)][1:]
+    return {name: statistics.median(turn[name] for turn in times) for name in calls}
+
+
+def peak_memory(kind, function, photos):
+    """MB that a fresh process with one thread takes at most while it runs function(photos)."""
+    with own_process(kind, threads=1) as process:
+        return process.apply(_peak_memory, (function, photos))
+
+
+def _peak_memory(function, photos):
+    function(photos)
+    # Not getrusage's maximum, which a new process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def shuffled_bytes(world=4):
-    """Bytes that reach a rank, on average, for the key images of a step: plain's gathering, ours in fp32 and bf16."""
+    """Bytes that the process group hands a rank for the key images of a step: plain's gathering, ours in fp32 and bf16."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_count_bytes, (world, folder), nprocs=world)
         counts = [json.loads(Path(folder, str(rank)).read_text()) for rank in range(world)]
@@ -121,19 +155,16 @@ def _count_bytes(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", world_size=world, rank=rank)
     exchange, received = dist.all_to_all_single, 0
 
-    def counted(output, sent, receive_counts, send_counts):
+    def counted(output, *rest):
         nonlocal received
-        received += (sum(receive_counts) - receive_counts[rank]) * output[0].numel() * output.element_size()
-        return exchange(output, sent, receive_counts, send_counts)
+        received = output.nbytes
+        return exchange(output, *rest)
     dist.all_to_all_single = counted
     images = torch.randn(BATCH, 3, plain.SIZE, plain.SIZE)
-    counts = [distributed.gather(images).numel() * 4 - images.numel() * 4]
+    counts = [distributed.gather(images).nbytes]
     for dtype in (torch.float32, torch.bfloat16):
-        received = 0
-        for step in range(10):
-            distributed.seed_shuffles(step)
-            distributed.shuffle(images.to(dtype))
-        counts.append(received / 10)
+        distributed.shuffle(images.to(dtype))
+        counts.append(received)
     Path(folder, str(rank)).write_text(json.dumps(counts))
     dist.barrier()
     dist.destroy_process_group()
@@ -171,22 +202,20 @@ def main():
     print(f"{len(photos)} photos, {plain.SIZE} px, patch negatives, {cores} cores, torch {torch.__version__}\n")
     print("| | plain | here | ratio |\n|---|---|---|---|")
 
-    torch.set_num_threads(1)
-    times = medians(5, plain=lambda: plain_input(photos), loader=lambda: our_loader(photos), input=lambda: our_input(photos))
+    times = medians(5, 1, plain=("plain", plain_input, photos), loader=("ours", our_loader, photos),
+                    input=("ours", our_input, photos))
     each = {name: 1000 * value / len(photos) for name, value in times.items()}
     row("a loading process, ms an image", f"{each['plain']:.1f}", f"{each['loader']:.2f}",
         f"{each['plain'] / each['loader']:.1f}")
     row("whole input path on one core, ms an image", f"{each['plain']:.1f}", f"{each['input']:.2f}",
         f"{each['plain'] / each['input']:.2f}")
+    theirs = peak_memory("plain", plain_input, photos)
     for what, function in (("a loading process", our_loader), ("the input path's process", our_input)):
-        theirs, ours = peak_memory(plain_input, photos), peak_memory(function, photos)
+        ours = peak_memory("ours", function, photos)
         row(f"peak memory of {what}, MB", f"{theirs:.0f}", f"{ours:.0f}", f"{theirs / ours:.2f}")
 
-    torch.set_num_threads(cores)
-    batch = [torch.randn(BATCH, 3, plain.SIZE, plain.SIZE) for _ in range(3)]
-    trainer, fp32, bf16 = plain.Trainer("resnet50"), OurStep("resnet50", "fp32"), OurStep("resnet50", "bf16")
-    times = medians(5, plain=lambda: trainer.step(*batch), fp32=lambda: fp32.step(*batch), bf16=lambda: bf16.step(*batch),
-                    rest=bf16.step_without_encoders)
+    times = medians(5, cores, plain=("plain", step, "plain"), fp32=("fp32", step, "fp32"), bf16=("bf16", step, "bf16"),
+                    rest=("bf16", step_without_encoders, "bf16"))
     for precision in ("fp32", "bf16"):
         row(f"training step, ResNet-50, {BATCH} images, K {plain.K}, {precision}, s", f"{times['plain']:.2f}",
             f"{times[precision]:.2f}", f"{times['plain'] / times[precision]:.2f}")
