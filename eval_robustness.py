@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from moco import classifier, distributed, loader, options, released, report, robustness
+from moco import classifier, distributed, failures, folders, launch, options, released, report, robustness
 
 IMAGENET_100 = Path(__file__).parent / "preprocess" / "imagenet_100.txt"
 
@@ -39,6 +39,7 @@ def parse_args():
                         help="every figure and its parts; an interrupted run goes on from it")
     output.add_argument("--compare", choices=["paper"], help="set the rows beside the paper's of the same NAME")
     output.add_argument("--plot", metavar="FILE.png", help="accuracy by corruption and severity; needs matplotlib")
+    options.add_dry_run_option(output)
     output.add_argument("--allow-partial", action="store_true", help="exit with 0 though corruptions are missing")
     return parser.parse_args()
 
@@ -46,18 +47,19 @@ def parse_args():
 def check(args, rows):
     """Refuse, before anything is loaded, what could only fail later."""
     if not args.pretrained:
-        raise options.BadInput("nothing to test: --pretrained names the linear checkpoints")
+        raise failures.BadInput("nothing to test: --pretrained names the linear checkpoints")
     if not any(getattr(args, suite) for suite in robustness.SUITES):
-        raise options.BadInput("nothing to test on: give any of " + " ".join(f"--{suite} DIR" for suite in robustness.SUITES))
+        raise failures.BadInput("nothing to test on: give any of " + " ".join(f"--{suite} DIR" for suite in robustness.SUITES))
     if args.compare:
         report.check_published(rows)
     if args.plot and not args.corruption:
-        raise options.BadInput(f"--plot {args.plot}: it draws corruptions; give --corruption DIR")
+        raise failures.BadInput(f"--plot {args.plot}: it draws corruptions; give --corruption DIR")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise options.BadInput(f"--plot {args.plot}: matplotlib is not installed; pip install matplotlib")
-    for option, path in (("--json", args.json), ("--plot", args.plot)):
-        if path and not os.path.isdir(os.path.dirname(path) or "."):
-            raise options.BadInput(f"{option} {path}: there is no folder {os.path.dirname(path)}")
+        raise failures.BadInput(f"--plot {args.plot}: matplotlib is not installed; pip install matplotlib")
+    options.check_file("--json", args.json)
+    if args.plot:
+        options.check_file("--plot", args.plot)
+    launch.process_counts(gpu=args.gpu)
 
 
 def parse_rows(entries):
@@ -68,7 +70,7 @@ def parse_rows(entries):
         if not separator or os.path.exists(entry):                    # a path may hold a "=", too
             name = files = entry
         if name in rows:
-            raise options.BadInput(f"--pretrained {entry}: the name {name} is taken by another row")
+            raise failures.BadInput(f"--pretrained {entry}: the name {name} is taken by another row")
         rows[name] = files.split(",")
     return rows
 
@@ -82,7 +84,7 @@ def load_models(rows, args):
         if shared is None:
             shared, first = these, path
         elif these != shared:
-            raise options.BadInput(f"--pretrained {path}: its classes or crop size are not those of {first};"
+            raise failures.BadInput(f"--pretrained {path}: its classes or crop size are not those of {first};"
                                    " test them in two runs")
         models.append(model)
         pretraining.append(saved.get("pretraining") or {})
@@ -96,16 +98,16 @@ def class_list(path, saved, width, args):
     if args.classes:
         wnids = read_classes(args.classes)
         if len(wnids) > width:
-            raise options.BadInput(f"--classes {args.classes}: {len(wnids)} classes, but the head of {path} has {width} outputs")
+            raise failures.BadInput(f"--classes {args.classes}: {len(wnids)} classes, but the head of {path} has {width} outputs")
         return wnids
     if args.val:
-        _, _, folders = loader.list_photos(robustness.class_root(args.val))
-        if len(folders) == width:
-            return folders
+        _, _, of_val = folders.list_photos(robustness.class_root(args.val))
+        if len(of_val) == width:
+            return of_val
     imagenet_100 = read_classes(IMAGENET_100)
-    if width == len(imagenet_100) and (not args.val or set(imagenet_100) <= set(folders)):
+    if width == len(imagenet_100) and (not args.val or set(imagenet_100) <= set(of_val)):
         return imagenet_100
-    raise options.BadInput(
+    raise failures.BadInput(
         f"--pretrained {path}: its {width} outputs do not say their classes, and it is not clear which they are; name a file"
         f" of them with --classes (ImageNet-100's: {os.path.relpath(IMAGENET_100)}), or give as --val the data the head was"
         f" trained on, if it has {width} classes, or train the head with main_lincls.py, which stores them")
@@ -113,17 +115,15 @@ def class_list(path, saved, width, args):
 
 def read_classes(path):
     if not os.path.isfile(path):
-        raise options.BadInput(f"--classes {path}: there is no such file")
+        raise failures.BadInput(f"--classes {path}: there is no such file")
     with open(path) as file:
         return sorted(file.read().split())
 
 
-def evaluate(place, args, rows, models, pretraining, wnids, image_size, cells):
+def evaluate(place, args, models, wnids, image_size, cells, result):
     """Score what an earlier run has not; the main process writes the report after each cell. All processes do this."""
     models = [model.to(place.device, memory_format=torch.channels_last) for model in models]
     workers = options.workers_per_process(args.workers, place.local_size)
-    result = report.new(rows, pretraining, wnids, image_size, args.limit)
-    report.continue_from(args.json, result, cells)
     distributed.barrier()                                             # all have read the file before one writes it
     todo = [cell for cell in cells if cell.key not in result["cells"]]
     if distributed.is_main() and len(todo) < len(cells):
@@ -166,10 +166,16 @@ def main():
     # Listing everything first finds a wrong folder before an hour of evaluation, and gives the bar its length.
     directories = {suite: getattr(args, suite) for suite in robustness.SUITES if getattr(args, suite)}
     cells = robustness.list_cells(directories, wnids, args.limit)
-    distributed.launch(evaluate, (args, rows, models, pretraining, wnids, image_size, cells), gpu=args.gpu)
+    result = report.new(rows, pretraining, wnids, image_size, args.limit)
+    report.continue_from(args.json, result, cells)
+    if args.dry_run:
+        return options.echo(args, checkpoints=len(models), classes=len(wnids), size_of_crops=image_size, cells=len(cells),
+                            cells_done_already=len(result["cells"]), images=sum(len(cell.labels) for cell in cells),
+                            nothing_was_started="--dry-run")
+    launch.launch(evaluate, (args, models, wnids, image_size, cells, result), gpu=args.gpu)
     if args.corruption and robustness.missing_corruptions([cell.key for cell in cells]) and not args.allow_partial:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    options.run(main)
+    failures.run(main)

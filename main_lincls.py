@@ -19,9 +19,9 @@ import re
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from moco import checkpoint, classifier, distributed, loader, metrics, options, precision, released
+from moco import (checkpoint, classifier, diagnosis, distributed, failures, folders, images, launch, loader, metrics, options,
+                  precision, released)
 from moco.builder import ARCHS, build_encoder
 
 
@@ -61,75 +61,89 @@ def run_name(pretrained):
 
 
 def check(args):
-    """Refuse, before anything is built, what could only fail later."""
+    """Refuse, before anything is built, what could only fail later. Returns what follows from the arguments, to be printed."""
     if args.evaluate and not args.resume:
-        raise options.BadInput("--evaluate needs a trained head: --resume ckpts/RUN/model_best_0199.pth.tar")
+        raise failures.BadInput("--evaluate needs a trained head: --resume ckpts/RUN/model_best_0199.pth.tar")
     if args.start_epoch >= args.epochs:
-        raise options.BadInput(f"--start-epoch {args.start_epoch}: there are only --epochs {args.epochs}")
-    local_size, world_size = distributed.process_counts(args.multiprocessing_distributed, args.world_size)
+        raise failures.BadInput(f"--start-epoch {args.start_epoch}: there are only --epochs {args.epochs}")
+    local_size, world_size = launch.process_counts(**options.launch_settings(args))
     batch_size = options.per_process(args.batch_size, local_size)
-    train_split, (_, _, classes) = list_data(args)
+    options.check_folder("--ckpt_path", args.ckpt_path)
+    train_split, (val_paths, _, classes) = list_data(args)
+    plan = {"processes": world_size, "validation_images": len(val_paths), "classes": len(classes)}
     if train_split:
-        loader.ShuffledBatches(len(train_split[0]), batch_size, seed=0, place=distributed.Place(world_size=world_size))
-    if args.resume:
-        saved = checkpoint.load(args.resume)
+        batches = loader.ShuffledBatches(len(train_split[0]), batch_size, seed=0, place=distributed.Place(world_size=world_size))
+        plan |= {"training_images": batches.images, "images_per_step": batches.global_batch, "steps_per_epoch": len(batches)}
+    saved = checkpoint.load(args.resume) if args.resume else {}
+    pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
+    if saved:
         classifier.check_classes(saved, classes, f"--resume {args.resume}")
         check_arch(args, saved, f"--resume {args.resume}")
         heads = len(saved.get("lrs", [None]))
         if not args.evaluate and heads != len(args.lr):
-            raise options.BadInput(f"--resume {args.resume}: it has heads for {heads} learning rates, --lr has {len(args.lr)}")
+            raise failures.BadInput(f"--resume {args.resume}: it has heads for {heads} learning rates, --lr has {len(args.lr)}")
         if not args.evaluate and saved["epoch"] >= args.epochs:
-            raise options.BadInput(f"--resume {args.resume}: its {saved['epoch']} epochs are done; use a larger --epochs")
-    if args.pretrained:
-        pretrained = checkpoint.load(args.pretrained, "--pretrained")
+            raise failures.BadInput(f"--resume {args.resume}: its {saved['epoch']} epochs are done; use a larger --epochs")
+    with torch.device("meta"):
+        model = build_encoder(args.arch, len(classes)).eval()
+    if pretrained:
         check_arch(args, pretrained, f"--pretrained {args.pretrained}")
-        classifier.build_probe(args.arch, len(classes), pretrained_backbone(args, pretrained))
+        backbone = pretrained_backbone(args, pretrained)
+        checkpoint.check_exactly(model, backbone, f"--pretrained {args.pretrained}", classifier.HEAD)
+    plan["size_of_crops"] = args.image_size or (saved or pretrained).get("image_size", 224)
+    classifier.check_image_size(model, args.arch, plan["size_of_crops"])
+    return plan
 
 
 def export_backbone(args):
     """Write the backbone that --pretrained holds as torchvision's network of that name takes it, strict=False."""
     if not args.pretrained:
-        raise options.BadInput("--export-backbone needs --pretrained, the checkpoint whose backbone to write")
+        raise failures.BadInput("--export-backbone needs --pretrained, the checkpoint whose backbone to write")
+    options.check_file("--export-backbone", args.export_backbone)
     pretrained = checkpoint.load(args.pretrained, "--pretrained")
     check_arch(args, pretrained, f"--pretrained {args.pretrained}")
     backbone = pretrained_backbone(args, pretrained)
-    checkpoint.load_exactly(build_encoder(args.arch, 1), backbone, f"--pretrained {args.pretrained}", classifier.HEAD)
+    checkpoint.check_exactly(build_encoder(args.arch, 1), backbone, f"--pretrained {args.pretrained}", classifier.HEAD)
+    if args.dry_run:
+        return options.echo(args, tensors=len(backbone), nothing_was_written="--dry-run")
     checkpoint.save(args.export_backbone, backbone)
     print(f"wrote {args.export_backbone}, {len(backbone)} tensors of {args.arch}")
 
 
 def check_arch(args, saved, source):
     if saved.get("arch", args.arch) != args.arch:
-        raise options.BadInput(f"{source}: it holds a {saved['arch']}, not --arch {args.arch}")
+        raise failures.BadInput(f"{source}: it holds a {saved['arch']}, not --arch {args.arch}")
 
 
 def pretrained_backbone(args, pretrained):
     backbone = checkpoint.backbone(pretrained)
     if not any(isinstance(value, torch.Tensor) for value in backbone.values()):
-        raise options.BadInput(f"--pretrained {args.pretrained}: it holds no backbone weights")
+        raise failures.BadInput(f"--pretrained {args.pretrained}: it holds no backbone weights")
+    if broken := diagnosis.nonfinite(backbone):
+        raise failures.BadInput(f"--pretrained {args.pretrained}: {broken[0]} holds infinite values or NaN; take an earlier one")
     return backbone
 
 
 def list_data(args):
     """The training split, None with --evaluate, and the validation split, each as (paths, labels, classes)."""
-    val_split = loader.list_photos(loader.data_split(args.data, "val"))
+    val_split = folders.list_photos(folders.data_split(args.data, "val"))
     if args.evaluate:
         return None, val_split
-    train_split = loader.list_photos(loader.data_split(args.data, "train"))
+    train_split = folders.list_photos(folders.data_split(args.data, "train"))
     different = sorted(set(train_split[2]) ^ set(val_split[2]))
     if different:
-        raise options.BadInput(f"{args.data}: train/ and val/ hold different classes, for example {different[0]}")
+        raise failures.BadInput(f"{args.data}: train/ and val/ hold different classes, for example {different[0]}")
     return train_split, val_split
 
 
-def train(place, args):
+def train(place, args, plan):
     """The linear evaluation in one process, on `place.device`; every way of launching ends here."""
     device = place.device
     saved = checkpoint.load(args.resume) if args.resume else {}
     pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
     seed = args.seed if args.seed is not None else saved.get("seed", options.draw_seed())
     seed = distributed.agree(seed, device)
-    image_size = args.image_size or (saved or pretrained).get("image_size", 224)
+    image_size = plan["size_of_crops"]
 
     # Data
     train_split, (val_paths, val_labels, classes) = list_data(args)
@@ -167,22 +181,18 @@ def train(place, args):
 
     train_paths, train_labels, _ = train_split
     batches = loader.ShuffledBatches(len(train_paths), batch_size, seed, place)
-    train_loader = loader.training_loader(
-        loader.Labelled(train_paths, train_labels, loader.probe_view(image_size)), batches, workers, device)
+    views = loader.LabelledViews(train_paths, train_labels, loader.probe_view(image_size))
+    train_loader = loader.training_loader(loader.RandomViews(train_labels, views), batches, workers, device)
+    bad_images = images.BadImages(args.max_bad_images)
     optimizer = torch.optim.SGD([{"params": head.parameters(), "lr": lr} for head, lr in zip(heads, args.lr)],
                                 momentum=args.momentum, weight_decay=args.weight_decay)
     if saved:
         checkpoint.load_optimizer(optimizer, saved["optimizer"])
-    stepped = heads
-    if place.world_size > 1:
-        stepped = DistributedDataParallel(heads, device_ids=[device] if device.type == "cuda" else None)
+    stepped = distributed.parallel(heads, device)
     name = run_name(args.pretrained)
     if distributed.is_main():
-        os.makedirs(args.ckpt_path, exist_ok=True)
-        options.echo(args, device=device, processes=place.world_size, loading_processes=f"{workers} each",
-                     seed_of_this_run=seed, size_of_crops=image_size, training_images=len(train_paths),
-                     validation_images=len(val_paths), classes=len(classes), images_per_step=batches.global_batch,
-                     steps_per_epoch=len(batches))
+        options.make_folder("--ckpt_path", args.ckpt_path)
+        options.echo(args, device=device, loading_processes=f"{workers} each", seed_of_this_run=seed, **plan)
         if not args.pretrained and not saved:
             print("no --pretrained: the backbone is random, a baseline")
 
@@ -190,7 +200,7 @@ def train(place, args):
         batches.epoch = epoch
         for group, lr in zip(optimizer.param_groups, args.lr):
             group["lr"] = lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
-        train_epoch(features, stepped, optimizer, train_loader, device, metrics.Progress(
+        train_epoch(features, stepped, optimizer, device, bad_images, metrics.Progress(
             train_loader, f"epoch {epoch + 1}/{args.epochs}", batches.global_batch, args.print_freq,
             args.epochs - epoch - 1))
         results = classifier.evaluate(lambda images: heads(features(images)), val_loader, device)
@@ -198,7 +208,11 @@ def train(place, args):
         if changed:
             raise RuntimeError(f"the frozen backbone changed in training: {', '.join(changed[:5])}")
         if distributed.is_main():
-            acc1s = [result["acc1"] for result in results]
+            finite = [not diagnosis.nonfinite(head.state_dict()) for head in heads]
+            if not any(finite):
+                raise failures.RunFailed(f"the head's weights are not finite after epoch {epoch + 1}; what was saved before is whole;"
+                                         f" use a smaller --lr, for example {min(args.lr) / 10:g}")
+            acc1s = [result["acc1"] if good else 0.0 for result, good in zip(results, finite)]  # NaN is no decision
             winner = acc1s.index(max(acc1s))
             is_best = acc1s[winner] >= max(best_acc1s)
             best_acc1s = [max(pair) for pair in zip(acc1s, best_acc1s)]
@@ -217,12 +231,12 @@ def train(place, args):
     distributed.barrier()                                            # no process leaves while rank 0 is still saving
 
 
-def train_epoch(features, heads, optimizer, train_loader, device, progress):
+def train_epoch(features, heads, optimizer, device, bad_images, progress):
     """One pass over the data. The loss is the sum over the heads, none of which sees another's gradient."""
     means = metrics.Means()
-    for images, labels in progress:
+    for (crops, labels), faults in progress:
         labels = labels.to(device, non_blocking=True)
-        logits = heads(features(classifier.to_input(images, device)).clone())  # a tensor that autograd may keep
+        logits = heads(features(classifier.to_input(crops, device)).clone())  # a tensor that autograd may keep
         loss = sum(F.cross_entropy(own, labels) for own in logits)
         optimizer.zero_grad()
         loss.backward()
@@ -231,6 +245,10 @@ def train_epoch(features, heads, optimizer, train_loader, device, progress):
         means.add({"loss": loss / len(logits), "acc1": top1})
         if progress.due():
             progress.report("  ".join(f"{name} {value:.3f}" for name, value in means.read().items()))
+        if any(distributed.maxima(len(faults))):
+            bad_images.add(faults)
+        if bad_images.too_many():
+            bad_images.give_up()
 
 
 def by_lr(lrs, accuracies):
@@ -249,9 +267,11 @@ def main():
     args.pretrained = released.local_path(args.pretrained)
     if args.export_backbone:
         return export_backbone(args)
-    check(args)
-    distributed.launch(train, (args,), **options.launch_settings(args))
+    plan = check(args)
+    if args.dry_run:
+        return options.echo(args, **plan, nothing_was_started="--dry-run")
+    launch.launch(train, (args, plan), **options.launch_settings(args))
 
 
 if __name__ == "__main__":
-    options.run(main)
+    failures.run(main)

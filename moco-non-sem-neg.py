@@ -11,13 +11,14 @@ Two machines; on the other one with --rank 1:
 
 import math
 import os
+import shutil
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
-from moco import augment, checkpoint, distributed, knn, loader, memory, metrics, negatives, options, precision, preview, signals
+from moco import (augment, checkpoint, diagnosis, distributed, failures, folders, images, knn, launch, loader, memory, metrics,
+                  negatives, options, precision, preview, signals)
 from moco.builder import ARCHS, MoCo, build_encoder
 
 SPELLINGS = {"patch": "patch", "nonsem": "patch", "texture": "texture", "texture_syn": "texture", "none": "none"}
@@ -70,59 +71,56 @@ def parse_args():
 
 
 def check(args):
-    """Refuse, before anything is built, what could only fail later."""
+    """Refuse, before anything is built, what could only fail later. Returns what follows from the arguments, to be printed."""
     low, high = args.patch_ratio
     if args.robust == "patch" and not low <= high <= args.image_size:
-        raise options.BadInput(f"--patch-ratio {low} {high}: LO must not be above HI, nor HI above the crops'"
-                               f" {args.image_size} px; for example 16 72 at 224 px")
+        raise failures.BadInput(f"--patch-ratio {low} {high}: LO must not be above HI, nor HI above the crops'"
+                                f" {args.image_size} px; for example 16 72 at 224 px")
     if args.robust == "texture" and args.num_nonsem != 1:
-        raise options.BadInput(f"--num-nonsem {args.num_nonsem}: a photo has one texture; with --robust texture use 1")
+        raise failures.BadInput(f"--num-nonsem {args.num_nonsem}: a photo has one texture; with --robust texture use 1")
     if args.start_epoch >= args.epochs:
-        raise options.BadInput(f"--start-epoch {args.start_epoch}: there are only --epochs {args.epochs}")
-    local_size, world_size = distributed.process_counts(args.multiprocessing_distributed, args.world_size)
-    photos, _, classes, _ = list_data(args)
+        raise failures.BadInput(f"--start-epoch {args.start_epoch}: there are only --epochs {args.epochs}")
+    local_size, world_size = launch.process_counts(**options.launch_settings(args))
+    if args.preview:
+        preview.check(args.preview)
+    options.check_folder("--ckpt_path", args.ckpt_path)
+    photos, _, labels, classes, _ = list_data(args)
     batch_size = options.per_process(args.batch_size, local_size)
     batches = loader.ShuffledBatches(len(photos), batch_size, seed=0, place=distributed.Place(world_size=world_size))
+    needed = memory.check(lambda: build_model(args, torch.float32), args.arch, batch_size, args.image_size, 2 + args.num_nonsem,
+                          precision.DTYPES[args.precision].itemsize, launch.device_of(args.gpu or 0), local_size)
+    if args.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise failures.BadInput("--compile: on a CPU it needs a C++ compiler, and there is no g++; leave it out")
     if args.resume:
         check_resume(args, checkpoint.load(args.resume), classes, batches)
+    return {"processes": world_size, "images": len(photos), "classes": len(classes), "images_per_step": batches.global_batch,
+            "steps_per_epoch": len(batches), "chance_loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
+            "memory_a_process": needed}
 
 
 def check_resume(args, saved, classes, batches):
-    if not {"epoch", "arch", "state_dict", "optimizer"} <= saved.keys():
-        raise options.BadInput(f"--resume {args.resume}: not a pre-training checkpoint; --resume takes a checkpoint_*.pth.tar")
-    state = checkpoint.without_prefix(saved["state_dict"])
-    if "queue" not in state:
-        raise options.BadInput(f"--resume {args.resume}: it has no queue, so it is no pre-training checkpoint")
-    dim, length = state["queue"].shape
-    known = saved.get("options", {})                                 # published files say no more than arch and weights
-    pairs = [("--arch", args.arch, saved["arch"]), ("--moco-dim", args.moco_dim, dim), ("--moco-k", args.moco_k, length),
-             ("--mlp", args.mlp, "encoder_q.fc.2.weight" in state),
-             *((f"--{name.replace('_', '-')}", getattr(args, name), known[name])
-               for name in ("aug_plus", "image_size", "robust") if name in known),
-             ("classes", _listed(classes), _listed(saved.get("classes", classes)))]
-    if saved.get("step"):                                            # its order of the data must be this run's
-        pairs += [("training images:", batches.images, saved["images"]),
-                  ("images a step:", batches.global_batch, saved["images_per_step"])]
-    for option, here, there in pairs:
-        if here != there:
-            raise options.BadInput(f"--resume {args.resume}: it was made with {option} {there}, this run has {here}")
+    source = f"--resume {args.resume}"
+    checkpoint.check_resumable(saved, source, vars(args), classes, batches.images, batches.global_batch)
+    with torch.device("meta"):
+        checkpoint.check_exactly(build_model(args, torch.float32), checkpoint.without_prefix(saved["state_dict"]), source)
     if saved["epoch"] >= args.epochs:
-        raise options.BadInput(f"--resume {args.resume}: its {saved['epoch']} epochs are done; use a larger --epochs to go on")
-
-
-def _listed(classes):
-    return f"{len(classes)}: {', '.join(classes)}"
+        raise failures.BadInput(f"{source}: its {saved['epoch']} epochs are done; use a larger --epochs to go on")
 
 
 def list_data(args):
-    """(photos, textures or None, classes, photos left out for lack of a texture) of the training split."""
+    """(photos, textures or None, labels, classes, photos left out for lack of a texture) of the training split."""
     if args.robust == "texture":
-        return loader.list_pairs(args.data)
-    photos, _, classes = loader.list_photos(loader.data_split(args.data, "train"))
-    return photos, None, classes, ""
+        return folders.list_pairs(args.data)
+    photos, labels, classes = folders.list_photos(folders.data_split(args.data, "train"))
+    return photos, None, labels, classes, ""
 
 
-def train(place, args):
+def build_model(args, dtype):
+    return MoCo(lambda num_classes: build_encoder(args.arch, num_classes), args.moco_dim, args.moco_k, args.moco_m,
+                args.moco_t, args.mlp, args.alpha, dtype)
+
+
+def train(place, args, plan):
     """The training of one process, on `place.device`; every way of launching ends here."""
     device = place.device
     memory.keep_freed(device)
@@ -132,12 +130,12 @@ def train(place, args):
     seed = distributed.agree(seed, device)
 
     # Data: uint8 crops from the workers; colour, blur, flip, normalisation and patches on the device.
-    photos, textures, classes, unpaired = list_data(args)
+    photos, textures, labels, classes, unpaired = list_data(args)
     batch_size = options.per_process(args.batch_size, place.local_size)
     batches = loader.ShuffledBatches(len(photos), batch_size, seed, place)
     workers = options.workers_per_process(args.workers, place.local_size)
-    dataset = loader.ViewPairs(photos, args.image_size, textures)
-    batch_loader = loader.training_loader(dataset, batches, workers, device)
+    crops_of = loader.RandomViews(labels, loader.ViewPairs(photos, args.image_size, textures))
+    batch_loader = loader.training_loader(crops_of, batches, workers, device)
     recipe = augment.V2 if args.aug_plus else augment.V1
 
     def views(crops, epoch, step):
@@ -145,16 +143,21 @@ def train(place, args):
         crops = crops.to(device, non_blocking=True)
         return negatives.training_views(crops, recipe, args.robust, args.num_nonsem, args.patch_ratio, rng)
 
-    neighbours = neighbour_loaders(args, batch_size, workers, place) if args.knn else None
-
     if args.preview:
-        return draw_preview(args.preview, *views(next(iter(batch_loader))[:8], epoch=0, step=0))
+        crops, _ = next(iter(batch_loader))
+        if distributed.is_main():
+            preview.save_views(args.preview, *views(crops[:8], epoch=0, step=0))
+            print(f"wrote {args.preview}")
+        return
+    neighbours = None
+    if args.knn:
+        data = folders.photos_of(args.data) if args.robust == "texture" else args.data
+        neighbours = knn.neighbour_loaders(data, args.image_size, batch_size, workers, place)
 
     # Model and optimiser. The seed makes all processes start from the same weights and queue.
     precision.configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
     distributed.seed_everything(seed)
-    model = MoCo(lambda num_classes: build_encoder(args.arch, num_classes), args.moco_dim, args.moco_k, args.moco_m,
-                 args.moco_t, args.mlp, args.alpha, precision.DTYPES[args.precision])
+    model = build_model(args, precision.DTYPES[args.precision])
     model.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, fused=True)
     for weight in model.encoder_q.parameters():
@@ -162,31 +165,26 @@ def train(place, args):
         optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     start_epoch, start_step, means = args.start_epoch, 0, metrics.Means()
+    bad_images = images.BadImages(args.max_bad_images)
     if saved:
         checkpoint.load_exactly(model, checkpoint.without_prefix(saved["state_dict"]), f"--resume {args.resume}")
         checkpoint.load_optimizer(optimizer, saved["optimizer"])
         if saved.get("scaler"):                                      # none from another precision
             scaler.load_state_dict(saved["scaler"])
         start_epoch, start_step = saved["epoch"], saved.get("step", 0)
+        bad_images = images.BadImages(args.max_bad_images, saved.get("bad_images"), saved.get("bad_in_epoch", 0))
         if start_step:
             means = metrics.Means.restored(saved["means"], device)
     if args.compile:
         model.encoder_q.compile()
         model.encoder_k.compile()
-    stepped = model
-    if place.world_size > 1:
-        # The queue is the same on all ranks by construction, and batch statistics are each rank's own.
-        stepped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                          broadcast_buffers=False)
+    stepped = distributed.parallel(model, device)
 
     log_path = os.path.join(args.ckpt_path, "log.jsonl")
     if distributed.is_main():
-        os.makedirs(args.ckpt_path, exist_ok=True)
+        options.make_folder("--ckpt_path", args.ckpt_path)
         metrics.keep_jsonl(log_path, before_epoch=start_epoch)
-        options.echo(args, device=device, processes=place.world_size, loading_processes=f"{workers} each",
-                     seed_of_this_run=seed, images=len(photos), classes=len(classes),
-                     images_per_step=batches.global_batch, steps_per_epoch=len(batches),
-                     chance_loss=f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}")
+        options.echo(args, device=device, loading_processes=f"{workers} each", seed_of_this_run=seed, **plan)
         if unpaired:
             print(f"photos left out because they have no texture: {unpaired}")
         if args.knn and not neighbours:
@@ -196,13 +194,22 @@ def train(place, args):
         print(f"from epoch {start_epoch}" + (f" step {start_step}" if start_step else "")
               + (f", resumed from {args.resume}" if saved else ""), flush=True)
 
+    def refuse_nonfinite(epoch, weights=True):
+        """End the run rather than report or save what is not finite."""
+        finite = means.finite_steps()
+        if finite < means.steps or weights and diagnosis.nonfinite(model.state_dict()):
+            diagnosis.stop(args.ckpt_path, model, epoch=epoch, step=finite + 1, lr=lr, precision=args.precision,
+                           images=[photos[index] for index in batches.of_step(min(finite, len(batches) - 1))])
+
     def save(names, epoch, step=0):
         """Write the state after `epoch` whole epochs and `step` steps, by rank 0; all processes call this."""
         state = {"epoch": epoch, "step": step, "means": means.state() if step else None}
         if not distributed.is_main():
             return
+        refuse_nonfinite(epoch)
         state |= {"arch": args.arch, "state_dict": checkpoint.with_prefix(model.state_dict()),
                   "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seed": seed,
+                  "bad_images": bad_images.known, "bad_in_epoch": bad_images.in_epoch if step else 0,
                   "image_size": args.image_size, "classes": classes, "images": len(photos),
                   "images_per_step": batches.global_batch,
                   "options": {name: getattr(args, name) for name in SAVED_OPTIONS}}
@@ -210,6 +217,11 @@ def train(place, args):
             checkpoint.save(os.path.join(args.ckpt_path, f"checkpoint_{name}.pth.tar"), state)
         if args.keep:
             checkpoint.keep_last(args.ckpt_path, args.keep, r"checkpoint_\d{4,}\.pth\.tar")
+
+    def end(signal, where):
+        if signal:
+            signals.leave(signal, where)
+        bad_images.give_up()
 
     for epoch in range(start_epoch, args.epochs):
         # All randomness of a step follows from (seed, epoch, step, rank): a resumed run goes on as if never stopped.
@@ -219,45 +231,37 @@ def train(place, args):
             group["lr"] = lr
         progress = metrics.Progress(batch_loader, f"epoch {epoch + 1}/{args.epochs}", batches.global_batch,
                                     args.print_freq, args.epochs - epoch - 1, start_step)
-        prepared = loader.prepared(enumerate(progress, start_step), lambda batch: views(batch[1], epoch, batch[0]), device)
+        prepared = loader.prepared(progress, lambda step, crops: views(crops, epoch, step), device, start_step)
         stepped.train()
-        for step, batch in enumerate(prepared, start_step + 1):      # counted from 1: the steps done after it
+        for step, (batch, faults) in enumerate(prepared, start_step + 1):  # counted from 1: the steps done after it
             distributed.seed_shuffles(seed, epoch, step)
             train_step(stepped, optimizer, scaler, batch, means)
             if progress.due():                                       # the one place that waits for the GPU
+                refuse_nonfinite(epoch, weights=False)
                 progress.report("  ".join(f"{name} {value:.3f}" for name, value in means.read().items()))
+            signal, unreadable = distributed.maxima(stop.received, len(faults))
+            if unreadable:
+                bad_images.add(faults)
+            ending = signal or bad_images.too_many()
             if step < len(batches):                                  # after the last one all is saved anyway
-                stopping = stop.agreed()
-                if stopping or args.save_steps and step % args.save_steps == 0:
+                if ending or args.save_steps and step % args.save_steps == 0:
                     save(["latest"], epoch, step)
-                if stopping:
-                    stop.leave(f"after epoch {epoch} step {step}")
-        record = {"epoch": epoch, "lr": lr, **means.read(over_ranks=True), **progress.speed()}
+                if ending:
+                    end(signal, f"after epoch {epoch} step {step}")
+        record = {"epoch": epoch, "lr": lr, **means.read(over_ranks=True), "bad_images": bad_images.in_epoch, **progress.speed()}
         if neighbours and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
             record["knn_top1"] = knn.accuracy(model.encoder_q, *neighbours, device)
         if distributed.is_main():
+            refuse_nonfinite(epoch)
             if "knn_top1" in record:
                 print(f"epoch {epoch + 1}/{args.epochs}  val: 200-nearest-neighbour top-1 {record['knn_top1']:.2f} %", flush=True)
             metrics.append_jsonl(log_path, record)
         numbered = (epoch + 1) % args.save_freq == 0 or epoch + 1 == args.epochs
         save([f"{epoch:04d}", "latest"] if numbered else ["latest"], epoch + 1)
-        start_step, means = 0, metrics.Means()
-        if stop.agreed():
-            stop.leave(f"after epoch {epoch + 1}")
+        start_step, means, bad_images.in_epoch = 0, metrics.Means(), 0
+        if ending:
+            end(signal, f"after epoch {epoch + 1}")
     distributed.barrier()                                            # no process leaves while rank 0 is still saving
-
-
-def neighbour_loaders(args, batch_size, workers, place):
-    """Loaders of train/ and val/ for --knn and the number of classes; None where val/ is missing or has other classes."""
-    root = loader.photos_of(args.data) if args.robust == "texture" else args.data
-    if not os.path.isdir(os.path.join(root, "val")):
-        return None
-    splits = [loader.list_photos(os.path.join(root, split)) for split in ("train", "val")]
-    if splits[0][2] != splits[1][2]:
-        return None
-    view = loader.test_view(args.image_size)
-    return *[loader.evaluation_loader(loader.Labelled(paths, labels, view), batch_size, workers, place)
-             for paths, labels, _ in splits], len(splits[0][2])
 
 
 def train_step(model, optimizer, scaler, batch, means):
@@ -279,18 +283,13 @@ def learning_rate(base, epoch, epochs, cosine, schedule):
     return base * 0.1 ** sum(epoch >= milestone for milestone in schedule)
 
 
-def draw_preview(path, query, key, negative):
-    columns = {"query": query, "key": key} | {f"NS {i + 1}": negative[:, i] for i in range(negative.shape[1])}
-    if distributed.is_main():
-        preview.save_grid(path, {label: augment.denormalize(images) for label, images in columns.items()})
-        print(f"wrote {path}")
-
-
 def main():
     args = parse_args()
-    check(args)
-    distributed.launch(train, (args,), **options.launch_settings(args))
+    plan = check(args)
+    if args.dry_run:
+        return options.echo(args, **plan, nothing_was_started="--dry-run")
+    launch.launch(train, (args, plan), **options.launch_settings(args))
 
 
 if __name__ == "__main__":
-    options.run(main)
+    failures.run(main)

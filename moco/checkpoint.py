@@ -11,7 +11,8 @@ import re
 
 import torch
 
-from moco.options import BadInput, RunFailed
+from moco.diagnosis import nonfinite
+from moco.failures import BadInput, RunFailed
 
 PREFIX = "module."
 
@@ -25,10 +26,13 @@ def save(path, state):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:                         # PyTorch's zip writer turns a full disk into the second
+    except (OSError, RuntimeError) as error:                         # PyTorch's zip writer turns the first into the second
         with contextlib.suppress(OSError):
             os.remove(partial)
-        raise RunFailed(f"{path} could not be written ({_first_line(error)}); what was saved before is whole;"
+        first = error
+        while first.__context__:
+            first = first.__context__
+        raise RunFailed(f"{path} could not be written ({_first_line(first)}); what was saved before is whole;"
                         " make room, then go on with --resume auto") from error
 
 
@@ -44,12 +48,26 @@ def load(path, option="--resume"):
         raise BadInput(f"{option} {path}: there is no such file")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise BadInput(f"{option} {path}: not a checkpoint that can be loaded as tensors only ({_first_line(error)});"
-                       " it is cut short, of another program, or would run code: get it anew, or take another") from error
+    except Exception as error:  # anything may be raised for bytes of any kind; all of it means: no checkpoint
+        raise BadInput(f"{option} {path}: not a checkpoint: {_what_is_wrong(path, error)}") from error
     if not isinstance(checkpoint, dict):
         raise BadInput(f"{option} {path}: not a checkpoint, it holds a {type(checkpoint).__name__}")
+    state = checkpoint.get("state_dict", {})
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise BadInput(f"{option} {path}: not a checkpoint, its state_dict is not one of tensors")
     return checkpoint
+
+
+def _what_is_wrong(path, error):
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start != b"PK\3\4"[:len(start)] and start[:1] != b"\x80":
+        return "it is of another kind of file; take one that ends in .pth or .pth.tar"
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and code:
+        return (f"loading it would run code ({code[1]}), so it is not loaded; if you trust it, save its tensors"
+                " alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)")
+    return f"it is damaged or cut short ({_first_line(error)}); copy or download it anew, or take an earlier one"
 
 
 def _first_line(error):
@@ -74,8 +92,36 @@ def backbone(checkpoint):
     return {name: value for name, value in (query or state).items() if not name.startswith("fc.")}
 
 
-def load_exactly(module, state_dict, source, allowed_missing=()):
-    """load_state_dict, with BadInput for any missing, unexpected or misshapen entry but the allowed missing ones."""
+def check_resumable(saved, source, options, classes, images, images_per_step):
+    """BadInput unless a run with these options ({name: value}), classes and numbers can go on from a checkpoint: it is one
+    of pre-training, its weights are finite, and it was made with the same."""
+    if not {"epoch", "arch", "state_dict", "optimizer"} <= saved.keys():
+        raise BadInput(f"{source}: not a pre-training checkpoint; --resume takes a checkpoint_*.pth.tar")
+    state = without_prefix(saved["state_dict"])
+    if "queue" not in state:
+        raise BadInput(f"{source}: it has no queue, so it is no pre-training checkpoint")
+    if broken := nonfinite(state):
+        raise BadInput(f"{source}: {len(broken)} of its tensors, {broken[0]} the first, hold infinite values or NaN;"
+                       " take an earlier one")
+    dim, length = state["queue"].shape
+    known = saved.get("options", {})                                 # published files say no more than arch and weights
+    made_with = {"arch": saved["arch"], "moco_dim": dim, "moco_k": length, "mlp": "encoder_q.fc.2.weight" in state,
+                 **{name: known[name] for name in ("aug_plus", "image_size", "robust") if name in known}}
+    pairs = [(f"--{name.replace('_', '-')}", there, options[name]) for name, there in made_with.items()]
+    pairs.append(("classes", _listed(saved.get("classes", classes)), _listed(classes)))
+    if saved.get("step"):                                            # its order of the data must be this run's
+        pairs += [("training images:", saved["images"], images), ("images a step:", saved["images_per_step"], images_per_step)]
+    for option, there, here in pairs:
+        if there != here:
+            raise BadInput(f"{source}: it was made with {option} {there}, this run has {here}")
+
+
+def _listed(names):
+    return f"{len(names)}: {', '.join(names)}"
+
+
+def check_exactly(module, state_dict, source, allowed_missing=()):
+    """BadInput for any missing, unexpected or misshapen entry but the allowed missing ones."""
     own = module.state_dict()
     missing = [name for name in own if name not in state_dict and name not in allowed_missing]
     unexpected = [name for name in state_dict if name not in own]
@@ -84,6 +130,11 @@ def load_exactly(module, state_dict, source, allowed_missing=()):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise BadInput(f"{source}: does not fit this model: it {fault} {names[0]}{more}; check --arch and the head's options")
+
+
+def load_exactly(module, state_dict, source, allowed_missing=()):
+    """load_state_dict, after `check_exactly`."""
+    check_exactly(module, state_dict, source, allowed_missing)
     module.load_state_dict(state_dict, strict=False)
 
 

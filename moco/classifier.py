@@ -5,7 +5,7 @@ import torch.nn as nn
 
 from moco import augment, checkpoint, distributed, metrics
 from moco.builder import ARCHS, build_encoder
-from moco.options import BadInput
+from moco.failures import BadInput
 
 HEAD = ("fc.weight", "fc.bias")
 
@@ -23,6 +23,14 @@ def build_probe(arch, classes, backbone):
     nn.init.normal_(model.fc.weight, mean=0.0, std=0.01)
     nn.init.zeros_(model.fc.bias)
     return model
+
+
+def check_image_size(model, arch, image_size):
+    """BadInput where the network, on the meta device, does not take images of that size."""
+    try:
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except (RuntimeError, ValueError) as error:                      # shapes are all that can be wrong here
+        raise BadInput(f"--image-size {image_size} does not suit --arch {arch} ({str(error).splitlines()[0]}); 224 px does") from error
 
 
 class Heads(nn.ModuleList):

@@ -1,25 +1,17 @@
-"""One process or many: how they start, who they are, and what they exchange.
+"""Who this process is among all of a run, and what they exchange.
 
-Everything below works without a process group, too, where this process is rank 0 of 1.
+Everything here works without a process group, too, where this process is rank 0 of 1.
 """
 
 import hashlib
-import os
+import inspect
 import random
-import signal
-import socket
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-
-from moco.options import BadInput, RunFailed, run
-
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)           # SIGUSR1 is what Slurm is told to send
-MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch dropped multicast long ago
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Place(NamedTuple):
@@ -30,106 +22,6 @@ class Place(NamedTuple):
     local_rank: int = 0
     local_size: int = 1     # processes on this node
     device: torch.device = torch.device("cpu")
-
-
-def launch(worker, args, *, multiprocessing=False, world_size=-1, rank=-1, dist_url=MULTICAST_DEFAULT,
-           backend="nccl", gpu=None):
-    """Run worker(place, *args) in this process or in one process a GPU, as the launch options say.
-
-    1. torchrun: its environment says who this process is; the options are not needed.
-    2. multiprocessing: one process a GPU on this node (one CPU process without a GPU); `world_size` counts the
-       nodes and `rank` is this node's.
-    3. world_size > 1 without multiprocessing: this process is `rank` of `world_size`.
-    4. otherwise: this process alone, no process group.
-    Raises BadInput where the options do not fit together.
-    """
-    gpus = torch.cuda.device_count()
-    if gpu is not None and gpu >= gpus:
-        raise BadInput(f"--gpu {gpu}: this machine has {gpus} GPUs; leave --gpu out to use what there is")
-
-    if _under_torchrun():
-        numbers = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
-        return _join_and_run(Place(*numbers, _device(numbers[2])), "env://", backend, worker, args)
-
-    nodes = max(world_size, 1)
-    if nodes > 1 and not 0 <= rank < nodes:
-        raise BadInput(f"--rank {rank}: with --world-size {nodes} it must be 0..{nodes - 1}, one number each node")
-    if dist_url == MULTICAST_DEFAULT:
-        if nodes > 1:
-            raise BadInput(f"--dist-url {dist_url}: {nodes} nodes need the first one's address and a free port,"
-                           " for example tcp://10.0.0.1:10001")
-        dist_url = f"tcp://127.0.0.1:{_free_port()}"
-
-    if multiprocessing:
-        if not gpus:
-            print("no GPU found: one CPU process, over gloo", flush=True)
-        local_size, _ = process_counts(multiprocessing, world_size)
-        spawn_args = (max(rank, 0), nodes, local_size, dist_url, backend, worker, args)
-        return _join(mp.start_processes(_spawned, spawn_args, nprocs=local_size, join=False))
-    device = _device(gpu or 0)
-    if nodes > 1:
-        return _join_and_run(Place(rank, nodes, 0, 1, device), dist_url, backend, worker, args)
-    return worker(Place(device=device), *args)
-
-
-def process_counts(multiprocessing, world_size):
-    """How many processes `launch` would run on this node, and on all."""
-    if _under_torchrun():
-        return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
-    local_size = max(torch.cuda.device_count(), 1) if multiprocessing else 1
-    return local_size, local_size * max(world_size, 1)
-
-
-def _under_torchrun():
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _spawned(local_rank, node, nodes, local_size, dist_url, backend, worker, args):
-    place = Place(node * local_size + local_rank, nodes * local_size, local_rank, local_size, _device(local_rank))
-    run(lambda: _join_and_run(place, dist_url, backend, worker, args))
-
-
-def _join(context):
-    """Wait for all spawned processes, and pass signals on to them. When one fails the others are ended; its traceback
-    or exit code is this process's."""
-    def pass_on(number, frame):
-        for process in context.processes:
-            if process.is_alive():
-                os.kill(process.pid, number)
-    for number in STOPPING:
-        signal.signal(number, pass_on)
-    try:
-        while not context.join(grace_period=10):
-            pass
-    except mp.ProcessExitedException as error:
-        if error.exit_code < 0:
-            raise RunFailed(f"process {error.error_index} was killed by {error.signal_name};"
-                            " if that was for lack of memory, take a smaller --batch-size or fewer -j") from error
-        sys.exit(error.exit_code)
-
-
-def _join_and_run(place, dist_url, backend, worker, args):
-    if place.device.type == "cuda":
-        torch.cuda.set_device(place.device)
-        if backend == "nccl":
-            backend = "cpu:gloo,cuda:nccl"                           # what is on the host is exchanged between hosts
-    elif backend == "nccl":
-        backend = "gloo"
-    dist.init_process_group(backend, init_method=dist_url, world_size=place.world_size, rank=place.rank)
-    try:
-        return worker(place, *args)
-    finally:
-        dist.destroy_process_group()
-
-
-def _device(index):
-    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def _free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def rank():
@@ -155,6 +47,17 @@ def seed_everything(*parts):
 def derive_seed(*parts):
     """A 63-bit seed for one purpose: other parts, or another order of them, give an unrelated one."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+
+
+def parallel(model, device):
+    """The model, with its gradients averaged over all processes. Buffers stay each process's own: the queue is equal in
+    all by construction, and batch statistics are meant to differ."""
+    if world_size() == 1:
+        return model
+    # PyTorch renames the option: the old name warns where there is the new one.
+    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                   **{"forward_sync_buffers" if new else "broadcast_buffers": False})
 
 
 @torch.no_grad()
@@ -231,6 +134,24 @@ def all_reduce(x):
     return x
 
 
+def maxima(*numbers):
+    """The largest of each whole number over all processes. Hosts tell hosts: no GPU is waited for."""
+    if world_size() == 1:
+        return list(numbers)
+    shared = torch.tensor(numbers)
+    dist.all_reduce(shared, dist.ReduceOp.MAX)
+    return shared.tolist()
+
+
+def gather_lists(items):
+    """The lists of all processes as one, rank 0's first. For small ones: they travel pickled."""
+    if world_size() == 1:
+        return items
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return sum(parts, [])
+
+
 def barrier():
-    if world_size() > 1:
-        dist.barrier()
+    """Wait until all processes are here. Among the hosts: where one has ended, the others are told at once."""
+    maxima(0)

@@ -3,13 +3,42 @@
 Wu et al., Unsupervised Feature Learning via Non-Parametric Instance Discrimination, CVPR 2018, section 3.4.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
+from torch.utils.data import Dataset
 
-from moco import distributed
+from moco import distributed, folders, loader
 from moco.classifier import to_input
 
 K, TEMPERATURE = 200, 0.07
+
+
+class _Readable(Dataset):
+    """Labelled images by index; one that cannot be read gives way to another of its class, as in training."""
+
+    def __init__(self, paths, labels, view):
+        self.views = loader.RandomViews(labels, loader.LabelledViews(paths, labels, view))
+
+    def __len__(self):
+        return len(self.views)
+
+    def __getitem__(self, index):
+        labelled, _ = self.views[index, index]
+        return labelled
+
+
+def neighbour_loaders(data, image_size, batch_size, workers, place):
+    """Loaders of train/ and val/ for `accuracy`, and the number of classes; None where val/ is missing or has others."""
+    if not os.path.isdir(os.path.join(data, "val")):
+        return None
+    splits = [folders.list_photos(os.path.join(data, split)) for split in ("train", "val")]
+    if splits[0][2] != splits[1][2]:
+        return None
+    view = loader.test_view(image_size)
+    return *[loader.evaluation_loader(_Readable(paths, labels, view), batch_size, workers, place)
+             for paths, labels, _ in splits], len(splits[0][2])
 
 
 def weighted_vote(queries, bank, labels, classes, k=K, temperature=TEMPERATURE):

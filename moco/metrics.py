@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 from moco import distributed
+from moco.failures import RunFailed
 
 
 def correct_counts(logits, labels, ks=(1, 5)):
@@ -18,16 +19,22 @@ def correct_counts(logits, labels, ks=(1, 5)):
 
 
 class Means:
-    """Means of named 0-d tensors over steps, kept on their device; `read` alone waits for it."""
+    """Means of named 0-d tensors over steps, kept on their device; `read` and `finite_steps` alone wait for it."""
 
     def __init__(self):
         self.names, self.sums, self.steps = (), 0, 0
+        self._finite = 0
 
     @torch.no_grad()
     def add(self, values):
         self.names = tuple(values)
         self.sums = self.sums + torch.stack([value.detach().float() for value in values.values()])
+        self._finite = self._finite + self.sums.isfinite().all()     # once infinite or NaN, a sum stays so
         self.steps += 1
+
+    def finite_steps(self):
+        """How many steps went by before the first with an infinite value or NaN; all of them if there was none."""
+        return int(self._finite)
 
     def state(self):
         """What `restored` takes: the sums of all ranks, which must all call this."""
@@ -36,7 +43,7 @@ class Means:
     @classmethod
     def restored(cls, state, device):
         means, sums = cls(), state["sums"]
-        means.names, means.steps = tuple(state["names"]), state["steps"]
+        means.names, means.steps, means._finite = tuple(state["names"]), state["steps"], state["steps"]
         means.sums = (sums[distributed.rank()] if len(sums) == distributed.world_size() else sums.mean(dim=0)).to(device)
         return means
 
@@ -107,8 +114,11 @@ def _clock(seconds):
 def append_jsonl(path, record):
     """Add one line to the log. Floats keep six significant digits."""
     rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in record.items()}
-    with open(path, "a") as file:
-        file.write(json.dumps(rounded) + "\n")
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(rounded) + "\n")
+    except OSError as error:
+        raise RunFailed(f"{path} could not be written ({error}); make room, then go on with --resume auto") from error
 
 
 def keep_jsonl(path, before_epoch):

@@ -3,15 +3,8 @@
 import argparse
 import os
 import random
-import sys
 
-
-class BadInput(Exception):
-    """What the user gave cannot work. The message names the value, why it is wrong, and one that would work."""
-
-
-class RunFailed(Exception):
-    """The run cannot go on, through no fault of the input. The message says what happened and what to do."""
+from moco.failures import BadInput, one_line, speaks
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -22,7 +15,7 @@ class OptionParser(argparse.ArgumentParser):
             prog, max_help_position=34, width=120))
 
     def error(self, message):
-        self.exit(2, one_line(f"{self.prog}: error: {message}") if _speaks() else None)
+        self.exit(2, one_line(f"{self.prog}: error: {message}") if speaks() else None)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -39,35 +32,6 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._format_args(action, default_metavar)
 
 
-def run(main):
-    """Call main(). What is wrong with its input ends in one line on stderr and exit code 2, a run that cannot go on in
-    one line and 1, an interruption where there is nothing to save in 130."""
-    try:
-        main()
-    except BadInput as error:
-        if _speaks():
-            _say(error)
-        sys.exit(2)
-    except RunFailed as error:
-        _say(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _say(error):
-    sys.stderr.write(one_line(f"{os.path.basename(sys.argv[0])}: error: {error}"))
-
-
-def one_line(message):
-    return " ".join(message.split()) + "\n"
-
-
-def _speaks():
-    """Under torchrun every process finds the same fault; one of them says so."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _number(kind, allowed, wanted):
     def parse(text):
         try:
@@ -80,10 +44,11 @@ def _number(kind, allowed, wanted):
     return parse
 
 
-positive_int = _number(int, lambda v: v > 0, "a whole number of 1 or more")
-natural_int = _number(int, lambda v: v >= 0, "a whole number of 0 or more")
-positive_float = _number(float, lambda v: 0 < v < float("inf"), "a number above 0")
-natural_float = _number(float, lambda v: 0 <= v < float("inf"), "a number of 0 or more")
+positive_int = _number(int, lambda v: 0 < v < 2**31, "a whole number of 1 or more, below 2**31")
+natural_int = _number(int, lambda v: 0 <= v < 2**31, "a whole number of 0 or more, below 2**31")
+seed_int = _number(int, lambda v: 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1")
+positive_float = _number(float, lambda v: 0 < v <= 1e38, "a number above 0 that fp32 can hold")
+natural_float = _number(float, lambda v: 0 <= v <= 1e38, "a number of 0 or more that fp32 can hold")
 fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
@@ -123,7 +88,7 @@ def add_training_options(parser, *, epochs, batch_size, lr, schedule, weight_dec
     group.add_argument("--momentum", default=0.9, type=fraction, metavar="M", help="momentum of SGD")
     group.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay, type=natural_float,
                        metavar="W", help="weight decay")
-    group.add_argument("--seed", default=None, type=natural_int, metavar="N", help="same seed, same run; default: drawn anew")
+    group.add_argument("--seed", default=None, type=seed_int, metavar="N", help="same seed, same run; default: drawn anew")
     return group
 
 
@@ -135,11 +100,45 @@ def add_precision_options(parser):
     return group
 
 
+def check_folder(option, path):
+    """BadInput unless files can be written to the folder, which need not exist yet."""
+    existing = os.path.abspath(path)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise BadInput(f"{option} {path}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise BadInput(f"{option} {path}: {existing} cannot be written to; name a folder of your own")
+
+
+def make_folder(option, path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{option} {path}: it cannot be made ({error}); name a folder of your own") from error
+
+
+def check_file(option, path):
+    """BadInput unless a file can be written there."""
+    if os.path.isdir(path):
+        raise BadInput(f"{option} {path}: it is a folder; name a file")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise BadInput(f"{option} {path}: there is no folder {folder}")
+    check_folder(option, folder)
+
+
+def add_dry_run_option(group):
+    group.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, then exit")
+
+
 def add_output_options(parser, ckpt_path):
     group = parser.add_argument_group("checkpoints and reports")
     group.add_argument("--ckpt_path", default=ckpt_path, metavar="CKPT", help="folder for checkpoints and log.jsonl")
     group.add_argument("--resume", default="", metavar="PATH|auto", help="go on from a checkpoint; auto: CKPT's last")
     group.add_argument("-p", "--print-freq", default=10, type=positive_int, metavar="N", help="steps between reports")
+    group.add_argument("--max-bad-images", default=100, type=natural_int, metavar="N", help="unreadable images before a stop")
+    add_dry_run_option(group)
     return group
 
 

@@ -1,9 +1,27 @@
 """A labelled grid of images, for looking at what training sees."""
 
+import os
+
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
 
+from moco import augment, options
+from moco.failures import BadInput
+
 LABEL_HEIGHT = 14
+
+
+def check(path):
+    """BadInput unless a picture can be written there."""
+    options.check_file("--preview", path)
+    if os.path.splitext(path)[1].lower() not in (".png", ".jpg", ".jpeg"):
+        raise BadInput(f"--preview {path}: end its name in .png or .jpg")
+
+
+def save_views(path, query, key, negatives):
+    """Write the views of a step, normalised images (N, 3, S, S) and negatives (N, n, 3, S, S), as a picture."""
+    columns = {"query": query, "key": key} | {f"NS {i + 1}": negatives[:, i] for i in range(negatives.shape[1])}
+    save_grid(path, {label: augment.denormalize(images) for label, images in columns.items()})
 
 
 def save_grid(path, columns):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moco.options import BadInput
+from moco.failures import BadInput
 
 TABLE = Path(__file__).parent / "data" / "released_checkpoints.csv"
 SCHEME = "released:"

@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 from moco import robustness
-from moco.options import BadInput
+from moco.failures import BadInput, RunFailed
 
 TITLES = {"val": "val", "corruption": "Corruption", "sketch": "Sketch", "stylized": "Stylized", "rendition": "Rendition"}
 PUBLISHED = Path(__file__).parent / "data" / "published.csv"    # the paper's table 1, as in README.md
@@ -56,9 +56,12 @@ def add(report, cell, results, image_size, wnids):
 
 def save(path, report):
     partial = f"{path}.partial"
-    with open(partial, "w") as file:
-        json.dump(report, file, indent=1)
-    os.replace(partial, path)
+    try:
+        with open(partial, "w") as file:
+            json.dump(report, file, indent=1)
+        os.replace(partial, path)
+    except OSError as error:
+        raise RunFailed(f"{path} could not be written ({error}); make room, then go on with the same command") from error
 
 
 def figures(report, run):

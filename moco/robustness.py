@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import torch
 
-from moco import distributed, loader
+from moco import distributed, folders, loader
 from moco.classifier import outputs
-from moco.options import BadInput
+from moco.failures import BadInput
 
 SUITES = ("val", "corruption", "sketch", "stylized", "rendition")
 CORRUPTIONS = {
@@ -74,15 +74,15 @@ def list_by_wnid(directory, wnids, limit=None):
     limit: only the first so many of each class. Classes are matched by folder name, never by order. BadInput where none
     matches.
     """
-    paths, folder_labels, folders = loader.list_photos(directory)
+    paths, folder_labels, classes = folders.list_photos(directory)
     place = {wnid: index for index, wnid in enumerate(wnids)}
-    taken, kept = [0] * len(folders), []
+    taken, kept = [0] * len(classes), []
     for path, label in zip(paths, folder_labels):
-        if folders[label] in place and (limit is None or taken[label] < limit):
+        if classes[label] in place and (limit is None or taken[label] < limit):
             taken[label] += 1
-            kept.append((path, place[folders[label]]))
+            kept.append((path, place[classes[label]]))
     if not kept:
-        raise BadInput(f"{directory}: none of its {len(folders)} class folders ({folders[0]}, …) is a class of the head"
+        raise BadInput(f"{directory}: none of its {len(classes)} class folders ({classes[0]}, …) is a class of the head"
                        f" ({wnids[0]}, …)")
     return [path for path, _ in kept], [label for _, label in kept]
 
@@ -92,28 +92,28 @@ def corruption_folders(directory):
 
     BadInput where it holds no corruption at all.
     """
-    folders = {}
+    found = {}
     for group, names in CORRUPTIONS.items():
         for name in names:
             for severity in SEVERITIES:
                 for parent in (directory, os.path.join(directory, group)):
                     folder = os.path.join(parent, name, str(severity))
                     if os.path.isdir(folder):
-                        folders[name, severity] = folder
-    if not folders:
+                        found[name, severity] = folder
+    if not found:
         raise BadInput(f"{directory}: no <corruption>/<severity>/<wnid> folders, for example gaussian_noise/1/")
-    return folders
+    return found
 
 
 def list_cells(directories, wnids, limit=None):
     """All cells of {suite: directory}. BadInput where a directory does not hold what its suite needs."""
     cells = []
     for suite, directory in directories.items():
-        folders = {suite: class_root(directory)}
+        parts = {suite: class_root(directory)}
         if suite == "corruption":
-            folders = {f"corruption/{name}/{severity}": folder
+            parts = {f"corruption/{name}/{severity}": folder
                        for (name, severity), folder in corruption_folders(directory).items()}
-        cells += [Cell(key, folder, *list_by_wnid(folder, wnids, limit)) for key, folder in folders.items()]
+        cells += [Cell(key, folder, *list_by_wnid(folder, wnids, limit)) for key, folder in parts.items()]
     return cells
 
 

@@ -6,17 +6,17 @@ import os
 import signal
 import sys
 
-import torch
-import torch.distributed as dist
-
 from moco import distributed
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)           # SIGUSR1 is what Slurm is told to send
+
+
 class Stop:
-    """Remembers that one of STOPPING came to this process. A second SIGINT ends the process at once."""
+    """Remembers in `received` which of STOPPING came to this process, 0 for none. A second SIGINT ends it at once."""
 
     def __init__(self):
         self.received = 0
-        for number in distributed.STOPPING:
+        for number in STOPPING:
             signal.signal(number, self._remember)
 
     def _remember(self, number, frame):
@@ -24,23 +24,13 @@ class Stop:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def agreed(self):
-        """Whether a signal came to any process: the same in all, which must all call this.
 
-        A number of the host, exchanged between the hosts: no GPU is waited for.
-        """
-        if distributed.world_size() > 1:
-            number = torch.tensor(self.received)
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-            self.received = number.item()
-        return self.received > 0
-
-    def leave(self, where):
-        """End this process with 128 + the signal's number, as a shell expects, once rank 0 has saved."""
-        distributed.barrier()
-        if distributed.is_main():
-            print(f"stopped by {signal.Signals(self.received).name} {where}, saved; go on with --resume auto", flush=True)
-        sys.exit(128 + self.received)
+def leave(number, where):
+    """End all processes with 128 + the signal's number, as a shell expects, once rank 0 has saved."""
+    distributed.barrier()
+    if distributed.is_main():
+        print(f"stopped by {signal.Signals(number).name} {where}, saved; go on with --resume auto", flush=True)
+    sys.exit(128 + number)
 
 
 def left_to_the_trainer():

@@ -6,7 +6,7 @@ import torch
 
 from moco import checkpoint
 from moco.builder import MoCo, build_encoder
-from moco.options import BadInput, RunFailed
+from moco.failures import BadInput, RunFailed
 
 
 def resnet(classes=7, arch="resnet18"):
@@ -58,10 +58,19 @@ class Malicious:
         return os.mkdir, ("ran_code",)
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", pickle.dumps([1, 2], protocol=2)], ids=["empty", "text", "pickle"])
-def test_what_is_no_checkpoint_is_refused(tmp_path, content):
+@pytest.mark.parametrize("content, told", [
+    (b"", "damaged or cut short"), (b"no checkpoint", "another kind of file"), (b"\xff\xd8\xff", "another kind of file"),
+    (pickle.dumps([1, 2], protocol=2), "damaged")], ids=["empty", "text", "jpeg", "pickle"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, told):
     (tmp_path / "file.pth.tar").write_bytes(content)
-    with pytest.raises(BadInput, match="not a checkpoint"):
+    with pytest.raises(BadInput, match=f"not a checkpoint: it is .*{told}"):
+        checkpoint.load(tmp_path / "file.pth.tar")
+
+
+@pytest.mark.parametrize("state", [[1, 2], {"fc.weight": 3}])
+def test_a_state_dict_without_tensors_is_refused(tmp_path, state):
+    torch.save({"state_dict": state}, tmp_path / "file.pth.tar")
+    with pytest.raises(BadInput, match="not one of tensors"):
         checkpoint.load(tmp_path / "file.pth.tar")
 
 
@@ -70,7 +79,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     content = (tmp_path / "file.pth.tar").read_bytes()
     for length in (1, 10, 100, 1000, *(len(content) * part // 6 for part in range(1, 6)), len(content) - 1):
         (tmp_path / "file.pth.tar").write_bytes(content[:length])
-        with pytest.raises(BadInput, match="not a checkpoint"):
+        with pytest.raises(BadInput, match="not a checkpoint: it is damaged or cut short"):
             checkpoint.load(tmp_path / "file.pth.tar")
 
 
@@ -83,7 +92,7 @@ def test_a_tensor_is_no_checkpoint(tmp_path):
 def test_loading_never_runs_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Malicious()}, tmp_path / "file.pth.tar")
-    with pytest.raises(BadInput, match="not a checkpoint"):
+    with pytest.raises(BadInput, match="loading it would run code .*mkdir"):
         checkpoint.load(tmp_path / "file.pth.tar")
     assert not (tmp_path / "ran_code").exists()
 

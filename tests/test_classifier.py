@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import write_folder
 
-from moco import checkpoint, classifier, loader
+from moco import checkpoint, classifier, folders, loader
 from moco.builder import build_encoder
 from moco.distributed import Place
-from moco.options import BadInput
+from moco.failures import BadInput
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ class ByBrightness(torch.nn.Module):
 
 
 def test_evaluate_counts_every_image_once(tmp_path):
-    paths, labels, _ = loader.list_photos(write_folder(tmp_path) / "train")
+    paths, labels, _ = folders.list_photos(write_folder(tmp_path) / "train")
     dataset = loader.Labelled(paths, labels, loader.test_view(16))
     batches = loader.evaluation_loader(dataset, 5, 0, Place())
     model = ByBrightness()

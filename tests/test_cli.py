@@ -71,7 +71,7 @@ def test_the_three_published_commands_and_the_robustness_table(tmp_path):
     assert all(name.startswith("module.") for name in saved["state_dict"])
     assert saved["state_dict"]["module.queue"].shape == (128, 64)
     first, second = log(ckpt)
-    assert first.keys() == {"epoch", "lr", "loss", "contrast_acc", "q_k", "q_t", "q_queue", "spread"}
+    assert first.keys() == {"epoch", "lr", "loss", "contrast_acc", "q_k", "q_t", "q_queue", "spread", "bad_images"}
     assert (first["lr"], second["lr"]) == (0.03, 0.015)
 
     texture = write_folder(tmp_path / "imagenet-100-texture", val=1, suffix=".png")
@@ -158,12 +158,13 @@ def test_two_byte_encoders_train_and_resume(data, tmp_path, precision):
 
 
 def test_same_seed_is_the_same_run_with_any_number_of_workers_and_another_seed_is_not(data, tmp_path):
-    for name, workers, seed in (("none", 0, 1), ("two", 2, 1), ("other", 1, 2)):
+    for name, workers, seed in (("none", 0, 1), ("one", 1, 1), ("four", 4, 1), ("other", 1, 2)):
         settings = [*SMALL[:-2], "--seed", seed, "-j", workers, "--epochs", 1]
-        run_script(PRETRAIN, *settings, "--ckpt_path", tmp_path / name, data)
-    assert log(tmp_path / "none") == log(tmp_path / "two") != log(tmp_path / "other")
-    none, two = (weights(tmp_path / name / "checkpoint_0000.pth.tar") for name in ("none", "two"))
-    assert same(none, two)
+        run = run_script(PRETRAIN, *settings, "--ckpt_path", tmp_path / name, data, launcher=["tests/faults.py", "workers as asked"])
+        assert f"loading processes  {workers} each" in run.stdout     # of two cores, too
+    assert log(tmp_path / "none") == log(tmp_path / "one") == log(tmp_path / "four") != log(tmp_path / "other")
+    none, one, four = (weights(tmp_path / name / "checkpoint_0000.pth.tar") for name in ("none", "one", "four"))
+    assert same(none, one) and same(none, four)
 
 
 def test_torchrun_and_two_nodes_are_the_same_training(data, tmp_path):
@@ -173,9 +174,9 @@ def test_torchrun_and_two_nodes_are_the_same_training(data, tmp_path):
     assert "processes  2" in torchrun.stdout and "images per step  8" in torchrun.stdout
     assert torchrun.stdout.count("epoch 1/1 [2/2]") == 1              # one process speaks
 
-    from moco.distributed import _free_port
+    from moco.launch import free_port
     node = [sys.executable, PRETRAIN, *map(str, settings), "--batch-size", "4", "--multiprocessing-distributed",
-            "--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{_free_port()}"]
+            "--world-size", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
     nodes = [subprocess.Popen([*node, "--rank", str(rank), "--ckpt_path", str(tmp_path / f"node{rank}")], cwd=REPOSITORY,
                               env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for rank in (0, 1)]
     outputs = [process.communicate(timeout=300)[0] for process in nodes]

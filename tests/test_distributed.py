@@ -6,10 +6,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from moco import distributed
+from moco import distributed, launch
 from moco.builder import MoCo, build_encoder
 from moco.loader import ShuffledBatches
-from moco.options import BadInput
+from moco.failures import BadInput
 
 GLOBAL_BATCH = 8
 
@@ -17,7 +17,7 @@ GLOBAL_BATCH = 8
 def rank_main(rank, world, port, folder, function):
     place = distributed.Place(rank, world, rank, world)
     torch.set_num_threads(1)
-    distributed._join_and_run(place, f"tcp://127.0.0.1:{port}", "nccl", save_result, (function, folder))
+    launch._join_and_run(place, f"tcp://127.0.0.1:{port}", "nccl", save_result, (function, folder))
 
 
 def save_result(place, function, folder):
@@ -26,7 +26,7 @@ def save_result(place, function, folder):
 
 def run_ranks(world, folder, function):
     """What function(place) gives on each rank of a gloo group of `world` processes."""
-    mp.spawn(rank_main, (world, distributed._free_port(), str(folder), function), nprocs=world)
+    mp.spawn(rank_main, (world, launch.free_port(), str(folder), function), nprocs=world)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
@@ -164,6 +164,16 @@ def test_keys_are_normalised_with_the_statistics_of_a_shuffled_batch(tmp_path):
     assert not torch.allclose(keys, unshuffled, atol=1e-3)
 
 
+def exchange_on_the_host(place):
+    return distributed.maxima(place.rank, -place.rank, 5), distributed.gather_lists([place.rank] * place.rank)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_hosts_agree_on_maxima_and_join_their_lists(world, tmp_path):
+    expected = [world - 1, 0, 5], [rank for rank in range(world) for _ in range(rank)]
+    assert run_ranks(world, tmp_path, exchange_on_the_host) == [expected] * world
+
+
 def agree_on_rank(place):
     return distributed.agree(100 + place.rank, place.device)
 
@@ -198,7 +208,7 @@ def launched(place, *args):
 
 
 def test_plain_launch_is_this_process_alone():
-    place, args = distributed.launch(launched, (1, 2))
+    place, args = launch.launch(launched, (1, 2))
     assert args == (1, 2) and place.world_size == 1 and not dist.is_initialized()
 
 
@@ -206,8 +216,12 @@ def test_plain_launch_is_this_process_alone():
     ({"world_size": 2, "rank": 2, "dist_url": "tcp://127.0.0.1:1"}, "--rank 2"),
     ({"world_size": 2}, "--rank -1"),
     ({"world_size": 2, "rank": 0}, "--dist-url"),
+    ({"world_size": 2, "rank": 0, "dist_url": "tcp://localhost:nowhere"}, "tcp://10.0.0.1:10001"),
+    ({"world_size": 0}, "--world-size 0"),
+    ({"rank": 1}, "--rank 1"),
+    ({"backend": "smoke"}, "--dist-backend smoke"),
     ({"gpu": 99}, "--gpu 99"),
 ])
 def test_launch_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(BadInput, match=message):
-        distributed.launch(launched, (), **options)
+        launch.launch(launched, (), **options)

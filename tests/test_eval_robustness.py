@@ -9,9 +9,9 @@ from conftest import write_folder
 from test_robustness import WNIDS, Oracle, paint
 
 import eval_robustness
-from moco import robustness
+from moco import report, robustness
 from moco.distributed import Place
-from moco.options import BadInput
+from moco.failures import BadInput
 
 IMAGENET_100 = eval_robustness.read_classes(eval_robustness.IMAGENET_100)
 
@@ -50,7 +50,8 @@ def test_every_column_of_a_miniature_equals_the_hand_computed_figure(tmp_path, c
     (tmp_path / "m.pth").write_bytes(b"")
     args = argparse.Namespace(json=str(tmp_path / "r.json"), limit=None, workers=0, batch_size=3, compare=None, plot=None)
     rows = {"right": [str(tmp_path / "m.pth")], "off": [str(tmp_path / "m.pth")]}
-    eval_robustness.evaluate(Place(), args, rows, models, [{}, {}], WNIDS, 28, cells)
+    result = report.new(rows, [{}, {}], WNIDS, 28, None)
+    eval_robustness.evaluate(Place(), args, models, WNIDS, 28, cells, result)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("| model | K | alpha | val | Corruption (partial) | Sketch | Stylized | Rendition | Rendition, shared classes |"
                         " Corruption, extra four | Shape bias |")

@@ -7,12 +7,12 @@ import torchvision.transforms as transforms
 from conftest import write_folder, write_photo
 from PIL import Image
 
-from moco import distributed, loader
-from moco.options import BadInput
+from moco import distributed, folders, images, loader
+from moco.failures import BadInput
 
 
 def test_photos_are_listed_by_sorted_class_and_name(data):
-    paths, labels, classes = loader.list_photos(data / "train")
+    paths, labels, classes = folders.list_photos(data / "train")
     assert classes == ["n01", "n02"] and labels == [0] * 8 + [1] * 8
     assert paths == sorted(paths) and len(paths) == 16
 
@@ -20,20 +20,20 @@ def test_photos_are_listed_by_sorted_class_and_name(data):
 def test_links_to_class_folders_are_followed(data, tmp_path):
     (tmp_path / "subset").mkdir()
     (tmp_path / "subset" / "n02").symlink_to(data / "train" / "n02", target_is_directory=True)
-    paths, labels, classes = loader.list_photos(tmp_path / "subset")
+    paths, labels, classes = folders.list_photos(tmp_path / "subset")
     assert classes == ["n02"] and len(paths) == 8
 
 
 def test_empty_class_folders_are_named(data):
     (data / "train" / "n03").mkdir()
     with pytest.raises(BadInput, match="1: n03"):
-        loader.list_photos(data / "train")
+        folders.list_photos(data / "train")
 
 
 @pytest.mark.parametrize("missing", ["root", "split"])
 def test_missing_directories_are_named(data, missing):
     with pytest.raises(BadInput, match="no such directory" if missing == "root" else "no test/ folder"):
-        loader.data_split(data / "nowhere" if missing == "root" else data, "train" if missing == "root" else "test")
+        folders.data_split(data / "nowhere" if missing == "root" else data, "train" if missing == "root" else "test")
 
 
 def write_pairs(tmp_path):
@@ -44,7 +44,8 @@ def write_pairs(tmp_path):
 
 def test_photo_and_texture_are_paired_by_relative_path_whatever_their_suffix(tmp_path):
     data = write_pairs(tmp_path)
-    photos, textures, classes, unpaired = loader.list_pairs(f"{data}/")
+    photos, textures, labels, classes, unpaired = folders.list_pairs(f"{data}/")
+    assert labels == [0] * 4 + [1] * 4
     assert len(photos) == 8 and classes == ["n01", "n02"] and unpaired == ""
     for photo, texture in zip(photos, textures):
         assert texture == photo.replace("/x/", "/x-texture/").replace(".JPEG", ".png")
@@ -52,7 +53,7 @@ def test_photo_and_texture_are_paired_by_relative_path_whatever_their_suffix(tmp
 
 def test_a_parent_folder_whose_name_ends_in_texture_is_left_alone(tmp_path):
     data = write_pairs(tmp_path / "my-texture")
-    photos, *_ = loader.list_pairs(data)
+    photos, *_ = folders.list_pairs(data)
     assert photos[0].startswith(str(tmp_path / "my-texture" / "x" / "train"))
 
 
@@ -64,7 +65,7 @@ def test_textures_without_their_photo_are_all_counted_and_five_are_named(tmp_pat
     for name in "abc":
         write_photo(data / "train" / "n01" / f"{name}.png")
     with pytest.raises(BadInput) as error:
-        loader.list_pairs(data)
+        folders.list_pairs(data)
     assert "7: " in str(error.value) and "and 2 more" in str(error.value) and str(error.value).count(".png") == 5
 
 
@@ -73,56 +74,38 @@ def test_photos_without_a_texture_are_left_out_counted_and_five_are_named(tmp_pa
     for label in (1, 2):
         for i in range(3):
             (data / "train" / f"n0{label}" / f"n0{label}_{i}.png").unlink()
-    photos, textures, _, unpaired = loader.list_pairs(data)
+    photos, textures, labels, _, unpaired = folders.list_pairs(data)
+    assert labels == [0, 1]
     assert [Path(path).stem for path in photos] == [Path(path).stem for path in textures] == ["n01_3", "n02_3"]
     assert unpaired.startswith("6: ") and unpaired.endswith("and 1 more") and unpaired.count(".JPEG") == 5
 
 
 def test_texture_needs_its_name_and_its_sibling(data, tmp_path):
     with pytest.raises(BadInput, match="ends in -texture"):
-        loader.list_pairs(data)
+        folders.list_pairs(data)
     write_folder(tmp_path / "y-texture")
     with pytest.raises(BadInput, match="no such directory"):
-        loader.list_pairs(tmp_path / "y-texture")
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "RGBA"])
-@pytest.mark.parametrize("suffix", [".JPEG", ".png"])
-def test_every_kind_of_image_becomes_rgb_whatever_its_name_says(tmp_path, mode, suffix):
-    colours = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    image = Image.fromarray(colours).resize((33, 21), Image.BICUBIC).convert(mode)
-    path = tmp_path / f"photo{suffix}"
-    image.save(path, format="JPEG" if mode == "CMYK" else "PNG")      # as in ImageNet: a PNG named .JPEG
-    rgb = loader.read_rgb(path)
-    assert rgb.shape == (3, 21, 33) and rgb.dtype == torch.uint8
-    expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
-    assert (rgb.int() - expected.int()).abs().float().mean() < 1
-
-
-def test_jpegs_decode_as_in_pil(tmp_path):
-    write_photo(tmp_path / "photo.JPEG", size=(200, 150))
-    expected = np.array(Image.open(tmp_path / "photo.JPEG").convert("RGB"))
-    decoded = loader.read_rgb(tmp_path / "photo.JPEG").permute(1, 2, 0).numpy()
-    assert np.abs(decoded.astype(int) - expected).max() <= 4
+        folders.list_pairs(tmp_path / "y-texture")
 
 
 def test_crops_follow_from_the_seed_alone(data):
-    paths, _, _ = loader.list_photos(data / "train")
-    views = loader.ViewPairs(paths, 32)
+    paths, labels, _ = folders.list_photos(data / "train")
+    views = loader.RandomViews(labels, loader.ViewPairs(paths, 32))
     torch.manual_seed(1)
-    first = views[3, 42]
+    first, faults = views[3, 42]
     state = torch.get_rng_state()
-    again = views[3, 42]
+    again, _ = views[3, 42]
+    assert faults == []
     assert first.shape == (2, 3, 32, 32) and first.dtype == torch.uint8
     assert torch.equal(first, again)
     assert torch.equal(state, torch.get_rng_state())                  # and leave the process's randomness alone
-    assert not torch.equal(first, views[3, 43]) and not torch.equal(first[0], first[1])
+    assert not torch.equal(first, views[3, 43][0]) and not torch.equal(first[0], first[1])
 
 
 def test_crops_equal_torchvisions_random_resized_crop(tmp_path):
     write_photo(tmp_path / "photo.png", size=(90, 70))
-    views = loader.ViewPairs([tmp_path / "photo.png"], 32)[0, 5]
-    photo = loader.read_rgb(tmp_path / "photo.png")
+    views, _ = loader.RandomViews([0], loader.ViewPairs([tmp_path / "photo.png"], 32))[0, 5]
+    photo = images.read_rgb(tmp_path / "photo.png")
     torch.default_generator.manual_seed(5)
     crop = transforms.RandomResizedCrop(32, scale=(0.2, 1.0), antialias=True)
     boxes = [crop.get_params(photo, crop.scale, crop.ratio) for _ in range(2)]
@@ -138,9 +121,9 @@ def test_texture_is_cropped_at_the_querys_relative_place(tmp_path):
                       np.full((120, 160), 99)], axis=2).astype(np.uint8)
     Image.fromarray(photo).save(tmp_path / "photo.png")
     Image.fromarray(photo).resize((224, 224), Image.BICUBIC).save(tmp_path / "texture.png")
-    views = loader.ViewPairs([tmp_path / "photo.png"], 32, [tmp_path / "texture.png"])
+    views = loader.RandomViews([0], loader.ViewPairs([tmp_path / "photo.png"], 32, [tmp_path / "texture.png"]))
     for seed in range(20):
-        query, key, texture = views[0, seed].int()
+        query, key, texture = views[0, seed][0].int()
         assert (query - texture).abs().max() <= 6
     assert (query - key).abs().max() > 20
 
@@ -152,12 +135,14 @@ def test_relative_box_stays_inside():
         assert min(top, left) >= 0 and min(height, width) >= 1 and top + height <= 224 and left + width <= 224
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there may be cores
 def test_number_of_workers_does_not_change_the_batches(data):
-    paths, _, _ = loader.list_photos(data / "train")
+    paths, labels, _ = folders.list_photos(data / "train")
+    views = loader.RandomViews(labels, loader.ViewPairs(paths, 16))
     batches = loader.ShuffledBatches(16, 4, seed=0, place=distributed.Place())
-    alone, many = (list(loader.training_loader(loader.ViewPairs(paths, 16), batches, workers, torch.device("cpu")))
-                   for workers in (0, 2))
-    assert len(alone) == 4 and all(torch.equal(a, b) for a, b in zip(alone, many))
+    alone, *others = (list(loader.training_loader(views, batches, workers, torch.device("cpu"))) for workers in (0, 1, 4))
+    assert len(alone) == 4
+    assert all(torch.equal(a, b) for other in others for (a, _), (b, _) in zip(alone, other, strict=True))
 
 
 def test_a_batch_larger_than_the_data_is_refused():
@@ -166,7 +151,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 
 def test_evaluation_sees_every_image_once_over_all_processes(data):
-    paths, labels, _ = loader.list_photos(data / "train")
+    paths, labels, _ = folders.list_photos(data / "train")
     dataset = loader.Labelled(paths[:13], range(13), loader.test_view(16))
     seen = []
     for rank in range(4):

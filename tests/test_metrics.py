@@ -20,6 +20,20 @@ def test_means_are_those_of_the_steps_added():
     assert means.read() == {"loss": 3.0, "acc": 30.0} == means.read(over_ranks=True)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_means_know_the_first_step_that_was_not_finite(bad):
+    means = metrics.Means()
+    assert means.finite_steps() == means.steps == 0
+    for loss in (1.0, 2.0, bad, 4.0, -bad):
+        means.add({"loss": torch.tensor(loss), "acc": torch.tensor(1.0)})
+    assert means.finite_steps() == 2 and means.steps == 5
+    fine = metrics.Means()
+    fine.add({"loss": torch.tensor(1.0)})
+    again = metrics.Means.restored(fine.state(), torch.device("cpu"))
+    again.add({"loss": torch.tensor(1.0)})
+    assert again.finite_steps() == again.steps == 2
+
+
 def test_progress_reports_every_print_freq_steps_and_at_the_end(capsys):
     progress = metrics.Progress(list(range(7)), "epoch 1/2", images=4, print_freq=3, remaining_epochs=1)
     for _ in progress:

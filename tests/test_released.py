@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moco import released
-from moco.options import BadInput
+from moco.failures import BadInput
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import statistics
 import pytest
 
 from moco import report
-from moco.options import BadInput
+from moco.failures import BadInput
 from moco.robustness import STANDARD, Cell
 
 WNIDS = ["n01", "n02"]

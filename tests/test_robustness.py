@@ -10,7 +10,7 @@ from moco import loader, robustness
 from moco.augment import MEAN, STD, denormalize
 from moco.builder import build_encoder
 from moco.distributed import Place
-from moco.options import BadInput
+from moco.failures import BadInput
 
 WNIDS = ["n01", "n02", "n03", "n04"]
 

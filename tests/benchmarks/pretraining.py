@@ -48,13 +48,15 @@ def plain_input(photos):
 
 
 def our_loader(photos):
-    for _ in in_batches(loader.ViewPairs(photos, plain.SIZE), [(i, i) for i in range(len(photos))]):
+    views = loader.RandomViews([0] * len(photos), loader.ViewPairs(photos, plain.SIZE))
+    for _ in in_batches(views, [(i, i) for i in range(len(photos))]):
         pass
 
 
 def our_input(photos):
     rng = np.random.default_rng(0)
-    for crops in in_batches(loader.ViewPairs(photos, plain.SIZE), [(i, i) for i in range(len(photos))]):
+    views = loader.RandomViews([0] * len(photos), loader.ViewPairs(photos, plain.SIZE))
+    for crops, _ in in_batches(views, [(i, i) for i in range(len(photos))]):
         negatives.training_views(crops, augment.V2, "patch", 1, plain.PATCH_SIDES, rng)
 
 

@@ -1,0 +1,78 @@
+"""How a script ends that cannot go on: one line on stderr, and an exit code. A traceback means a bug of ours.
+
+Exit codes: 2 for wrong input, before anything is built; 1 for a run that cannot go on; 128 + the number of a signal.
+"""
+
+import errno
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+class BadInput(Exception):
+    """What the user gave cannot work. The message names the value, why it is wrong, and one that would work."""
+
+
+class RunFailed(Exception):
+    """The run cannot go on, through no fault of the input. The message says what happened and what to do."""
+
+
+class PeerLost(RunFailed):
+    """Another process of this run has ended. What is wrong is for that one to say."""
+
+
+def run(main):
+    """Call main(), and turn what it raises into one line on stderr and the exit code."""
+    try:
+        main()
+    except BadInput as error:
+        if speaks():
+            _say(error)
+        sys.exit(2)
+    except RunFailed as error:
+        _say(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (RuntimeError, MemoryError, OSError) as error:
+        failure = explained(error)
+        if failure is None:
+            raise
+        _say(failure)
+        sys.exit(1)
+
+
+def explained(error):
+    """The RunFailed that a PyTorch error amounts to, None where it may be a bug. PyTorch has types for few of these."""
+    text = str(error)
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        return PeerLost("another process of this run has ended, and its message is the one to read;"
+                        " go on from the last checkpoint with --resume auto")
+    if getattr(error, "errno", None) == errno.ENOSPC or "DataLoader worker" in text or "shared memory" in text:
+        if any(sign in text for sign in ("Bus error", "shared memory", "No space left", "unable to write", "unable to resize")):
+            return RunFailed("there is no shared memory left for the loading processes: /dev/shm is full; make it larger"
+                             " (docker: --shm-size), use a smaller -j, or -j 0; go on with --resume auto")
+        if "is killed by signal" in text or "exited unexpectedly" in text:
+            return RunFailed("a loading process was killed from outside; if that was for lack of memory, use a smaller -j"
+                             " or --batch-size; go on with --resume auto")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return RunFailed(f"out of memory ({text.strip().splitlines()[0] if text.strip() else 'MemoryError'});"
+                         " use a smaller --batch-size or --moco-k, or --precision bf16")
+    return None
+
+
+def _say(error):
+    # A loading process's error arrives with its traceback before the message.
+    message = str(error).split(f"{type(error).__name__}: ")[-1]
+    sys.stderr.write(one_line(f"{os.path.basename(sys.argv[0])}: error: {message}"))
+
+
+def one_line(message):
+    return " ".join(message.split()) + "\n"
+
+
+def speaks():
+    """Under torchrun every process finds the same wrong input; one of them says so."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,226 @@
+"""Every file that calls itself an image is read as RGB or is a BadImage; nothing else happens."""
+
+import io
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_photo
+from PIL import Image
+
+from moco import images, loader
+from moco.failures import RunFailed
+from moco.images import BadImage
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(images, "RETRY_AFTER", 0)
+
+
+def colours(size=(33, 21)):
+    coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.BICUBIC)
+
+
+def encoded(image, kind, **options):
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "CMYK", "P", "PA", "LA", "RGBA"])
+@pytest.mark.parametrize("suffix", [".JPEG", ".png"])
+def test_every_kind_of_image_becomes_rgb_whatever_its_name_says(tmp_path, mode, suffix):
+    image = colours().convert(mode)
+    path = tmp_path / f"photo{suffix}"
+    image.save(path, format={"CMYK": "JPEG", "PA": "TIFF"}.get(mode, "PNG"))         # as in ImageNet: a PNG named .JPEG
+    rgb = images.read_rgb(path)
+    assert rgb.shape == (3, 21, 33) and rgb.dtype == torch.uint8
+    expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    assert (rgb.int() - expected.int()).abs().float().mean() < 1
+    assert np.array_equal(np.array(images.open_rgb(path)), np.array(Image.open(path).convert("RGB")))
+
+
+def test_jpegs_decode_as_in_pil(tmp_path):
+    write_photo(tmp_path / "photo.JPEG", size=(200, 150))
+    expected = np.array(Image.open(tmp_path / "photo.JPEG").convert("RGB"))
+    decoded = images.read_rgb(tmp_path / "photo.JPEG").permute(1, 2, 0).numpy()
+    assert np.abs(decoded.astype(int) - expected).max() <= 4
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_keep_their_gray_levels(tmp_path, kind):
+    gray = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    Image.fromarray(gray).save(tmp_path / "gray", kind)
+    for rgb in (images.read_rgb(tmp_path / "gray").numpy(), np.array(images.open_rgb(tmp_path / "gray")).transpose(2, 0, 1)):
+        assert all(np.array_equal(channel, gray >> 8) for channel in rgb)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_read(tmp_path, kind):
+    first, second = (Image.new("RGB", (9, 7), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "film", kind, save_all=True, append_images=[second])
+    rgb = images.read_rgb(tmp_path / "film")
+    assert rgb.shape == (3, 7, 9) and (rgb[0] > 240).all() and (rgb[2] < 15).all()
+
+
+def test_broken_exif_and_transparent_palettes_are_read_without_a_warning(tmp_path, recwarn):
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff" + b"\x12\x01\x03\x00" * 3   # 65535 entries, and cut short
+    (tmp_path / "exif").write_bytes(encoded(colours(), "JPEG", exif=exif))
+    (tmp_path / "palette").write_bytes(encoded(colours().quantize(8), "PNG", transparency=b"\x00\x80\xff"))
+    for name in ("exif", "palette"):
+        assert images.read_rgb(tmp_path / name).shape == (3, 21, 33)
+        assert images.open_rgb(tmp_path / name).size == (33, 21)
+    assert not recwarn.list
+
+
+def views_of(path):
+    return loader.RandomViews([0], loader.ViewPairs([path], 32))[0, 1]
+
+
+def test_tiny_and_huge_images_give_crops(tmp_path):
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "tiny.JPEG")
+    Image.new("L", (10_000, 9_500), 77).save(tmp_path / "huge.JPEG")  # more than PIL warns of
+    for name, level in (("tiny", 10), ("huge", 77)):
+        views, faults = views_of(tmp_path / f"{name}.JPEG")
+        assert views.shape == (2, 3, 32, 32) and (views[:, 0].int() - level).abs().max() < 4 and not faults
+    assert loader.test_view(32)(tmp_path / "tiny.JPEG").shape == (3, 32, 32)
+
+
+def png_of(side):
+    """A PNG of side × side black pixels, a few kB for hundreds of megabytes."""
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(bytes(side * (1 + side // 8)))) + chunk(b"IEND", b""))
+
+
+def jpeg_of(side):
+    """A JPEG whose header promises side × side pixels."""
+    data = bytearray(encoded(Image.new("L", (16, 16)), "JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at:at + 4] = struct.pack(">HH", side, side)
+    return bytes(data)
+
+
+PHOTO = encoded(colours((200, 150)), "JPEG")
+BROKEN = {
+    "empty": b"",
+    "text": b"this is no image\n",
+    "html": b"<html>404</html>",
+    "truncated jpeg": PHOTO[:len(PHOTO) // 2],
+    "truncated png": encoded(colours(), "PNG")[:150],
+    "jpeg header only": PHOTO[:20],
+    "decompression bomb, png": png_of(20_000),
+    "decompression bomb, jpeg": jpeg_of(20_000),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_what_is_no_image_is_a_bad_image(tmp_path, fault):
+    (tmp_path / "photo.JPEG").write_bytes(BROKEN[fault])
+    for read in (images.read_rgb, images.open_rgb):
+        with pytest.raises(BadImage, match="photo.JPEG") as bad:
+            read(tmp_path / "photo.JPEG")
+        assert bad.value.path == str(tmp_path / "photo.JPEG") and "\n" not in str(bad.value)
+        assert "bomb" not in fault or "DecompressionBomb" in bad.value.reason
+
+
+@pytest.mark.parametrize("path", ["nowhere.JPEG", "."])
+def test_a_missing_file_and_a_folder_are_bad_images(tmp_path, path):
+    with pytest.raises(BadImage):
+        images.read_rgb(tmp_path / path)
+
+
+def test_reading_is_tried_twice(tmp_path, monkeypatch):
+    write_photo(tmp_path / "late.JPEG")
+    (tmp_path / "late.JPEG").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(images.time, "sleep", lambda seconds: (tmp_path / "elsewhere").rename(tmp_path / "late.JPEG"))
+    assert images.read_rgb(tmp_path / "late.JPEG").shape == (3, 64, 80)
+
+
+def damaged(number):
+    """Random bytes, or a JPEG or PNG with some of its bits flipped; a function of the number."""
+    rng = random.Random(number)
+    if number % 5 == 0:
+        start = rng.choice([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\x00", b"RIFF\0\0\0\0WEBP"])
+        return start + rng.randbytes(rng.randrange(2000))
+    data = bytearray(SOURCES[number % len(SOURCES)])
+    for _ in range(rng.choice([1, 1, 2, 5, 50])):
+        at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(700, len(data)))  # headers, too
+        data[at] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+SOURCES = [PHOTO, encoded(colours((60, 50)), "JPEG", progressive=True), encoded(colours((60, 50)).convert("CMYK"), "JPEG"),
+           encoded(colours((60, 50)), "PNG"), encoded(colours((60, 50)).quantize(16), "PNG"),
+           encoded(colours((60, 50)), "JPEG", subsampling=0, restart_marker_blocks=2)]
+
+
+def test_5000_damaged_files_never_crash_the_reading_process(tmp_path):
+    """Each is an image or a BadImage, and nothing is written to the terminal; any other exception fails here."""
+    path, read, bad = tmp_path / "photo.JPEG", 0, 0
+    for number in range(5000):
+        path.write_bytes(damaged(number))
+        try:
+            views, _ = loader.ViewPairs([path], 32)(0), images.open_rgb(path)
+            assert views.shape == (2, 3, 32, 32)
+            read += 1
+        except BadImage:
+            bad += 1
+    assert read > 500 and bad > 500
+
+
+def photos_with_faults(tmp_path, count=12, broken=(2,)):
+    paths = [tmp_path / f"{i}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(path)
+        if i in broken:
+            path.write_bytes(b"broken")
+    return paths
+
+
+def test_an_unreadable_image_gives_way_to_another_of_its_class_by_the_seed(tmp_path):
+    paths = photos_with_faults(tmp_path, broken=(2,))
+    views = loader.RandomViews([0, 1] * 6, loader.LabelledViews(paths, [0, 1] * 6, images.read_rgb))
+    seen = set()
+    for seed in range(40):
+        (image, label), faults = views[2, seed]
+        (again, _), _ = views[2, seed]
+        assert torch.equal(image, again) and label == 0
+        assert faults == [(str(paths[2]), faults[0][1])]
+        seen.add(image[0, 0, 0].item() // 20)
+    assert seen == {0, 4, 6, 8, 10}                                   # of class 0, all but the broken one
+    assert views[3, 0][1] == []
+
+
+def test_a_class_that_cannot_be_read_at_all_ends_the_run(tmp_path):
+    paths = photos_with_faults(tmp_path, broken=range(12))
+    views = loader.RandomViews([0] * 12, loader.LabelledViews(paths, [0] * 12, images.read_rgb))
+    with pytest.raises(RunFailed, match="2.png .*, and 10 others of its class cannot be read"):
+        views[2, 0]
+
+
+def test_a_test_set_must_be_read_whole(tmp_path):
+    paths = photos_with_faults(tmp_path)
+    labelled = loader.Labelled(paths, range(12), images.read_rgb)
+    assert labelled[3][1] == 3
+    with pytest.raises(RunFailed, match="2.png: UnidentifiedImageError.*counts every image"):
+        labelled[2]
+
+
+def test_bad_images_are_said_once_and_counted_for_each_epoch(capsys):
+    ledger = images.BadImages(limit=1)
+    for _ in range(3):
+        ledger.add([("a.png", "no image")])
+    assert capsys.readouterr().err.count("a.png: no image") == 1
+    assert ledger.in_epoch == 3 and not ledger.too_many()
+    ledger = images.BadImages(1, ledger.known)
+    ledger.add([("a.png", "no image"), ("b.png", "empty")])
+    assert "a.png" not in capsys.readouterr().err and ledger.in_epoch == 2 and ledger.too_many()
+    with pytest.raises(RunFailed, match="2 images could not be read, more than --max-bad-images 1.*a.png, b.png"):
+        ledger.give_up()

@@ -1,0 +1,67 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from moco import memory
+from moco.builder import MoCo, build_encoder
+from moco.failures import BadInput
+
+
+def build(arch="resnet10", dim=8, K=100):
+    return MoCo(lambda num_classes: build_encoder(arch, num_classes), dim=dim, K=K)
+
+
+def parts(batch=4, size=32, itemsize=4, **model):
+    with torch.device("meta"):
+        return memory.needed(build(**model), torch.empty(batch, 3, size, size), 3, itemsize)
+
+
+def test_the_estimate_counts_weights_queue_and_what_backward_needs():
+    one = parts()
+    weights = 4 * sum(weight.numel() for weight in build().encoder_q.parameters())
+    assert one["weights, gradients, momenta, key encoder"] == 4 * weights
+    assert one["queue"] == 2 * 4 * 8 * 100
+    # The first convolution's output and the pooled one's input are 16×16×32 floats an image; there are more.
+    assert one["activations"] > 4 * 2 * 4 * 32 * 16 * 16
+    assert parts(batch=8)["activations"] == pytest.approx(2 * one["activations"], rel=0.05)
+    assert parts(itemsize=2)["activations"] == one["activations"] // 2
+    assert parts(size=64)["activations"] == pytest.approx(4 * one["activations"], rel=0.1)
+
+
+@pytest.mark.parametrize("settings, told", [
+    ({"K": 10**10}, "queue 640 GB"), ({"K": 2**31, "dim": 2**31}, "cannot be built"), ({"size": 1, "batch": 1}, "1 images of 1 px"),
+    ({"arch": "resnet18", "size": 32, "batch": 1}, "1 images of 32 px"), ({"size": 10**6}, "would take")])
+def test_what_does_not_fit_is_refused(settings, told):
+    size, batch = settings.pop("size", 32), settings.pop("batch", 4)
+    with pytest.raises(BadInput, match=told):
+        memory.check(lambda: build(**settings), "some", batch, size, 3, 4, torch.device("cpu"), 1)
+
+
+def test_what_fits_is_told():
+    told = memory.check(build, "resnet10", 4, 32, 3, 4, torch.device("cpu"), 1)
+    assert " GB of " in told and "queue" in told and "activations" in told
+
+
+FREED = """
+import torch
+from moco import memory
+def resident():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmRSS:")[1].split()[0]) // 1024
+if {kept}:
+    memory.keep_freed(torch.device("cpu"))
+before = resident()
+x = torch.ones(100 * 2**18)
+del x
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(memory.ctypes.CDLL(None), "mallopt"), reason="for glibc only")
+def test_freed_memory_is_kept_by_a_process_that_trains_on_the_cpu():
+    kept, returned = (int(subprocess.run([sys.executable, "-c", FREED.format(kept=kept)], cwd=REPOSITORY, check=True,
+                                         capture_output=True, text=True).stdout) for kept in (True, False))
+    assert kept > 90 > 10 > returned                                  # MB, of 100 allocated and freed
