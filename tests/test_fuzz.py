@@ -1,0 +1,179 @@
+"""Random command lines with --dry-run: each ends in 0 with a plan, or in 2 with one line that says what is wrong."""
+
+import contextlib
+import io
+import random
+import runpy
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import REPOSITORY, run_script, write_folder
+from test_cli import EVALUATE, PRETRAIN, PROBE, SMALL
+
+COMBINATIONS = 500
+NUMBERS = ["", "x", "-1", "1e3", "nan"]                              # none of them a whole number of 0 or more
+HUGE = "9" * 30
+FLOATS = ["", "x", "-1", "nan", "inf", "1e39"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Data sets and checkpoints, good and bad, by name."""
+    root = tmp_path_factory.mktemp("fuzz")
+    data, out = write_folder(root / "data", train=8), root / "out"
+    write_folder(root / "data-texture", train=8, suffix=".png")
+    write_folder(root / "other", classes=("n01", "n07"))
+    run_script(PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", out, data)
+    run_script(PROBE, "-a", "resnet10", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--ckpt_path", out, data,
+               "--pretrained", out / "checkpoint_0000.pth.tar")
+    good = (out / "checkpoint_0000.pth.tar").read_bytes()
+    (root / "cut.pth.tar").write_bytes(good[:len(good) // 2])
+    torch.save({"state_dict": {"fc.weight": 3}}, root / "foreign.pth.tar")
+    (root / "empty").mkdir()
+    (root / "no_images" / "train" / "n01").mkdir(parents=True)
+    (root / "list.txt").write_text("n01\nn02\n")
+    for severity in (1, 2):
+        shutil.copytree(data / "val", root / "c" / "fog" / str(severity))
+    names = {path.name: str(path) for path in root.iterdir()}
+    return names | {"pretrained": str(out / "checkpoint_0000.pth.tar"), "linear": str(out / "model_best_0000.pth.tar"),
+                    "nowhere": str(root / "nowhere"), "readme": str(REPOSITORY / "README.md"), "new": str(root / "new")}
+
+
+def bad_checkpoints(f):
+    return [f["nowhere"], f["readme"], f["cut.pth.tar"], f["foreign.pth.tar"], f["data"]]
+
+
+def shared(f):
+    """{flag: (values that are right where others fit, values that are wrong anywhere)}; a list stands for several words."""
+    return {
+        "-j": (["0", "1", "10000"], [HUGE, *NUMBERS]),
+        "--epochs": (["5", "300"], ["0", HUGE, *NUMBERS]),
+        "--start-epoch": (["0", "1"], ["10000", *NUMBERS]),
+        "-b": (["4", "8", "16"], ["0", "17", HUGE, *NUMBERS]),
+        "--schedule": ([[], ["1", "2"]], NUMBERS),
+        "--momentum": (["0", "0.9", "1"], ["1.1", *FLOATS]),
+        "--wd": (["0", "1e-4"], FLOATS),
+        "--seed": (["0", "9223372036854775807"], ["9223372036854775808", HUGE, *NUMBERS]),
+        "-p": (["1", "2147483647"], ["0", HUGE, *NUMBERS]),
+        "--precision": (["fp32", "bf16", "fp16"], ["fp8", ""]),
+        "--strict-fp32": ([[]], []),
+        "--ckpt_path": ([f["new"], f["out"]], [f["readme"], f["readme"] + "/x", "/proc/self/status/x"]),
+        "--max-bad-images": (["0", "5"], NUMBERS),
+        "--world-size": (["1", "-1"], ["0", "-2", "x"]),
+        "--rank": (["0", "-1"], ["1", "-2", "x"]),
+        "--dist-url": (["tcp://localhost:10001"], ["localhost", "tcp://", "tcp://a:b", "tcp://a:99999", "http://a:1", ""]),
+        "--dist-backend": (["nccl", "gloo"], ["", "carrier_pigeon"]),
+        "--multiprocessing-distributed": ([[]], []),
+        "--gpu": ([], ["0", "99", HUGE, *NUMBERS]),
+        "--nonsense": ([], [[], "1"]),
+    }
+
+
+def pretraining(f):
+    options = shared(f) | {
+        "-a": (["resnet10", "resnet18", "shufflenet_v2_x0_5"], ["resnet51", "vit_b_16", ""]),
+        "--lr": (["0.1", "1e30"], ["0", *FLOATS]),
+        "--moco-dim": (["8", "128"], ["0", "2147483647", HUGE, *NUMBERS]),
+        "--moco-k": (["1", "64", "4096"], ["0", "2147483647", HUGE, *NUMBERS]),
+        "--moco-m": (["0", "0.99", "1"], ["2", *FLOATS]),
+        "--moco-t": (["0.07", "0.2"], ["0", *FLOATS]),
+        "--mlp": ([[]], []), "--cos": ([[]], []), "--aug-plus": ([[]], []), "--knn": ([[]], []), "--compile": ([[]], []),
+        "--robust": (["patch", "nonsem", "none"], ["texture", "texture_syn", "shapes", ""]),   # these data have no textures
+        "--num-nonsem": (["0", "1", "3"], ["2147483647", HUGE, *NUMBERS]),
+        "--alpha": (["0", "2"], FLOATS),
+        "--patch-ratio": ([["4", "12"], ["8", "8"]], [["12", "4"], ["0", "8"], ["4", "900"], ["4"], ["a", "b"]]),
+        "--patch-size": (["32", "1"], ["x"]),
+        "--image-size": (["32", "64"], ["0", "2147483647", HUGE, *NUMBERS]),
+        "--save-freq": (["1", "50"], ["0", *NUMBERS]),
+        "--save-steps": (["1"], ["0", *NUMBERS]),
+        "--keep": (["1"], ["0", *NUMBERS]),
+        "--knn-freq": (["1"], ["0", *NUMBERS]),
+        "--preview": ([f["new"] + ".png"], [f["new"] + ".xyz", f["nowhere"] + "/x.png", f["data"]]),
+        "--resume": ([f["pretrained"], "auto", ""], [*bad_checkpoints(f), f["linear"]]),
+    }
+    base = ["-a", "resnet10", "--image-size", "32", "--patch-ratio", "4", "12", "-b", "8", "--moco-k", "64"]
+    return PRETRAIN, base, options, ([f["data"]], [f["nowhere"], f["empty"], f["no_images"], f["readme"], f["data"] + "/train"])
+
+
+def probe(f):
+    options = shared(f) | {
+        "-a": (["resnet10"], ["resnet51", ""]),
+        "--lr": (["0.1", ["0.1", "1", "30"]], ["0", ["1", "x", "2"], *FLOATS]),
+        "--image-size": (["32", "64"], ["0", "2147483647", HUGE, *NUMBERS]),
+        "--pretrained": ([f["pretrained"], f["linear"], ""], [*bad_checkpoints(f), "released:nothing"]),
+        "--resume": ([f["linear"], "auto", ""], [*bad_checkpoints(f), f["pretrained"]]),
+        "-e": ([[]], []),
+        "--export-backbone": ([f["new"] + ".pth"], [f["nowhere"] + "/x.pth", f["data"]]),
+    }
+    base = ["-a", "resnet10", "-b", "8"]
+    return PROBE, base, options, ([f["data"]], [f["nowhere"], f["empty"], f["no_images"], f["readme"]])
+
+
+def evaluation(f):
+    folders = [f["nowhere"], f["empty"], f["readme"], f["no_images"] + "/train"]
+    options = {
+        "--classes": ([f["list.txt"]], []),                          # not read for a head that says its classes
+        "--corruption": ([f["c"]], [*folders, f["data"] + "/val"]),
+        "--sketch": ([f["data"] + "/train"], folders),
+        "--stylized": ([f["data"]], folders),
+        "--rendition": ([f["data"] + "/val"], folders),
+        "--limit": (["1", "2147483647"], ["0", HUGE, *NUMBERS]),
+        "-j": (["0", "1", "10000"], [HUGE, *NUMBERS]),
+        "-b": (["4", "8"], ["0", *NUMBERS]),
+        "--gpu": ([], ["0", "99", HUGE, *NUMBERS]),
+        "--json": ([f["new"] + ".json", f["list.txt"]], [f["nowhere"] + "/x.json", f["data"]]),
+        "--plot": ([f["new"] + ".png"], [f["nowhere"] + "/x.png", f["data"]]),
+        "--compare": ([], ["paper", "me", ""]),                      # no row of these is the paper's
+        "--allow-partial": ([[]], []),
+        "--nonsense": ([], [[], "1"]),
+    }
+    base = ["--val", f["data"], "--pretrained"]
+    return EVALUATE, base, options, ([f["linear"], "a=" + f["linear"], f"a={f['linear']},{f['linear']}"],
+                                     [*bad_checkpoints(f), f["pretrained"], "a=" + f["nowhere"], ""])
+
+
+def words(value):
+    return value if isinstance(value, list) else [value]
+
+
+def command_lines(rng, base, options, positional):
+    """Endless (arguments, whether one of them is wrong anywhere)."""
+    while True:
+        line, wrong = [*base], rng.random() < 0.2
+        line += words(rng.choice(positional[wrong]))
+        for flag in rng.sample(list(options), rng.randrange(7)):
+            right, bad = options[flag]
+            is_bad = bool(bad) and (not right or rng.random() < 0.15)
+            if is_bad or right:
+                line += [flag, *words(rng.choice(bad if is_bad else right))]
+                wrong |= is_bad
+        yield [*line, "--dry-run"], wrong
+
+
+def outcome(script, arguments):
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr)):
+        patch.setattr(sys, "argv", [script, *arguments])
+        try:
+            runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+    return code, stdout.getvalue(), stderr.getvalue()
+
+
+@pytest.mark.parametrize("grammar", [pretraining, probe, evaluation])
+def test_every_command_line_ends_in_a_plan_or_in_one_line(files, grammar):
+    script, base, options, positional = grammar(files)
+    lines, codes = command_lines(random.Random(0), base, options, positional), []
+    for _ in range(COMBINATIONS):
+        arguments, wrong = next(lines)
+        code, out, err = outcome(script, arguments)
+        codes.append(code)
+        if code == 0:
+            assert not wrong and "nothing was" in out and err == "", " ".join(arguments)
+        else:
+            assert code == 2 and err.count("\n") == 1 and err.startswith(f"{script}: error: "), f"{' '.join(arguments)}\n{err}"
+    assert codes.count(0) > 50 and codes.count(2) > 50
+    assert not list((REPOSITORY / "ckpts").glob("*")) if (REPOSITORY / "ckpts").exists() else True
