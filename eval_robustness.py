@@ -58,7 +58,7 @@ def check(args, rows):
         raise failures.BadInput(f"--plot {args.plot}: matplotlib is not installed; pip install matplotlib")
     options.check_file("--json", args.json)
     if args.plot:
-        options.check_file("--plot", args.plot)
+        options.check_file("--plot", args.plot, endings=(".png", ".pdf", ".svg"))
     launch.process_counts(gpu=args.gpu)
 
 
@@ -116,8 +116,14 @@ def class_list(path, saved, width, args):
 def read_classes(path):
     if not os.path.isfile(path):
         raise failures.BadInput(f"--classes {path}: there is no such file")
-    with open(path) as file:
-        return sorted(file.read().split())
+    try:
+        with open(path) as file:
+            wnids = sorted(file.read().split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise failures.BadInput(f"--classes {path}: not a text file that can be read ({error})") from error
+    if not wnids or len(set(wnids)) < len(wnids):
+        raise failures.BadInput(f"--classes {path}: it must name each class once, one a line, as {os.path.relpath(IMAGENET_100)} does")
+    return wnids
 
 
 def evaluate(place, args, models, wnids, image_size, cells, result):
@@ -132,9 +138,8 @@ def evaluate(place, args, models, wnids, image_size, cells, result):
     # In a log, where every update is a line, one in half a minute.
     with tqdm(total=images, unit="image", disable=not distributed.is_main(),
               mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
-        for cell in todo:
+        for cell, scores in robustness.score(todo, models, wnids, image_size, args.batch_size, workers, place, bar.update):
             bar.set_description(cell.key, refresh=False)
-            scores = robustness.score(cell, models, wnids, image_size, args.batch_size, workers, place, bar.update)
             report.add(result, cell, scores, image_size, wnids)
             if distributed.is_main():
                 report.save(args.json, result)

@@ -79,6 +79,11 @@ def check(args):
     if saved:
         classifier.check_classes(saved, classes, f"--resume {args.resume}")
         check_arch(args, saved, f"--resume {args.resume}")
+        if not {"epoch", "best_acc1", "optimizer"} <= saved.keys():
+            raise failures.BadInput(f"--resume {args.resume}: not a linear checkpoint; --resume takes what this script saved")
+        with torch.device("meta"):
+            own = build_encoder(args.arch, classifier.head_width(saved, args.resume))
+        checkpoint.check_exactly(own, checkpoint.without_prefix(saved["state_dict"]), f"--resume {args.resume}")
         heads = len(saved.get("lrs", [None]))
         if not args.evaluate and heads != len(args.lr):
             raise failures.BadInput(f"--resume {args.resume}: it has heads for {heads} learning rates, --lr has {len(args.lr)}")
@@ -117,7 +122,7 @@ def check_arch(args, saved, source):
 
 def pretrained_backbone(args, pretrained):
     backbone = checkpoint.backbone(pretrained)
-    if not any(isinstance(value, torch.Tensor) for value in backbone.values()):
+    if not backbone or not all(isinstance(value, torch.Tensor) for value in backbone.values()):
         raise failures.BadInput(f"--pretrained {args.pretrained}: it holds no backbone weights")
     if broken := diagnosis.nonfinite(backbone):
         raise failures.BadInput(f"--pretrained {args.pretrained}: {broken[0]} holds infinite values or NaN; take an earlier one")

@@ -82,7 +82,7 @@ def check(args):
         raise failures.BadInput(f"--start-epoch {args.start_epoch}: there are only --epochs {args.epochs}")
     local_size, world_size = launch.process_counts(**options.launch_settings(args))
     if args.preview:
-        preview.check(args.preview)
+        options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
     options.check_folder("--ckpt_path", args.ckpt_path)
     photos, _, labels, classes, _ = list_data(args)
     batch_size = options.per_process(args.batch_size, local_size)
@@ -194,19 +194,23 @@ def train(place, args, plan):
         print(f"from epoch {start_epoch}" + (f" step {start_step}" if start_step else "")
               + (f", resumed from {args.resume}" if saved else ""), flush=True)
 
-    def refuse_nonfinite(epoch, weights=True):
+    def refuse_nonfinite(epoch, weights=False):
         """End the run rather than report or save what is not finite."""
-        finite = means.finite_steps()
-        if finite < means.steps or weights and diagnosis.nonfinite(model.state_dict()):
-            diagnosis.stop(args.ckpt_path, model, epoch=epoch, step=finite + 1, lr=lr, precision=args.precision,
-                           images=[photos[index] for index in batches.of_step(min(finite, len(batches) - 1))])
+        step, what = means.finite_steps() + 1, "the loss is"
+        if step > means.steps:
+            if not weights or not diagnosis.nonfinite(model.state_dict()):
+                return
+            step, what = means.steps, "weights are"
+        diagnosis.stop(args.ckpt_path, model, what, epoch=epoch, step=step, lr=lr, precision=args.precision,
+                       images=[photos[index] for index in batches.of_step(step - 1)])
 
     def save(names, epoch, step=0):
         """Write the state after `epoch` whole epochs and `step` steps, by rank 0; all processes call this."""
         state = {"epoch": epoch, "step": step, "means": means.state() if step else None}
         if not distributed.is_main():
             return
-        refuse_nonfinite(epoch)
+        if step:
+            refuse_nonfinite(epoch, weights=True)
         state |= {"arch": args.arch, "state_dict": checkpoint.with_prefix(model.state_dict()),
                   "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seed": seed,
                   "bad_images": bad_images.known, "bad_in_epoch": bad_images.in_epoch if step else 0,
@@ -237,9 +241,9 @@ def train(place, args, plan):
             distributed.seed_shuffles(seed, epoch, step)
             train_step(stepped, optimizer, scaler, batch, means)
             if progress.due():                                       # the one place that waits for the GPU
-                refuse_nonfinite(epoch, weights=False)
+                refuse_nonfinite(epoch)
                 progress.report("  ".join(f"{name} {value:.3f}" for name, value in means.read().items()))
-            signal, unreadable = distributed.maxima(stop.received, len(faults))
+            signal, unreadable = distributed.maxima(stop.received(), len(faults))
             if unreadable:
                 bad_images.add(faults)
             ending = signal or bad_images.too_many()
@@ -249,10 +253,10 @@ def train(place, args, plan):
                 if ending:
                     end(signal, f"after epoch {epoch} step {step}")
         record = {"epoch": epoch, "lr": lr, **means.read(over_ranks=True), "bad_images": bad_images.in_epoch, **progress.speed()}
-        if neighbours and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
+        if neighbours and not ending and ((epoch + 1) % args.knn_freq == 0 or epoch + 1 == args.epochs):
             record["knn_top1"] = knn.accuracy(model.encoder_q, *neighbours, device)
         if distributed.is_main():
-            refuse_nonfinite(epoch)
+            refuse_nonfinite(epoch, weights=True)
             if "knn_top1" in record:
                 print(f"epoch {epoch + 1}/{args.epochs}  val: 200-nearest-neighbour top-1 {record['knn_top1']:.2f} %", flush=True)
             metrics.append_jsonl(log_path, record)

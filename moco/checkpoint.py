@@ -50,7 +50,7 @@ def load(path, option="--resume"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # anything may be raised for bytes of any kind; all of it means: no checkpoint
         raise BadInput(f"{option} {path}: not a checkpoint: {_what_is_wrong(path, error)}") from error
-    if not isinstance(checkpoint, dict):
+    if not isinstance(checkpoint, dict) or not all(isinstance(name, str) for name in checkpoint):
         raise BadInput(f"{option} {path}: not a checkpoint, it holds a {type(checkpoint).__name__}")
     state = checkpoint.get("state_dict", {})
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -59,8 +59,11 @@ def load(path, option="--resume"):
 
 
 def _what_is_wrong(path, error):
-    with open(path, "rb") as file:
-        start = file.read(4)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError:
+        return f"it cannot be read ({error})"
     if start != b"PK\3\4"[:len(start)] and start[:1] != b"\x80":
         return "it is of another kind of file; take one that ends in .pth or .pth.tar"
     code = re.search(r"GLOBAL (\S+)", str(error))
@@ -103,14 +106,15 @@ def check_resumable(saved, source, options, classes, images, images_per_step):
     if broken := nonfinite(state):
         raise BadInput(f"{source}: {len(broken)} of its tensors, {broken[0]} the first, hold infinite values or NaN;"
                        " take an earlier one")
-    dim, length = state["queue"].shape
+    dim, length = state["queue"].shape if state["queue"].dim() == 2 else (0, 0)
     known = saved.get("options", {})                                 # published files say no more than arch and weights
     made_with = {"arch": saved["arch"], "moco_dim": dim, "moco_k": length, "mlp": "encoder_q.fc.2.weight" in state,
                  **{name: known[name] for name in ("aug_plus", "image_size", "robust") if name in known}}
     pairs = [(f"--{name.replace('_', '-')}", there, options[name]) for name, there in made_with.items()]
     pairs.append(("classes", _listed(saved.get("classes", classes)), _listed(classes)))
     if saved.get("step"):                                            # its order of the data must be this run's
-        pairs += [("training images:", saved["images"], images), ("images a step:", saved["images_per_step"], images_per_step)]
+        pairs += [("training images:", saved["images"], images), ("images a step:", saved["images_per_step"], images_per_step),
+                  ("--seed", saved["seed"], saved["seed"] if options["seed"] is None else options["seed"])]
     for option, there, here in pairs:
         if there != here:
             raise BadInput(f"{source}: it was made with {option} {there}, this run has {here}")

@@ -5,6 +5,7 @@ Exit codes: 2 for wrong input, before anything is built; 1 for a run that cannot
 
 import errno
 import os
+import re
 import sys
 
 import torch
@@ -47,10 +48,15 @@ def run(main):
 def explained(error):
     """The RunFailed that a PyTorch error amounts to, None where it may be a bug. PyTorch has types for few of these."""
     text = str(error)
-    if isinstance(error, dist.DistError) or "gloo" in text:
+    if "gloo" in text and re.search("closed by peer|reset by peer|Broken pipe|Connection refused", text):
         return PeerLost("another process of this run has ended, and its message is the one to read;"
                         " go on from the last checkpoint with --resume auto")
-    if getattr(error, "errno", None) == errno.ENOSPC or "DataLoader worker" in text or "shared memory" in text:
+    if isinstance(error, dist.DistError):
+        return RunFailed(f"the processes cannot reach each other any more ({_first_line(text)}); look for the first message"
+                         " of the others, then go on with --resume auto")
+    if getattr(error, "errno", None) == errno.ENOSPC:
+        return RunFailed(f"no space is left ({error}): /dev/shm is full, or the disk; make room, or use -j 0 if it is /dev/shm")
+    if "DataLoader worker" in text or "shared memory" in text:
         if any(sign in text for sign in ("Bus error", "shared memory", "No space left", "unable to write", "unable to resize")):
             return RunFailed("there is no shared memory left for the loading processes: /dev/shm is full; make it larger"
                              " (docker: --shm-size), use a smaller -j, or -j 0; go on with --resume auto")
@@ -58,9 +64,13 @@ def explained(error):
             return RunFailed("a loading process was killed from outside; if that was for lack of memory, use a smaller -j"
                              " or --batch-size; go on with --resume auto")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
-        return RunFailed(f"out of memory ({text.strip().splitlines()[0] if text.strip() else 'MemoryError'});"
+        return RunFailed(f"out of memory ({_first_line(text) or 'MemoryError'});"
                          " use a smaller --batch-size or --moco-k, or --precision bf16")
     return None
+
+
+def _first_line(text):
+    return next(iter(text.strip().splitlines()), "")
 
 
 def _say(error):
@@ -74,5 +84,5 @@ def one_line(message):
 
 
 def speaks():
-    """Under torchrun every process finds the same wrong input; one of them says so."""
-    return os.environ.get("RANK", "0") == "0"
+    """All processes of a node find the same wrong input; one of them says so."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -16,7 +16,10 @@ def list_photos(directory):
     directory = Path(directory)
     if not directory.is_dir():
         raise BadInput(f"{directory}: there is no such directory; it must hold one folder of images a class")
-    classes = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+    try:
+        classes = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+    except OSError as error:
+        raise BadInput(f"{directory}: it cannot be read ({error})") from error
     if not classes:
         raise BadInput(f"{directory}: it holds no class folders")
     paths, labels, empty = [], [], []

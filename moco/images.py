@@ -85,11 +85,12 @@ def _to_rgb(image):
 class BadImages:
     """What could not be read in a run: the same in all processes, said once each, counted for each epoch.
 
-    limit: how many files may be unreadable. known: {path: reason} from the run that this one continues.
+    limit: how many files may be unreadable. known: {path: reason} from the run that this one continues; they are not said
+    again, and count once they are met again: they may have been mended.
     """
 
     def __init__(self, limit, known=None, in_epoch=0):
-        self.limit, self.known, self.in_epoch = limit, dict(known or {}), in_epoch
+        self.limit, self.known, self.in_epoch, self.met = limit, dict(known or {}), in_epoch, set()
 
     def add(self, faults):
         """Take in the (path, reason) of this process's batch; all processes must call this."""
@@ -98,13 +99,14 @@ class BadImages:
             if path not in self.known and distributed.is_main():
                 print(f"bad image, replaced by another of its class: {path}: {reason}", file=sys.stderr, flush=True)
             self.known[path] = reason
+            self.met.add(path)
 
     def too_many(self):
-        return len(self.known) > self.limit
+        return len(self.met) > self.limit
 
     def give_up(self):
         """RunFailed, in the main process; the others wait for its end."""
         if distributed.is_main():
-            raise RunFailed(f"{len(self.known)} images could not be read, more than --max-bad-images {self.limit}; mend or"
-                            f" remove them, then go on with --resume auto: {', '.join(sorted(self.known))}")
+            raise RunFailed(f"{len(self.met)} images could not be read, more than --max-bad-images {self.limit}; mend them or"
+                            f" allow more, then go on with --resume auto: {', '.join(sorted(self.met))}")
         distributed.barrier()

@@ -28,7 +28,10 @@ def process_counts(*, multiprocessing=False, world_size=-1, rank=-1, dist_url=MU
     if backend != "nccl" and not dist.is_backend_available(backend):
         raise BadInput(f"--dist-backend {backend}: this PyTorch has no such backend; use nccl, which is gloo without a GPU")
     if _under_torchrun():
-        return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+        local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+        if 0 < gpus < local_size:
+            raise BadInput(f"torchrun --nproc-per-node={local_size}: this machine has {gpus} GPUs; use one process a GPU")
+        return local_size, int(os.environ["WORLD_SIZE"])
     if world_size < 1 and world_size != -1:
         raise BadInput(f"--world-size {world_size}: it is the number of nodes; use 1 or more")
     nodes = max(world_size, 1)
@@ -61,6 +64,7 @@ def launch(worker, args, **settings):
         if not torch.cuda.device_count():
             print("no GPU found: one CPU process, over gloo", flush=True)
         spawn_args = (node, nodes, local_size, dist_url, backend, worker, args)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)                # inherited by multiprocessing's resource tracker
         return _wait_for(mp.start_processes(_spawned, spawn_args, nprocs=local_size, join=False))
     device = device_of(gpu or 0)
     if nodes > 1:
@@ -74,6 +78,9 @@ def _under_torchrun():
 
 def _spawned(local_rank, node, nodes, local_size, dist_url, backend, worker, args):
     place = Place(node * local_size + local_rank, nodes * local_size, local_rank, local_size, device_of(local_rank))
+    os.environ["LOCAL_RANK"] = str(local_rank)                       # as under torchrun: one process a node speaks
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    os.setpgrp()                                                     # a terminal's signals come once, by way of the parent
     try:
         run(lambda: _join_and_run(place, dist_url, backend, worker, args))
     except Exception:  # said here: the parent hears of one process only, maybe not of the first
@@ -84,7 +91,10 @@ def _spawned(local_rank, node, nodes, local_size, dist_url, backend, worker, arg
 def _wait_for(context):
     """Wait for all spawned processes, and pass signals on to them. When one fails the others are ended; its exit code is
     this process's."""
+    received = []
+
     def pass_on(number, frame):
+        received.append(number)
         for process in context.processes:
             if process.is_alive():
                 os.kill(process.pid, number)
@@ -94,6 +104,8 @@ def _wait_for(context):
         while not context.join(grace_period=10):
             pass
     except mp.ProcessExitedException as error:
+        if received:
+            sys.exit(128 + received[-1])
         if error.exit_code < 0:
             raise RunFailed(f"process {error.error_index} was killed by {error.signal_name};"
                             " if that was for lack of memory, take a smaller --batch-size or fewer -j") from error
@@ -102,7 +114,7 @@ def _wait_for(context):
 
 def _join_and_run(place, dist_url, backend, worker, args):
     if place.device.type == "cuda":
-        torch.cuda.setdevice_of(place.device)
+        torch.cuda.set_device(place.device)
         if backend == "nccl":
             backend = "cpu:gloo,cuda:nccl"                           # what is on the host is exchanged between hosts
     elif backend == "nccl":
@@ -130,7 +142,9 @@ def _meet(place, dist_url):
         try:
             store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
         except dist.DistNetworkError as error:
-            raise RunFailed(f"--dist-url {dist_url}: port {port} is taken on this machine; use another on all nodes") from error
+            reason = "it is taken" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+            raise RunFailed(f"--dist-url {dist_url}: rank 0 cannot listen on port {port} of this machine, {reason}; use another"
+                            " on all nodes") from error
     else:
         while not _answers(host, port):
             if time.monotonic() > deadline:

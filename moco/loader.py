@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import torch
 import torchvision.transforms as transforms
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 from torchvision.transforms import v2
 
 from moco import distributed, signals
@@ -193,7 +193,16 @@ def prepared(batches, prepare, device, first_step=0):
 
 
 def evaluation_loader(dataset, batch_size, workers, place):
-    """Every image exactly once over all processes: rank r takes images r, r + world, … without padding."""
-    share = list(range(place.rank, len(dataset), place.world_size))
-    return DataLoader(dataset, batch_size, sampler=share, num_workers=workers, pin_memory=place.device.type == "cuda",
-                      worker_init_fn=signals.left_to_the_trainer())
+    """Every image exactly once over all processes, without padding: of a data set rank r takes images r, r + world, …
+
+    dataset: one, or a list whose members follow each other, no batch holding images of two. Its workers stay for all
+    passes: CPython may hang in a process forked while a thread of the last pass's workers is ending.
+    """
+    parts = dataset if isinstance(dataset, list) else [dataset]
+    batches, start = [], 0
+    for part in parts:
+        share = range(start + place.rank, start + len(part), place.world_size)
+        batches += [share[at:at + batch_size] for at in range(0, len(share), batch_size)]
+        start += len(part)
+    return DataLoader(ConcatDataset(parts), batch_sampler=batches, num_workers=workers, pin_memory=place.device.type == "cuda",
+                      persistent_workers=workers > 0, worker_init_fn=signals.left_to_the_trainer())

@@ -44,8 +44,10 @@ def check(build, arch, batch_size, image_size, crops, itemsize, device, processe
 
 
 def needed(model, images, crops, itemsize):
-    """Bytes that training takes at most, by part; an estimate. images: a batch (N, 3, S, S) on the meta device, which the
-    query encoder runs on."""
+    """Bytes that training takes, by part; an estimate, without what libraries take for themselves.
+
+    images: a batch (N, 3, S, S) on the meta device, which the query encoder runs on.
+    """
     saved = {}
 
     def keep(tensor):

@@ -1,5 +1,6 @@
 """Exact accuracy counts, running means without waiting for the GPU, progress on the terminal, log.jsonl."""
 
+import contextlib
 import json
 import os
 import sys
@@ -114,11 +115,8 @@ def _clock(seconds):
 def append_jsonl(path, record):
     """Add one line to the log. Floats keep six significant digits."""
     rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in record.items()}
-    try:
-        with open(path, "a") as file:
-            file.write(json.dumps(rounded) + "\n")
-    except OSError as error:
-        raise RunFailed(f"{path} could not be written ({error}); make room, then go on with --resume auto") from error
+    with _writing(path), open(path, "a") as file:
+        file.write(json.dumps(rounded) + "\n")
 
 
 def keep_jsonl(path, before_epoch):
@@ -127,6 +125,14 @@ def keep_jsonl(path, before_epoch):
         with open(path) as file:
             whole = [line for line in file if line.endswith("\n")]   # a killed process may leave half a line
         partial = f"{path}.partial"
-        with open(partial, "w") as file:
+        with _writing(path), open(partial, "w") as file:
             file.writelines(line for line in whole if json.loads(line)["epoch"] < before_epoch)
         os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def _writing(path):
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(f"{path} could not be written ({error}); make room, then go on with --resume auto") from error

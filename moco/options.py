@@ -118,8 +118,10 @@ def make_folder(option, path):
         raise BadInput(f"{option} {path}: it cannot be made ({error}); name a folder of your own") from error
 
 
-def check_file(option, path):
-    """BadInput unless a file can be written there."""
+def check_file(option, path, endings=("",)):
+    """BadInput unless a file of one of the endings can be written there."""
+    if not path.lower().endswith(endings):
+        raise BadInput(f"{option} {path}: end its name in {' or '.join(endings)}")
     if os.path.isdir(path):
         raise BadInput(f"{option} {path}: it is a folder; name a file")
     folder = os.path.dirname(path) or "."
@@ -154,7 +156,7 @@ def add_launch_options(parser):
 
 
 def launch_settings(args):
-    """The options of add_launch_options as distributed.launch takes them."""
+    """The options of add_launch_options as launch.launch takes them."""
     return {"multiprocessing": args.multiprocessing_distributed, "world_size": args.world_size, "rank": args.rank,
             "dist_url": args.dist_url, "backend": args.dist_backend, "gpu": args.gpu}
 

@@ -1,21 +1,11 @@
 """A labelled grid of images, for looking at what training sees."""
 
-import os
-
 from PIL import Image, ImageDraw
 from torchvision.transforms.functional import to_pil_image
 
-from moco import augment, options
-from moco.failures import BadInput
+from moco import augment
 
 LABEL_HEIGHT = 14
-
-
-def check(path):
-    """BadInput unless a picture can be written there."""
-    options.check_file("--preview", path)
-    if os.path.splitext(path)[1].lower() not in (".png", ".jpg", ".jpeg"):
-        raise BadInput(f"--preview {path}: end its name in .png or .jpg")
 
 
 def save_views(path, query, key, negatives):

@@ -117,30 +117,36 @@ def list_cells(directories, wnids, limit=None):
     return cells
 
 
-def score(cell, models, wnids, image_size, batch_size, workers, place, on_batch=lambda images: None):
-    """Score linear classifiers that share one class list on a cell; each image is read once, by one of the processes.
+def score(cells, models, wnids, image_size, batch_size, workers, place, on_batch=lambda images: None):
+    """Score linear classifiers that share one class list: yields (cell, a result for each model) one cell after the other.
+    Each image is read once, by one of the processes, which must all do this.
 
     models: in eval mode, on the place's device; wnids: the class of output 0, 1, …; outputs beyond them count as wrong.
-    For each model: top-1 in percent over all outputs and over the classes present here, n, and class counts. Where the
-    file names tell a second, conflicting cue (<shape class>/<texture class>-*.png), also the shape bias: of the decisions
-    for either cue, the percentage for shape. The same in all processes.
+    A result: top-1 in percent over all outputs and over the classes present here, n, and class counts. Where the file
+    names tell a second, conflicting cue (<shape class>/<texture class>-*.png), also the shape bias: of the decisions for
+    either cue, the percentage for shape. The same in all processes.
     """
-    size = image_size
-    view = loader.center_view(size) if cell.suite == "corruption" else loader.test_view(size)
-    batches = loader.evaluation_loader(loader.Labelled(cell.paths, cell.labels, view), batch_size, workers, place)
-    present = torch.tensor(sorted(set(cell.labels)), device=place.device)
-    decisions = torch.zeros(len(models), 2, len(cell.labels), dtype=torch.long, device=place.device)
-    mine = decisions[:, :, place.rank::place.world_size]             # as evaluation_loader deals them
-    done = 0
-    for logits, labels in outputs(lambda images: [model(images) for model in models], batches, place.device):
-        for model, values in enumerate(logits):
-            mine[model, :, done:done + len(labels)] = torch.stack(
-                [values.argmax(1), present[values[:, present].argmax(1)]])
-        done += len(labels)
-        on_batch(len(labels) * place.world_size)
-    decisions = distributed.all_reduce(decisions).cpu()
-    labels, textures = torch.tensor(cell.labels), texture_labels(cell.paths, cell.labels, wnids)
-    return [_result(*decided, labels, textures, wnids) for decided in decisions]
+    if not cells:
+        return
+    views = [loader.center_view(image_size) if cell.suite == "corruption" else loader.test_view(image_size) for cell in cells]
+    datasets = [loader.Labelled(cell.paths, cell.labels, view) for cell, view in zip(cells, views)]
+    batches = outputs(lambda images: [model(images) for model in models],
+                      loader.evaluation_loader(datasets, batch_size, workers, place), place.device)
+    for cell in cells:
+        present = torch.tensor(sorted(set(cell.labels)), device=place.device)
+        decisions = torch.zeros(len(models), 2, len(cell.labels), dtype=torch.long, device=place.device)
+        mine = decisions[:, :, place.rank::place.world_size]         # as evaluation_loader deals them
+        done = 0
+        while done < mine.shape[2]:
+            logits, labels = next(batches)
+            for model, values in enumerate(logits):
+                mine[model, :, done:done + len(labels)] = torch.stack(
+                    [values.argmax(1), present[values[:, present].argmax(1)]])
+            done += len(labels)
+            on_batch(len(labels) * place.world_size)
+        decisions = distributed.all_reduce(decisions).cpu()
+        labels, textures = torch.tensor(cell.labels), texture_labels(cell.paths, cell.labels, wnids)
+        yield cell, [_result(*decided, labels, textures, wnids) for decided in decisions]
 
 
 def _result(decided, decided_shared, labels, textures, wnids):

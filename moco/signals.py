@@ -12,15 +12,24 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)           # SIGUSR1 i
 
 
 class Stop:
-    """Remembers in `received` which of STOPPING came to this process, 0 for none. A second SIGINT ends it at once."""
+    """Remembers which of STOPPING came to this process. A second SIGINT ends it at once.
+
+    Its parent's end counts as SIGTERM: a rank that outlived its launcher would train, and write, beside the resumed run.
+    """
 
     def __init__(self):
-        self.received = 0
+        self._number, self._parent = 0, os.getppid()
         for number in STOPPING:
             signal.signal(number, self._remember)
 
+    def received(self):
+        """The signal's number, 0 for none."""
+        if os.getppid() != self._parent:
+            return signal.SIGTERM
+        return self._number
+
     def _remember(self, number, frame):
-        self.received = number
+        self._number = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 

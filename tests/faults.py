@@ -29,6 +29,11 @@ def fail():
     raise ValueError("put in by a test")
 
 
+def dawdle():
+    print("dawdling", flush=True)
+    time.sleep(100)
+
+
 def at_start(rank, action):
     joined = launch._join_and_run
 
@@ -69,6 +74,7 @@ FAULTS = {
     "killed in a step": lambda: in_step(2, die),
     "killed in saving": lambda: in_saving(die),
     "wrong in a step": lambda: in_step(2, fail),
+    "slow in a step": lambda: in_step(0, dawdle),
     "impatient": impatient,
     "workers as asked": workers_as_asked,
 }

@@ -212,6 +212,25 @@ def test_plain_launch_is_this_process_alone():
     assert args == (1, 2) and place.world_size == 1 and not dist.is_initialized()
 
 
+def test_a_process_of_several_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
+    calls = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: calls.update(backend=backend, **settings))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.update(ended=True))
+    place = distributed.Place(3, 4, 1, 2, torch.device("cuda", 1))
+    assert launch._join_and_run(place, "env://", "nccl", launched, (5,)) == (place, (5,))
+    assert calls == {"device": place.device, "backend": "cpu:gloo,cuda:nccl", "world_size": 4, "rank": 3, "init_method": "env://",
+                     "ended": True}
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match="this machine has 4 GPUs"):
+        launch.process_counts()
+
+
 @pytest.mark.parametrize("options, message", [
     ({"world_size": 2, "rank": 2, "dist_url": "tcp://127.0.0.1:1"}, "--rank 2"),
     ({"world_size": 2}, "--rank -1"),

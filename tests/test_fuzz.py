@@ -31,6 +31,10 @@ def files(tmp_path_factory):
     good = (out / "checkpoint_0000.pth.tar").read_bytes()
     (root / "cut.pth.tar").write_bytes(good[:len(good) // 2])
     torch.save({"state_dict": {"fc.weight": 3}}, root / "foreign.pth.tar")
+    torch.save({"features": torch.ones(3), "labels": [1, 2]}, root / "features.pth.tar")
+    linear = torch.load(out / "model_best_0000.pth.tar", weights_only=True)
+    torch.save({"state_dict": linear["state_dict"], "arch": "resnet10"}, root / "bare.pth.tar")
+    torch.save({name: value for name, value in linear.items() if name != "wnids"}, root / "unnamed.pth.tar")
     (root / "empty").mkdir()
     (root / "no_images" / "train" / "n01").mkdir(parents=True)
     (root / "list.txt").write_text("n01\nn02\n")
@@ -38,11 +42,11 @@ def files(tmp_path_factory):
         shutil.copytree(data / "val", root / "c" / "fog" / str(severity))
     names = {path.name: str(path) for path in root.iterdir()}
     return names | {"pretrained": str(out / "checkpoint_0000.pth.tar"), "linear": str(out / "model_best_0000.pth.tar"),
-                    "nowhere": str(root / "nowhere"), "readme": str(REPOSITORY / "README.md"), "new": str(root / "new")}
+                    "nowhere": str(root / "nowhere"), "photo": str(data / "val" / "n01" / "n01_0.JPEG"), "readme": str(REPOSITORY / "README.md"), "new": str(root / "new")}
 
 
 def bad_checkpoints(f):
-    return [f["nowhere"], f["readme"], f["cut.pth.tar"], f["foreign.pth.tar"], f["data"]]
+    return [f["nowhere"], f["readme"], f["cut.pth.tar"], f["foreign.pth.tar"], f["features.pth.tar"], f["data"]]
 
 
 def shared(f):
@@ -103,7 +107,7 @@ def probe(f):
         "--lr": (["0.1", ["0.1", "1", "30"]], ["0", ["1", "x", "2"], *FLOATS]),
         "--image-size": (["32", "64"], ["0", "2147483647", HUGE, *NUMBERS]),
         "--pretrained": ([f["pretrained"], f["linear"], ""], [*bad_checkpoints(f), "released:nothing"]),
-        "--resume": ([f["linear"], "auto", ""], [*bad_checkpoints(f), f["pretrained"]]),
+        "--resume": ([f["linear"], "auto", ""], [*bad_checkpoints(f), f["pretrained"], f["bare.pth.tar"]]),
         "-e": ([[]], []),
         "--export-backbone": ([f["new"] + ".pth"], [f["nowhere"] + "/x.pth", f["data"]]),
     }
@@ -114,7 +118,7 @@ def probe(f):
 def evaluation(f):
     folders = [f["nowhere"], f["empty"], f["readme"], f["no_images"] + "/train"]
     options = {
-        "--classes": ([f["list.txt"]], []),                          # not read for a head that says its classes
+        "--classes": ([f["list.txt"], f["photo"], f["readme"], f["nowhere"], f["data"]], []),  # unread if the head says its classes
         "--corruption": ([f["c"]], [*folders, f["data"] + "/val"]),
         "--sketch": ([f["data"] + "/train"], folders),
         "--stylized": ([f["data"]], folders),
@@ -124,13 +128,13 @@ def evaluation(f):
         "-b": (["4", "8"], ["0", *NUMBERS]),
         "--gpu": ([], ["0", "99", HUGE, *NUMBERS]),
         "--json": ([f["new"] + ".json", f["list.txt"]], [f["nowhere"] + "/x.json", f["data"]]),
-        "--plot": ([f["new"] + ".png"], [f["nowhere"] + "/x.png", f["data"]]),
+        "--plot": ([f["new"] + ".png"], [f["nowhere"] + "/x.png", f["new"] + ".xyz", f["data"]]),
         "--compare": ([], ["paper", "me", ""]),                      # no row of these is the paper's
         "--allow-partial": ([[]], []),
         "--nonsense": ([], [[], "1"]),
     }
     base = ["--val", f["data"], "--pretrained"]
-    return EVALUATE, base, options, ([f["linear"], "a=" + f["linear"], f"a={f['linear']},{f['linear']}"],
+    return EVALUATE, base, options, ([f["linear"], "a=" + f["linear"], f"a={f['linear']},{f['linear']}", f["unnamed.pth.tar"]],
                                      [*bad_checkpoints(f), f["pretrained"], "a=" + f["nowhere"], ""])
 
 

@@ -37,13 +37,14 @@ def paint(path, decision, size=32):
 def score(folder, *models, wnids=WNIDS, suite="val", limit=None):
     """[results of each model] of the suite's only cell."""
     (cell,) = robustness.list_cells({suite: str(folder)}, wnids, limit)
-    return robustness.score(cell, models or [Oracle()], wnids, image_size=28, batch_size=3, workers=0, place=Place())
+    ((_, results),) = robustness.score([cell], models or [Oracle()], wnids, image_size=28, batch_size=3, workers=0, place=Place())
+    return results
 
 
 def score_corruptions(folder, model):
     """The figures over all cells of an ImageNet-C folder, and the top-1 of each."""
     cells = robustness.list_cells({"corruption": str(folder)}, WNIDS)
-    top1 = {cell.key: robustness.score(cell, [model], WNIDS, 28, 3, 0, Place())[0]["top1"] for cell in cells}
+    top1 = {cell.key: result["top1"] for cell, (result,) in robustness.score(cells, [model], WNIDS, 28, 3, 0, Place())}
     return robustness.corruption_figures(top1, len(WNIDS)), top1
 
 

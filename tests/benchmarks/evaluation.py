@@ -41,7 +41,7 @@ def main():
         batches = list(loader.evaluation_loader(dataset, BATCH, 0, Place()))
 
         def score(some):
-            return robustness.score(cell, some, ["a", "b"], SIZE, BATCH, 0, Place())
+            return list(robustness.score([cell], some, ["a", "b"], SIZE, BATCH, 0, Place()))
 
         def forward():
             with torch.inference_mode():

@@ -4,8 +4,8 @@
 
 Watches every process of the run (two that train, their loading processes, torchrun's) twice a second, and prints for
 each the resident memory, file descriptors and threads over the second and the last quarter, and the throughput of the
-first and the last tenth. Exits with 1 where memory grows by more than 2 %, a count changes, or throughput falls by more
-than 10 %.
+first and the last tenth. Exits with 1 where memory grows by more than 2 %, the usual count of a process changes (kNN
+opens files for a moment), or throughput falls by more than 10 %.
 """
 
 import os
