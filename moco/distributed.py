@@ -5,6 +5,7 @@ Everything here works without a process group, too, where this process is rank 0
 
 import hashlib
 import inspect
+import os
 import random
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ class Place(NamedTuple):
     local_rank: int = 0
     local_size: int = 1     # processes on this node
     device: torch.device = torch.device("cpu")
+
+
+def under_torchrun():
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def rank():

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moco.distributed import Place
+from moco.distributed import Place, under_torchrun
 from moco.failures import BadInput, PeerLost, RunFailed, explained, run
 from moco.signals import STOPPING
 
@@ -27,7 +27,7 @@ def process_counts(*, multiprocessing=False, world_size=-1, rank=-1, dist_url=MU
         raise BadInput(f"--gpu {gpu}: this machine has {gpus} GPUs; leave --gpu out to use what there is")
     if backend != "nccl" and not dist.is_backend_available(backend):
         raise BadInput(f"--dist-backend {backend}: this PyTorch has no such backend; use nccl, which is gloo without a GPU")
-    if _under_torchrun():
+    if under_torchrun():
         local_size = int(os.environ["LOCAL_WORLD_SIZE"])
         if 0 < gpus < local_size:
             raise BadInput(f"torchrun --nproc-per-node={local_size}: this machine has {gpus} GPUs; use one process a GPU")
@@ -55,7 +55,7 @@ def launch(worker, args, **settings):
     """
     local_size, everywhere = process_counts(**settings)
     backend, gpu = settings.get("backend", "nccl"), settings.get("gpu")
-    if _under_torchrun():
+    if under_torchrun():
         numbers = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
         return _join_and_run(Place(*numbers, device_of(numbers[2])), "env://", backend, worker, args)
     nodes, node = everywhere // local_size, max(settings.get("rank", -1), 0)
@@ -70,10 +70,6 @@ def launch(worker, args, **settings):
     if nodes > 1:
         return _join_and_run(Place(node, nodes, 0, 1, device), dist_url, backend, worker, args)
     return worker(Place(device=device), *args)
-
-
-def _under_torchrun():
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def _spawned(local_rank, node, nodes, local_size, dist_url, backend, worker, args):

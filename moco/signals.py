@@ -14,17 +14,17 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)           # SIGUSR1 i
 class Stop:
     """Remembers which of STOPPING came to this process. A second SIGINT ends it at once.
 
-    Its parent's end counts as SIGTERM: a rank that outlived its launcher would train, and write, beside the resumed run.
+    The end of torchrun counts as SIGTERM: ranks that outlived it would train, and write, beside the resumed run.
     """
 
     def __init__(self):
-        self._number, self._parent = 0, os.getppid()
+        self._number, self._torchrun = 0, os.getppid() if distributed.under_torchrun() else None
         for number in STOPPING:
             signal.signal(number, self._remember)
 
     def received(self):
         """The signal's number, 0 for none."""
-        if os.getppid() != self._parent:
+        if self._torchrun and os.getppid() != self._torchrun:
             return signal.SIGTERM
         return self._number
 

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,22 @@ def test_evaluation_sees_every_image_once_over_all_processes(data):
         batches = loader.evaluation_loader(dataset, 3, 0, distributed.Place(rank, 4))
         seen += [label.item() for _, part in batches for label in part]
     assert sorted(seen) == list(range(13))
+
+
+class Reader(torch.utils.data.Dataset):
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return index, os.getpid()
+
+
+def test_loading_processes_of_a_test_set_stay_for_all_passes_and_all_sets():
+    """New ones, forked while a thread of the last pass is ending, can hang in CPython."""
+    batches = loader.evaluation_loader([Reader(), Reader()], 4, 1, distributed.Place())
+    readers = {reader for _ in range(3) for _, readers in batches for reader in readers.tolist()}
+    assert len(readers) == 1 and os.getpid() not in readers
+    assert [indices.tolist() for indices, _ in batches] == [[0, 1, 2, 3], [4, 5]] * 2  # no batch of two sets
 
 
 def test_evaluation_view_is_torchvisions_preset(tmp_path):

@@ -337,6 +337,15 @@ def test_all_processes_end_with_a_killed_run(data, tmp_path, launcher):
         assert torch.load(tmp_path / "checkpoint_latest.pth.tar", weights_only=True)["epoch"] >= 1
 
 
+def test_a_run_in_the_background_outlives_its_shell(data, tmp_path):
+    command = [sys.executable, PRETRAIN, *map(str, [*SMALL, "--epochs", 3, "--ckpt_path", tmp_path, data])]
+    subprocess.run(["sh", "-c", '"$@" > /dev/null 2>&1 & echo', "sh", *command], cwd=REPOSITORY, env=ENVIRONMENT, check=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / LAST).exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert (tmp_path / LAST).exists()
+
+
 # Data
 
 def with_odd_images(folder):
