@@ -29,6 +29,8 @@ def save(path, state):
     except (OSError, RuntimeError) as error:                         # PyTorch's zip writer turns the first into the second
         with contextlib.suppress(OSError):
             os.remove(partial)
+        if "DataLoader worker" in str(error):                        # a loading process died just now: not about this file
+            raise
         first = error
         while first.__context__:
             first = first.__context__

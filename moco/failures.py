@@ -6,10 +6,15 @@ Exit codes: 2 for wrong input, before anything is built; 1 for a run that cannot
 import errno
 import os
 import re
+import signal
 import sys
 
 import torch
 import torch.distributed as dist
+
+
+WORKER_KILLED = ("a loading process was killed from outside; if that was for lack of memory, use a smaller -j or --batch-size;"
+                 " go on with --resume auto")
 
 
 class BadInput(Exception):
@@ -37,7 +42,9 @@ def run(main):
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, EOFError) as error:
+        # PyTorch raises a loading process's death from SIGCHLD, once more while this one is being answered.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         failure = explained(error)
         if failure is None:
             raise
@@ -56,13 +63,14 @@ def explained(error):
                          " of the others, then go on with --resume auto")
     if getattr(error, "errno", None) == errno.ENOSPC:
         return RunFailed(f"no space is left ({error}): /dev/shm is full, or the disk; make room, or use -j 0 if it is /dev/shm")
+    if isinstance(error, (ConnectionError, EOFError)):               # in the middle of handing over a batch
+        return RunFailed(WORKER_KILLED)
     if "DataLoader worker" in text or "shared memory" in text:
         if any(sign in text for sign in ("Bus error", "shared memory", "No space left", "unable to write", "unable to resize")):
             return RunFailed("there is no shared memory left for the loading processes: /dev/shm is full; make it larger"
                              " (docker: --shm-size), use a smaller -j, or -j 0; go on with --resume auto")
         if "is killed by signal" in text or "exited unexpectedly" in text:
-            return RunFailed("a loading process was killed from outside; if that was for lack of memory, use a smaller -j"
-                             " or --batch-size; go on with --resume auto")
+            return RunFailed(WORKER_KILLED)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return RunFailed(f"out of memory ({_first_line(text) or 'MemoryError'});"
                          " use a smaller --batch-size or --moco-k, or --precision bf16")

@@ -306,7 +306,7 @@ def test_missing_ranks_are_named(data, tmp_path):
 def test_a_port_in_use_is_named_with_several_nodes_and_replaced_with_one(data, tmp_path):
     with socket.create_server(("", 0)) as taken:
         url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        fails_with_one_line(node(0, url, tmp_path, data), url, "is taken on this machine")
+        fails_with_one_line(node(0, url, tmp_path, data), url, "it is taken")
         run_script(PRETRAIN, *SMALL, "--epochs", 1, "--multiprocessing-distributed", "--world-size", 1, "--rank", 0,
                    "--dist-url", url, "--ckpt_path", tmp_path, data)
 
@@ -316,9 +316,11 @@ def children(pid):
     return [int(word) for word in listing.split()]
 
 
-def test_a_loading_process_that_is_killed_ends_the_run_in_one_line(data, tmp_path):
+@pytest.mark.parametrize("delay", [0, 0.013, 0.029])                  # between batches, and while one is handed over
+def test_a_loading_process_that_is_killed_ends_the_run_in_one_line(data, tmp_path, delay):
     process = started("--epochs", 1000, "--print-freq", 1, "--ckpt_path", tmp_path, data)
     wait_for(process, "epoch 2/1000")
+    time.sleep(delay)
     os.kill(children(process.pid)[0], signal.SIGKILL)                 # as the kernel does when memory runs out
     fails_with_one_line(process, "a loading process was killed", "smaller -j")
     resumed = run_script(PRETRAIN, *SMALL, "--epochs", len(log(tmp_path)), "--resume", "auto", "--ckpt_path", tmp_path, data, check=False)
