@@ -84,7 +84,7 @@ def check(args):
     if args.preview:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
     options.check_folder("--ckpt_path", args.ckpt_path)
-    photos, _, labels, classes, _ = list_data(args)
+    photos, _, _, classes, _ = list_data(args)
     batch_size = options.per_process(args.batch_size, local_size)
     batches = loader.ShuffledBatches(len(photos), batch_size, seed=0, place=distributed.Place(world_size=world_size))
     needed = memory.check(lambda: build_model(args, torch.float32), args.arch, batch_size, args.image_size, 2 + args.num_nonsem,
