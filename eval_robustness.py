@@ -1,4 +1,4 @@
-"""Test linear checkpoints on the robustness sets: one table row per checkpoint, or per NAME with its runs' mean±std.
+"""Test linear checkpoints on the robustness sets: one table row per checkpoint, or mean±std of several runs per NAME.
 
     python eval_robustness.py --pretrained ckpts/RUN/model_best_0199.pth.tar --val imagenet-100 \\
       --corruption imagenet-c --sketch imagenet-sketch --stylized stylized-imagenet --rendition imagenet-r
@@ -6,153 +6,197 @@
     torchrun --nproc-per-node=8 eval_robustness.py …
 """
 
+import argparse
 import importlib.util
 import os
+import shutil
 import sys
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
-from moco import classifier, distributed, failures, folders, launch, options, released, report, robustness
+from moco import classifier, datasets, distributed, images, launch, options, released, report, robustness
+from moco.distributed import DistContext
+from moco.errors import UsageError, cli_main
+from moco.robustness import TestSet
 
 IMAGENET_100 = Path(__file__).parent / "preprocess" / "imagenet_100.txt"
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
     parser = options.OptionParser("Test linear checkpoints on ImageNet-C, -Sketch, -R and Stylized-ImageNet.")
+    # fmt: off
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained", nargs="+", action="extend", default=[], metavar="ROW",
-                       help="[NAME=]FILE[,FILE…]: linear checkpoints, a table row each; several FILEs are its runs")
-    model.add_argument("--classes", metavar="FILE", help="wnids, one a line, of a head that does not say them; sorted first")
+                       help="[NAME=]FILE[,FILE…]: linear checkpoints, one table row each; several FILEs are averaged")
+    model.add_argument("--classes", metavar="FILE",
+                       help="class list, one wnid per line, for heads that store none; it is sorted")
     model.add_argument("--list-released", action="store_true", help="print the released checkpoints, then exit")
     data = parser.add_argument_group("test sets, any of them")
-    for suite, layout in (("val", "<wnid>/*, or val/<wnid>/*"), ("corruption", "[<group>/]<corruption>/<severity>/<wnid>/*"),
-                          ("sketch", "<wnid>/*"), ("stylized", "<wnid>/*, or val/<wnid>/*"), ("rendition", "<wnid>/*")):
-        data.add_argument(f"--{suite}", metavar="DIR", help=layout)
-    data.add_argument("--limit", type=options.positive_int, metavar="N", help="only the first N images of a class: a quick look")
+    data.add_argument("--val", metavar="DIR", help="<wnid>/*, or val/<wnid>/*")
+    data.add_argument("--corruption", metavar="DIR", help="[<group>/]<corruption>/<severity>/<wnid>/*")
+    data.add_argument("--sketch", metavar="DIR", help="<wnid>/*")
+    data.add_argument("--stylized", metavar="DIR", help="<wnid>/*, or val/<wnid>/*")
+    data.add_argument("--rendition", metavar="DIR", help="<wnid>/*")
+    data.add_argument("--limit", type=options.positive_int, metavar="N", help="only the first N images per class")
     options.add_workers_option(data)
-    data.add_argument("-b", "--batch-size", default=256, type=options.positive_int, metavar="N", help="images a batch")
-    data.add_argument("--gpu", type=options.natural_int, metavar="N", help="the GPU of a single process")
+    data.add_argument("-b", "--batch-size", default=256, type=options.positive_int, metavar="N",
+                      help="images per batch")
+    data.add_argument("--gpu", type=options.nonnegative_int, metavar="N", help="the GPU of a single process")
     output = parser.add_argument_group("output")
     output.add_argument("--json", default="robustness.json", metavar="FILE",
-                        help="every figure and its parts; an interrupted run goes on from it")
-    output.add_argument("--compare", choices=["paper"], help="set the rows beside the paper's of the same NAME")
+                        help="all results; an interrupted evaluation resumes from it")
+    output.add_argument("--compare", choices=["paper"], help="compare with the published rows of the same NAME")
     output.add_argument("--plot", metavar="FILE.png", help="accuracy by corruption and severity; needs matplotlib")
+    output.add_argument("--verbose", action="store_true", help="print all settings with --dry-run")
     options.add_dry_run_option(output)
-    output.add_argument("--allow-partial", action="store_true", help="exit with 0 though corruptions are missing")
+    output.add_argument("--allow-partial", action="store_true", help="exit with 0 even if corruptions are missing")
+    # fmt: on
     return parser.parse_args()
 
 
-def check(args, rows):
-    """Refuse, before anything is loaded, what could only fail later."""
+# ---------------------------------------------------------------- checks, before anything is evaluated
+
+
+def validate_args(args: argparse.Namespace, rows: Iterable[str]) -> None:
+    """Refuse what could only fail later."""
     if not args.pretrained:
-        raise failures.BadInput("nothing to test: --pretrained names the linear checkpoints")
+        raise UsageError("nothing to test: --pretrained names the linear checkpoints")
     if not any(getattr(args, suite) for suite in robustness.SUITES):
-        raise failures.BadInput("nothing to test on: give any of " + " ".join(f"--{suite} DIR" for suite in robustness.SUITES))
+        raise UsageError("nothing to test on: use any of " + " ".join(f"--{suite} DIR" for suite in robustness.SUITES))
     if args.compare:
         report.check_published(rows)
     if args.plot and not args.corruption:
-        raise failures.BadInput(f"--plot {args.plot}: it draws corruptions; give --corruption DIR")
+        raise UsageError(f"--plot {args.plot}: it draws corruptions; add --corruption DIR")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise failures.BadInput(f"--plot {args.plot}: matplotlib is not installed; pip install matplotlib")
+        raise UsageError(f"--plot {args.plot}: matplotlib is not installed; pip install matplotlib")
     options.check_file("--json", args.json)
     if args.plot:
         options.check_file("--plot", args.plot, endings=(".png", ".pdf", ".svg"))
-    launch.process_counts(gpu=args.gpu)
+    launch.resolve_world_size(gpu=args.gpu)
 
 
-def parse_rows(entries):
+def parse_rows(entries: Iterable[str]) -> dict[str, list[str]]:
     """{name: files} of [NAME=]FILE[,FILE…] entries."""
     rows = {}
     for entry in entries:
         name, separator, files = entry.partition("=")
-        if not separator or os.path.exists(entry):                    # a path may hold a "=", too
+        if not separator or os.path.exists(entry):  # a path may hold a "=", too
             name = files = entry
         if name in rows:
-            raise failures.BadInput(f"--pretrained {entry}: the name {name} is taken by another row")
+            raise UsageError(f"--pretrained {entry}: the name {name} is taken by another row")
         rows[name] = files.split(",")
     return rows
 
 
-def load_models(rows, args):
-    """All checkpoints' models and options of pre-training, and the class list and crop size that they share."""
+def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> tuple[list, list[dict], list[str], int]:
+    """The models and pre-training options of all checkpoints, and the class list and crop size that they share."""
     models, pretraining, shared = [], [], None
     for path in [path for files in rows.values() for path in files]:
         model, saved = classifier.load_classifier(path)
-        these = class_list(path, saved, model.fc.out_features, args), saved.get("image_size", 224)
+        own = class_list(path, saved, model.fc.out_features, args), saved.get("image_size", 224)
         if shared is None:
-            shared, first = these, path
-        elif these != shared:
-            raise failures.BadInput(f"--pretrained {path}: its classes or crop size are not those of {first};"
-                                   " test them in two runs")
+            shared, first = own, path
+        elif own != shared:
+            raise UsageError(
+                f"--pretrained {path}: its classes or crop size are not those of {first}; test them in two runs"
+            )
         models.append(model)
         pretraining.append(saved.get("pretraining") or {})
     return models, pretraining, *shared
 
 
-def class_list(path, saved, width, args):
+def class_list(path: str, saved: Mapping, outputs: int, args: argparse.Namespace) -> list[str]:
     """The wnid of each output: the checkpoint's own, those of --classes, those of --val, or ImageNet-100's."""
     if saved.get("wnids"):
         return saved["wnids"]
     if args.classes:
         wnids = read_classes(args.classes)
-        if len(wnids) > width:
-            raise failures.BadInput(f"--classes {args.classes}: {len(wnids)} classes, but the head of {path} has {width} outputs")
+        if len(wnids) > outputs:
+            raise UsageError(
+                f"--classes {args.classes}: {len(wnids)} classes, but the head of {path} has {outputs} outputs"
+            )
         return wnids
     if args.val:
-        _, _, of_val = folders.list_photos(robustness.class_root(args.val))
-        if len(of_val) == width:
+        of_val = datasets.list_images(robustness.class_root(args.val)).classes
+        if len(of_val) == outputs:
             return of_val
     imagenet_100 = read_classes(IMAGENET_100)
-    if width == len(imagenet_100) and (not args.val or set(imagenet_100) <= set(of_val)):
+    if outputs == len(imagenet_100) and (not args.val or set(imagenet_100) <= set(of_val)):
         return imagenet_100
-    raise failures.BadInput(
-        f"--pretrained {path}: its {width} outputs do not say their classes, and it is not clear which they are; name a file"
-        f" of them with --classes (ImageNet-100's: {os.path.relpath(IMAGENET_100)}), or give as --val the data the head was"
-        f" trained on, if it has {width} classes, or train the head with main_lincls.py, which stores them")
+    raise UsageError(
+        f"--pretrained {path}: it stores no class list for its {outputs} outputs, and none fits; name a file of them"
+        f" with --classes (ImageNet-100's: {os.path.relpath(IMAGENET_100)}), or give as --val the data the head was"
+        f" trained on, if it has {outputs} classes, or train the head with main_lincls.py, which stores them"
+    )
 
 
-def read_classes(path):
+def read_classes(path: str | Path) -> list[str]:
+    """The sorted wnids of a file. Raises UsageError if it is missing, not text, empty, or repeats one."""
     if not os.path.isfile(path):
-        raise failures.BadInput(f"--classes {path}: there is no such file")
+        raise UsageError(f"--classes {path}: no such file")
     try:
         with open(path) as file:
             wnids = sorted(file.read().split())
     except (OSError, UnicodeDecodeError) as error:
-        raise failures.BadInput(f"--classes {path}: not a text file that can be read ({error})") from error
+        raise UsageError(f"--classes {path}: not a readable text file ({error})") from error
     if not wnids or len(set(wnids)) < len(wnids):
-        raise failures.BadInput(f"--classes {path}: it must name each class once, one a line, as {os.path.relpath(IMAGENET_100)} does")
+        raise UsageError(
+            f"--classes {path}: it must name each class once, one per line, like {os.path.relpath(IMAGENET_100)}"
+        )
     return wnids
 
 
-def evaluate(place, args, models, wnids, image_size, cells, result):
-    """Score what an earlier run has not; the main process writes the report after each cell. All processes do this."""
-    models = [model.to(place.device, memory_format=torch.channels_last) for model in models]
-    workers = options.workers_per_process(args.workers, place.local_size)
-    distributed.barrier()                                             # all have read the file before one writes it
-    todo = [cell for cell in cells if cell.key not in result["cells"]]
-    if distributed.is_main() and len(todo) < len(cells):
-        print(f"{len(cells) - len(todo)} of {len(cells)} cells are done already, in {args.json}", file=sys.stderr)
-    images = sum(len(cell.labels) for cell in todo)
-    # In a log, where every update is a line, one in half a minute.
-    with tqdm(total=images, unit="image", disable=not distributed.is_main(),
-              mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
-        for cell, scores in robustness.score(todo, models, wnids, image_size, args.batch_size, workers, place, bar.update):
-            bar.set_description(cell.key, refresh=False)
-            report.add(result, cell, scores, image_size, wnids)
+# ---------------------------------------------------------------- evaluation
+
+
+def evaluate(
+    ctx: DistContext,
+    args: argparse.Namespace,
+    models: list[nn.Module],
+    wnids: list[str],
+    image_size: int,
+    test_sets: list[TestSet],
+    result: dict,
+) -> None:
+    """Score the test sets that `result` lacks; rank 0 saves it after each. All ranks must call this."""
+    models = [model.to(ctx.device, memory_format=torch.channels_last) for model in models]
+    workers = options.workers_per_rank(args.workers, ctx.local_world_size)
+    distributed.barrier()  # all ranks have read the file before one writes it
+    todo = [test_set for test_set in test_sets if test_set.key not in result["cells"]]
+    if distributed.is_main() and len(todo) < len(test_sets):
+        done = len(test_sets) - len(todo)
+        print(f"{done} of {len(test_sets)} test sets are already in {args.json}; evaluating the rest", file=sys.stderr)
+    if distributed.is_main() and not images.has_fast_jpeg():
+        print(images.NO_FAST_JPEG, file=sys.stderr)
+    # In a log every update is a line: one per half minute.
+    interval = 0.1 if sys.stderr.isatty() else 30
+    total = sum(len(test_set.labels) for test_set in todo)
+    with tqdm(total=total, unit="image", disable=not distributed.is_main(), mininterval=interval) as bar:
+        for test_set, scores in robustness.score(
+            todo, models, wnids, image_size, args.batch_size, workers, ctx, bar.update
+        ):
+            bar.set_description(test_set.key, refresh=False)
+            report.add(result, test_set, scores, image_size, wnids)
             if distributed.is_main():
                 report.save(args.json, result)
     if distributed.is_main():
-        # In the order of the suites, however many starts it took.
-        result["cells"] = {cell.key: result["cells"][cell.key] for cell in cells}
+        # In the order of the suites, also after a resumed evaluation.
+        result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
         result["table"] = report.by_row(result)
         report.save(args.json, result)
-        tell(args, result)
+        print_report(args, result)
 
 
-def tell(args, result):
-    print(report.table(result), *report.differences(result), *report.notes(result), sep="\n")
+def print_report(args: argparse.Namespace, result: Mapping) -> None:
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(report.table(result, width))
+    for line in [*report.differences(result), *report.notes(result)]:
+        print(textwrap.fill(line, width, subsequent_indent="  ") if width else line)
     if args.compare:
         print(report.comparison(result))
     if args.plot:
@@ -161,26 +205,33 @@ def tell(args, result):
     print(f"wrote {args.json}", flush=True)
 
 
-def main():
+def main() -> None:
     args = parse_args()
     if args.list_released:
         return print(released.listing())
     rows = parse_rows(args.pretrained)
-    check(args, rows)
+    validate_args(args, rows)
     models, pretraining, wnids, image_size = load_models(rows, args)
-    # Listing everything first finds a wrong folder before an hour of evaluation, and gives the bar its length.
+    # Listing all test sets first finds a wrong folder before hours of evaluation, and tells the bar its length.
     directories = {suite: getattr(args, suite) for suite in robustness.SUITES if getattr(args, suite)}
-    cells = robustness.list_cells(directories, wnids, args.limit)
+    test_sets = robustness.list_test_sets(directories, wnids, args.limit)
     result = report.new(rows, pretraining, wnids, image_size, args.limit)
-    report.continue_from(args.json, result, cells)
+    report.reuse_results(args.json, result, test_sets)
     if args.dry_run:
-        return options.echo(args, checkpoints=len(models), classes=len(wnids), size_of_crops=image_size, cells=len(cells),
-                            cells_done_already=len(result["cells"]), images=sum(len(cell.labels) for cell in cells),
-                            nothing_was_started="--dry-run")
-    launch.launch(evaluate, (args, models, wnids, image_size, cells, result), gpu=args.gpu)
-    if args.corruption and robustness.missing_corruptions([cell.key for cell in cells]) and not args.allow_partial:
+        derived = {
+            "checkpoints": len(models),
+            "classes": len(wnids),
+            "crops": f"{image_size} px",
+            "test_sets": f"{len(test_sets)}, of which {len(result['cells'])} are done",
+            "images": sum(len(test_set.labels) for test_set in test_sets),
+            "dry run": "nothing was started",
+        }
+        return options.print_config(args, derived, args.verbose)
+    launch.launch(evaluate, (args, models, wnids, image_size, test_sets, result), gpu=args.gpu)
+    keys = [test_set.key for test_set in test_sets]
+    if args.corruption and robustness.missing_corruptions(keys) and not args.allow_partial:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    failures.run(main)
+    cli_main(main)

@@ -1,23 +1,35 @@
-"""A frozen backbone with a linear head: built, loaded and evaluated. Used by both evaluating scripts."""
+"""A frozen backbone: linear heads on it, k-nearest neighbours on its features, and their accuracy.
+
+Weighted k-nearest-neighbour classification: Wu et al., Unsupervised Feature Learning via Non-Parametric Instance
+Discrimination, CVPR 2018, section 3.4.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
 
-from moco import augment, checkpoint, distributed, metrics
-from moco.builder import ARCHS, build_encoder
-from moco.failures import BadInput
+from moco import augment, checkpoint, datasets, distributed, loader, metrics
+from moco.distributed import DistContext
+from moco.encoders import ARCHS, autocast, build_encoder
+from moco.errors import UsageError, first_line
 
-HEAD = ("fc.weight", "fc.bias")
+KNN_K, KNN_TEMPERATURE = 200, 0.07
 
 
-def build_probe(arch, classes, backbone):
-    """`arch` with the given backbone weights, frozen, and a new head of `classes` outputs: N(0, 0.01), bias 0.
+# Models
 
-    backbone: what checkpoint.backbone gave, or {} for random weights. BadInput if it does not fit.
+
+def build_probe(arch: str, classes: int, backbone: Mapping[str, torch.Tensor]) -> nn.Module:
+    """`arch` with these backbone weights, frozen, and a new head of `classes` outputs: N(0, 0.01), bias 0.
+
+    backbone: as returned by checkpoint.backbone_weights; {} for random weights. Raises UsageError if it does not fit.
     """
     model = build_encoder(arch, classes)
     if backbone:
-        checkpoint.load_exactly(model, backbone, "--pretrained", allowed_missing=HEAD)
+        checkpoint.load_exactly(model, backbone, "--pretrained", allowed_missing=checkpoint.FC_KEYS)
     model.requires_grad_(False)
     model.fc.requires_grad_(True)
     nn.init.normal_(model.fc.weight, mean=0.0, std=0.01)
@@ -25,80 +37,175 @@ def build_probe(arch, classes, backbone):
     return model
 
 
-def check_image_size(model, arch, image_size):
-    """BadInput where the network, on the meta device, does not take images of that size."""
-    try:
-        model(torch.empty(1, 3, image_size, image_size, device="meta"))
-    except (RuntimeError, ValueError) as error:                      # shapes are all that can be wrong here
-        raise BadInput(f"--image-size {image_size} does not suit --arch {arch} ({str(error).splitlines()[0]}); 224 px does") from error
+class LinearHeads(nn.ModuleList):
+    """Linear heads side by side on the same features (N, d): logits (heads, N, classes)."""
 
-
-class Heads(nn.ModuleList):
-    """Linear heads side by side on the same features (N, d): their logits (heads, N, classes)."""
-
-    def forward(self, features):
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
         return torch.stack([head(features) for head in self])
 
 
-def head_width(saved, source):
-    """How many outputs the head of a linear checkpoint has; BadInput if it has no linear head."""
-    state = checkpoint.without_prefix(saved.get("state_dict", {}))
-    if not set(HEAD) <= state.keys():
-        raise BadInput(f"{source}: it has no linear head; linear checkpoints are what main_lincls.py writes,"
-                       " checkpoint_robust_*.pth.tar and model_best_*.pth.tar")
-    return len(state["fc.bias"])
+def load_classifier(path: str, option: str = "--pretrained") -> tuple[nn.Module, dict]:
+    """(model in eval mode, checkpoint) of a linear checkpoint, with a head as wide as the file's."""
+    saved = checkpoint.load(path, option)
+    width = checkpoint.num_outputs(saved, f"{option} {path}")
+    if saved.get("arch") not in ARCHS:
+        raise UsageError(f"{option} {path}: its arch {saved.get('arch')!r} is none of {', '.join(ARCHS)}")
+    model = build_encoder(saved["arch"], width)
+    checkpoint.load_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), f"{option} {path}")
+    return model.eval(), saved
 
 
-def check_classes(saved, classes, source):
-    """BadInput unless the head of a linear checkpoint can be scored on data of these classes (sorted names).
+def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
+    """Raise UsageError if the model, on the meta device, does not accept images of that size."""
+    try:
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except (RuntimeError, ValueError) as error:  # only shapes can be wrong here
+        raise UsageError(
+            f"--image-size {image_size} does not suit --arch {arch} ({first_line(error)}); 224 px does"
+        ) from error
 
-    A published head does not say its classes; there, one at least as wide as the data is taken at its word.
+
+def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
+    """Raise UsageError unless the head of a linear checkpoint can be scored on data of these classes (sorted names).
+
+    A published head does not say its classes; one at least as wide as the data is accepted.
     """
     own = saved.get("wnids")
     if own is not None and own != classes:
         other = sorted(set(own) ^ set(classes))
-        raise BadInput(f"{source}: its head was trained on {len(own)} other classes than the {len(classes)} of this data"
-                       f" (for example {other[0] if other else own[0]}); use the data it was trained on")
-    if head_width(saved, source) < len(classes):
-        raise BadInput(f"{source}: its head has {head_width(saved, source)} outputs, the data {len(classes)} classes;"
-                       " use the data it was trained on")
+        raise UsageError(
+            f"{source}: its head was trained on {len(own)} classes that differ from the {len(classes)} of this data"
+            f" (for example {other[0] if other else own[0]}); use the data it was trained on"
+        )
+    width = checkpoint.num_outputs(saved, source)
+    if width < len(classes):
+        raise UsageError(
+            f"{source}: its head has {width} outputs, the data {len(classes)} classes; use the data it was trained on"
+        )
 
 
-def load_classifier(path, option="--pretrained"):
-    """(model in eval mode, checkpoint) of a linear checkpoint, with a head as wide as its own."""
-    saved = checkpoint.load(path, option)
-    width = head_width(saved, f"{option} {path}")
-    if saved.get("arch") not in ARCHS:
-        raise BadInput(f"{option} {path}: its arch {saved.get('arch')!r} is none of {', '.join(ARCHS)}")
-    model = build_encoder(saved["arch"], width)
-    checkpoint.load_exactly(model, checkpoint.without_prefix(saved["state_dict"]), f"{option} {path}")
-    return model.eval(), saved
-
-
-def changed_entries(model, backbone):
-    """The names of backbone weights and statistics that are no longer the pre-trained ones: none, if it was frozen."""
+def changed_entries(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of backbone weights and statistics that differ from `weights`: none, if the backbone was frozen."""
     own = model.state_dict()
-    return [name for name, value in backbone.items() if not torch.equal(own[name].cpu(), value)]
+    return [name for name, value in weights.items() if not torch.equal(own[name].cpu(), value)]
 
 
-def to_input(images, device):
-    """uint8 images (N, 3, H, W) from the loader to normalised ones on the device."""
+# Evaluation
+
+
+def to_input(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 images (N, 3, H, W) from a loader → normalised float32 images on the device."""
     return augment.normalize(images.to(device, non_blocking=True).float() / 255)
 
 
+@torch.no_grad()
+def extract_features(backbone: nn.Module, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Features (N, d), float32, of a backbone whose `fc` is Identity, computed in `dtype`."""
+    with autocast(images.device, dtype):
+        return backbone(images).float()
+
+
 @torch.inference_mode()
-def outputs(predict, batches, device):
-    """predict(images) for each batch, normalised and on the device: yields its result and the labels (N,)."""
+def predictions(predict: Callable, batches: Iterable, device: torch.device) -> Iterator[tuple]:
+    """(predict(images), labels (N,)) for each batch, normalised and on the device."""
     for images, labels in batches:
         yield predict(to_input(images, device)), labels.to(device, non_blocking=True)
 
 
-def evaluate(predict, batches, device):
-    """Exact accuracy over all processes, each image counted once, of several classifiers at once: for each one
-    {"acc1", "acc5"} in percent, and "n". predict(images) gives the logits (N, classes) of each."""
+def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list[dict]:
+    """Exact accuracy over all ranks, every image counted once, of several classifiers at once.
+
+    predict(images) returns each classifier's logits (N, classes). Returns for each {"acc1", "acc5"} in percent and "n".
+    """
     correct = 0
-    for logits, labels in outputs(predict, batches, device):
+    for logits, labels in predictions(predict, batches, device):
         counts = [metrics.correct_counts(own, labels) for own in logits]
         correct = correct + torch.stack([torch.cat([count, count.new_tensor([len(labels)])]) for count in counts])
-    return [{"acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "n": n}
-            for top1, top5, n in distributed.all_reduce(correct).tolist()]
+    return [
+        {"acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "n": n}
+        for top1, top5, n in distributed.all_reduce(correct).tolist()
+    ]
+
+
+# k-nearest neighbours
+
+
+class _ReadableImages(Dataset):
+    """Labelled images; an unreadable one is replaced by another of its class, as in training."""
+
+    def __init__(self, folder: datasets.ImageFolder, image_size: int):
+        images = datasets.ImageList(folder.paths, folder.labels, datasets.eval_transform(image_size))
+        self.dataset = datasets.RetryDataset(images, folder.labels)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        item, _ = self.dataset[index, index]
+        return item
+
+
+def knn_loaders(
+    folders: Sequence[datasets.ImageFolder], image_size: int, batch_size: int, workers: int, ctx: DistContext
+) -> list[DataLoader]:
+    """Loaders of the training and validation images for `knn_accuracy`."""
+    return [loader.eval_loader(_ReadableImages(folder, image_size), batch_size, workers, ctx) for folder in folders]
+
+
+def knn_predict(
+    queries: torch.Tensor,
+    bank: torch.Tensor,
+    labels: torch.Tensor,
+    classes: int,
+    k: int = KNN_K,
+    temperature: float = KNN_TEMPERATURE,
+) -> torch.Tensor:
+    """The class of each query by a vote of its k nearest neighbours, each with weight exp(cosine / temperature).
+
+    queries: (N, C); bank: (M, C), both of unit length; labels: (M,). k is at most M. Returns (N,) int64.
+    """
+    cosine, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    votes = torch.zeros(len(queries), classes, device=queries.device)
+    votes.scatter_add_(
+        1, labels[nearest], ((cosine - 1) / temperature).exp()
+    )  # -1: a common factor that avoids overflow
+    return votes.argmax(dim=1)
+
+
+@torch.inference_mode()
+def fc_inputs(encoder: nn.Module, batches: Iterable, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit-length inputs (N, d) of the encoder's `fc`, the features that a linear probe sees, and the labels (N,)."""
+    features, labels = [], []
+    hook = encoder.fc.register_forward_pre_hook(
+        lambda _, inputs: features.append(F.normalize(inputs[0].float(), dim=1))
+    )
+    for images, some_labels in batches:
+        encoder(to_input(images, device))
+        labels.append(some_labels.to(device))
+    hook.remove()
+    return torch.cat(features), torch.cat(labels)
+
+
+def knn_accuracy(
+    encoder: nn.Module,
+    train_batches: Iterable,
+    val_batches: Iterable,
+    classes: int,
+    device: torch.device,
+    chunk: int = 512,
+) -> float:
+    """Top-1 in percent of val_batches by their neighbours in train_batches, over all ranks, each with its share.
+
+    The encoder is in eval mode meanwhile.
+    """
+    was_training = encoder.training
+    encoder.eval()
+    bank, labels = (distributed.gather_uneven(share) for share in fc_inputs(encoder, train_batches, device))
+    queries, targets = fc_inputs(encoder, val_batches, device)
+    encoder.train(was_training)
+    correct = torch.zeros(2, dtype=torch.long, device=device)
+    for some, wanted in zip(queries.split(chunk), targets.split(chunk)):
+        correct[0] += (knn_predict(some, bank, labels, classes) == wanted).sum()
+        correct[1] += len(wanted)
+    hits, n = distributed.all_reduce(correct).tolist()
+    return 100 * hits / n

@@ -1,73 +1,102 @@
-"""Who this process is among all of a run, and what they exchange.
-
-Everything here works without a process group, too, where this process is rank 0 of 1.
-"""
+"""Rank information and collectives. Without a process group everything works as rank 0 of 1."""
 
 import hashlib
 import inspect
 import os
 import random
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-class Place(NamedTuple):
-    """Where a process stands among all processes of the run, and the device it trains on."""
+class DistContext(NamedTuple):
+    """A process's rank among all processes of the run, and the device it trains on."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_size: int = 1     # processes on this node
+    local_world_size: int = 1  # processes on this node
     device: torch.device = torch.device("cpu")
 
 
-def under_torchrun():
+def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def rank():
+def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size():
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_main():
+def is_main() -> bool:
     return rank() == 0
 
 
-def seed_everything(*parts):
-    """Seed Python, NumPy and PyTorch (every device) with what follows from the parts, e.g. (seed, epoch, rank)."""
+# Seeds
+
+
+def derive_seed(*parts) -> int:
+    """A 63-bit seed for one purpose: other parts, or the same in another order, give an unrelated seed."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def seed_everything(*parts) -> None:
+    """Seed Python, NumPy and PyTorch (all devices) with the seed derived from the parts, e.g. (seed, epoch, rank)."""
     seed = derive_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
-def derive_seed(*parts):
-    """A 63-bit seed for one purpose: other parts, or another order of them, give an unrelated one."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1
+def derive_rng(*parts) -> np.random.Generator:
+    return np.random.default_rng(derive_seed(*parts))
 
 
-def parallel(model, device):
-    """The model, with its gradients averaged over all processes. Buffers stay each process's own: the queue is equal in
-    all by construction, and batch statistics are meant to differ."""
+def resolve_seed(seed: int | None, saved: Mapping, device: torch.device) -> int:
+    """The seed of a run, equal on all ranks: --seed, else that of the checkpoint it resumes, else a random one."""
+    if seed is None:
+        seed = saved.get("seed", random.SystemRandom().randrange(2**31))
+    return broadcast_int(seed, device)
+
+
+_shuffle_generator = torch.Generator()  # on the CPU and equal on all ranks: permutations need no broadcast or sync
+
+
+def seed_shuffles(*parts) -> None:
+    """Seed the permutations of `batch_shuffle`; all ranks must pass the same parts."""
+    _shuffle_generator.manual_seed(derive_seed(*parts))
+
+
+# Gradients
+
+
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model in DistributedDataParallel; the model itself in a single process.
+
+    Buffers are not synchronised: the queue is equal on all ranks anyway, and batch statistics are meant to differ.
+    """
     if world_size() == 1:
         return model
-    # PyTorch renames the option: the old name warns where there is the new one.
-    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                   **{"forward_sync_buffers" if new else "broadcast_buffers": False})
+    # PyTorch is renaming this option, and warns about the old name once the new one exists.
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if new_name else "broadcast_buffers"
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **{option: False})
+
+
+# Collectives on the training device
 
 
 @torch.no_grad()
-def gather(x):
-    """The tensors x (N, ...) of all ranks, equal in shape, joined by rank to (world × N, ...). No gradient."""
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """All ranks' tensors (N, ...), equal in shape, concatenated by rank: (world_size × N, ...). No gradient."""
     if world_size() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -76,8 +105,8 @@ def gather(x):
 
 
 @torch.no_grad()
-def gather_uneven(x):
-    """As `gather`, of tensors that may differ in length (N, ...)."""
+def gather_uneven(x: torch.Tensor) -> torch.Tensor:
+    """As `gather`, for tensors whose length N differs between ranks."""
     if world_size() == 1:
         return x
     lengths = gather(torch.tensor([len(x)], device=x.device)).tolist()
@@ -85,46 +114,15 @@ def gather_uneven(x):
     return torch.cat([part[:length] for part, length in zip(gather(padded).split(max(lengths)), lengths)])
 
 
-@torch.no_grad()
-def shuffle(x):
-    """Deal the rows of the global batch anew to the ranks: each gets N random ones of all world × N.
-
-    Returns its new rows (N, ...) and the permutation, which `unshuffle` takes. One rank's batch stays as it is:
-    its BatchNorm statistics do not depend on the order.
-    """
-    if world_size() == 1:
-        return x, None
-    order = torch.randperm(world_size() * len(x), generator=_shuffles)
-    return _deal(x, order), order
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """The sum of x over all ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
 
 
-@torch.no_grad()
-def unshuffle(x, order):
-    """Give the rows (N, ...) of a shuffled batch back to the ranks and places they came from."""
-    return x if order is None else _deal(x, order.argsort())
-
-
-_shuffles = torch.Generator()    # on the CPU and alike in all processes: nobody need be told the permutation, or wait
-
-
-def seed_shuffles(*parts):
-    """Seed the permutations of `shuffle`, by the same parts in all processes."""
-    _shuffles.manual_seed(derive_seed(*parts))
-
-
-def _deal(x, order):
-    """This rank's rows (N, ...) of the global batch (world × N, ...) in the given order. Every row travels once."""
-    owner, place = (order // len(x)).view(world_size(), -1), (order % len(x)).view(world_size(), -1)  # by receiving rank
-    mine = owner == rank()
-    sent = x[place[mine].to(x.device, non_blocking=True)]            # to rank 0 first, to each in the order it wants
-    received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, owner[rank()].bincount(minlength=world_size()).tolist(), mine.sum(1).tolist())
-    arrival = owner[rank()].argsort(stable=True).argsort()           # from rank 0 first: where each wanted row came in
-    return received[arrival.to(x.device, non_blocking=True)]
-
-
-def agree(number, device):
-    """Rank 0's whole number, on every rank."""
+def broadcast_int(number: int, device: torch.device) -> int:
+    """Rank 0's integer, on every rank."""
     if world_size() == 1:
         return number
     shared = torch.tensor(number, device=device)
@@ -132,15 +130,43 @@ def agree(number, device):
     return shared.item()
 
 
-def all_reduce(x):
-    """The sum of x over all ranks, in place."""
-    if world_size() > 1:
-        dist.all_reduce(x)
-    return x
+@torch.no_grad()
+def batch_shuffle(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Shuffle the rows of the global batch over the ranks: each gets N random rows of all world_size × N.
+
+    Returns this rank's new rows (N, ...) and the permutation for `batch_unshuffle`. A single rank keeps its batch:
+    BatchNorm statistics do not depend on the order.
+    """
+    if world_size() == 1:
+        return x, None
+    order = torch.randperm(world_size() * len(x), generator=_shuffle_generator)
+    return exchange_rows(x, order), order
 
 
-def maxima(*numbers):
-    """The largest of each whole number over all processes. Hosts tell hosts: no GPU is waited for."""
+@torch.no_grad()
+def batch_unshuffle(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """Return the rows (N, ...) of a shuffled batch to the ranks and positions they came from."""
+    return x if order is None else exchange_rows(x, order.argsort())
+
+
+def exchange_rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """This rank's rows (N, ...) of the global batch (world_size × N, ...) in this order; each row is sent once."""
+    owner = (order // len(x)).view(world_size(), -1)  # by receiving rank: where each wanted row is
+    position = (order % len(x)).view(world_size(), -1)
+    mine = owner == rank()
+    sent = x[position[mine].to(x.device, non_blocking=True)]  # to rank 0 first, to each in the order it wants
+    received = torch.empty_like(sent)
+    received_counts = owner[rank()].bincount(minlength=world_size()).tolist()
+    dist.all_to_all_single(received, sent, received_counts, mine.sum(1).tolist())
+    arrival = owner[rank()].argsort(stable=True).argsort()  # from rank 0 first: where each wanted row arrived
+    return received[arrival.to(x.device, non_blocking=True)]
+
+
+# Collectives between the hosts, which do not wait for a GPU
+
+
+def all_reduce_max(*numbers: int) -> list[int]:
+    """The maximum of each integer over all ranks."""
     if world_size() == 1:
         return list(numbers)
     shared = torch.tensor(numbers)
@@ -148,8 +174,8 @@ def maxima(*numbers):
     return shared.tolist()
 
 
-def gather_lists(items):
-    """The lists of all processes as one, rank 0's first. For small ones: they travel pickled."""
+def gather_lists(items: list) -> list:
+    """All ranks' lists as one, rank 0's first. For small lists: they are pickled."""
     if world_size() == 1:
         return items
     parts = [None] * world_size()
@@ -157,6 +183,6 @@ def gather_lists(items):
     return sum(parts, [])
 
 
-def barrier():
-    """Wait until all processes are here. Among the hosts: where one has ended, the others are told at once."""
-    maxima(0)
+def barrier() -> None:
+    """Wait for all ranks. It goes over the hosts, so that a rank that has ended is noticed at once."""
+    all_reduce_max(0)

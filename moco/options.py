@@ -1,24 +1,34 @@
-"""Command line options that the scripts share, and the checks on what was typed."""
+"""Argument groups that the scripts share, checks of their values, and the printed configuration."""
 
 import argparse
 import os
-import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 
-from moco.failures import BadInput, one_line, speaks
+from moco.errors import UsageError, is_local_main, one_line
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse with defaults in the help, and errors of one line."""
+    """argparse with defaults in the help and one-line errors. `args.defaults` holds the defaults of all options."""
 
-    def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=lambda prog: _Help(
-            prog, max_help_position=34, width=120))
+    def __init__(self, description: str):
+        width = min(shutil.get_terminal_size().columns, 120)
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=30, width=width),
+        )
 
-    def error(self, message):
-        self.exit(2, one_line(f"{self.prog}: error: {message}") if speaks() else None)
+    def parse_args(self, *args, **kwargs) -> argparse.Namespace:
+        namespace = super().parse_args(*args, **kwargs)
+        namespace.defaults = {name: self.get_default(name) for name in vars(namespace)}
+        return namespace
+
+    def error(self, message: str) -> None:
+        self.exit(2, one_line(f"{self.prog}: error: {message}") if is_local_main() else None)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         if action.default is None or action.default is False or action.default in ("", []):
             return action.help
@@ -27,12 +37,15 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _format_args(self, action, default_metavar):
-        if action.nargs == "+":                                       # "LR [LR ...]" twice takes a line of its own
+        if action.nargs == "+":  # "LR [LR ...]" twice would need a line of its own
             return f"{action.metavar or default_metavar}…"
         return super()._format_args(action, default_metavar)
 
 
-def _number(kind, allowed, wanted):
+# Types
+
+
+def _number(kind: type, allowed: Callable, wanted: str) -> Callable:
     def parse(text):
         try:
             value = kind(text)
@@ -41,18 +54,19 @@ def _number(kind, allowed, wanted):
         if value is None or not allowed(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
         return value
+
     return parse
 
 
-positive_int = _number(int, lambda v: 0 < v < 2**31, "a whole number of 1 or more, below 2**31")
-natural_int = _number(int, lambda v: 0 <= v < 2**31, "a whole number of 0 or more, below 2**31")
-seed_int = _number(int, lambda v: 0 <= v < 2**63, "a whole number from 0 to 2**63 - 1")
+positive_int = _number(int, lambda v: 0 < v < 2**31, "an integer of 1 or more, below 2**31")
+nonnegative_int = _number(int, lambda v: 0 <= v < 2**31, "an integer of 0 or more, below 2**31")
+seed_int = _number(int, lambda v: 0 <= v < 2**63, "an integer from 0 to 2**63 - 1")
 positive_float = _number(float, lambda v: 0 < v <= 1e38, "a number above 0 that fp32 can hold")
-natural_float = _number(float, lambda v: 0 <= v <= 1e38, "a number of 0 or more that fp32 can hold")
-fraction = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+nonnegative_float = _number(float, lambda v: 0 <= v <= 1e38, "a number of 0 or more that fp32 can hold")
+unit_float = _number(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
-def positive_float_or_text(text):
+def positive_float_or_text(text: str) -> float | str:
     """For numbers that a path may follow: the script tells them apart."""
     try:
         return positive_float(text)
@@ -60,128 +74,215 @@ def positive_float_or_text(text):
         return text
 
 
-def add_data_options(parser, workers=32, nargs=None):
+# Groups
+
+
+def add_data_options(parser: argparse.ArgumentParser, workers: int = 32, nargs: str | None = None) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("data", metavar="DIR", nargs=nargs, help="data set with train/ (and val/), one folder a class")
+    group.add_argument("data", metavar="DIR", nargs=nargs, help="data set with train/ (and val/), one folder per class")
     add_workers_option(group, workers)
 
 
-def add_workers_option(group, workers=32):
-    group.add_argument("-j", "--workers", default=workers, type=natural_int, metavar="N",
-                       help="loading processes on this node, at most one a core")
+def add_workers_option(group, workers: int = 32) -> None:
+    group.add_argument(
+        "-j",
+        "--workers",
+        default=workers,
+        type=nonnegative_int,
+        metavar="N",
+        help="data loader workers per node, at most one per core",
+    )
 
 
-def add_training_options(parser, *, epochs, batch_size, lr, schedule, weight_decay):
+def add_training_options(
+    parser: argparse.ArgumentParser,
+    *,
+    epochs: int,
+    batch_size: int,
+    lr: float | list[float],
+    schedule: list[int],
+    weight_decay: float,
+):
+    """The optimisation options with these defaults. A list as `lr` makes --lr take several values."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", default=epochs, type=positive_int, metavar="N", help="epochs in all")
-    group.add_argument("--start-epoch", default=0, type=natural_int, metavar="N", help="first epoch, for restarts by hand")
-    group.add_argument("-b", "--batch-size", default=batch_size, type=positive_int, metavar="N",
-                       help="images a step on this node, over all its GPUs")
+    group.add_argument("--epochs", default=epochs, type=positive_int, metavar="N", help="total number of epochs")
+    group.add_argument(
+        "--start-epoch", default=0, type=nonnegative_int, metavar="N", help="first epoch, for manual restarts"
+    )
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        default=batch_size,
+        type=positive_int,
+        metavar="N",
+        help="images per step on a node, over all its GPUs",
+    )
     if isinstance(lr, list):
-        group.add_argument("--lr", "--learning-rate", dest="lr", default=lr, nargs="+", type=positive_float_or_text,
-                           metavar="LR", help="initial learning rate; of several, each trains a head")
+        group.add_argument(
+            "--lr", "--learning-rate", dest="lr", default=lr, nargs="+", type=positive_float_or_text, metavar="LR",
+            help="initial learning rate; with several, one head is trained for each",
+        )  # fmt: skip
     else:
-        group.add_argument("--lr", "--learning-rate", dest="lr", default=lr, type=positive_float, metavar="LR",
-                           help="initial learning rate")
-    group.add_argument("--schedule", default=schedule, nargs="*", type=natural_int, metavar="EPOCH",
-                       help="epochs at which the learning rate drops tenfold")
-    group.add_argument("--momentum", default=0.9, type=fraction, metavar="M", help="momentum of SGD")
-    group.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay, type=natural_float,
-                       metavar="W", help="weight decay")
-    group.add_argument("--seed", default=None, type=seed_int, metavar="N", help="same seed, same run; default: drawn anew")
+        group.add_argument(
+            "--lr",
+            "--learning-rate",
+            dest="lr",
+            default=lr,
+            type=positive_float,
+            metavar="LR",
+            help="initial learning rate",
+        )
+    group.add_argument(
+        "--schedule",
+        default=schedule,
+        nargs="*",
+        type=nonnegative_int,
+        metavar="EPOCH",
+        help="epochs at which lr drops tenfold",
+    )
+    group.add_argument("--momentum", default=0.9, type=unit_float, metavar="M", help="SGD momentum")
+    group.add_argument(
+        "--wd",
+        "--weight-decay",
+        dest="weight_decay",
+        default=weight_decay,
+        type=nonnegative_float,
+        metavar="W",
+        help="weight decay",
+    )
+    group.add_argument(
+        "--seed", default=None, type=seed_int, metavar="N", help="the same seed repeats a run; default: random"
+    )
     return group
 
 
-def add_precision_options(parser):
+def add_precision_options(parser: argparse.ArgumentParser):
     group = parser.add_argument_group("speed")
-    group.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), metavar="P",
-                       help="what the encoders compute in: fp32, bf16, fp16")
+    group.add_argument(
+        "--precision",
+        default="fp32",
+        choices=("fp32", "bf16", "fp16"),
+        metavar="P",
+        help="of the encoders: fp32, bf16 or fp16",
+    )
     group.add_argument("--strict-fp32", action="store_true", help="fp32 without TF32 on NVIDIA GPUs")
     return group
 
 
-def check_folder(option, path):
-    """BadInput unless files can be written to the folder, which need not exist yet."""
-    existing = os.path.abspath(path)
-    while not os.path.lexists(existing):
-        existing = os.path.dirname(existing)
-    if not os.path.isdir(existing):
-        raise BadInput(f"{option} {path}: {existing} is a file; name a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise BadInput(f"{option} {path}: {existing} cannot be written to; name a folder of your own")
-
-
-def make_folder(option, path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{option} {path}: it cannot be made ({error}); name a folder of your own") from error
-
-
-def check_file(option, path, endings=("",)):
-    """BadInput unless a file of one of the endings can be written there."""
-    if not path.lower().endswith(endings):
-        raise BadInput(f"{option} {path}: end its name in {' or '.join(endings)}")
-    if os.path.isdir(path):
-        raise BadInput(f"{option} {path}: it is a folder; name a file")
-    folder = os.path.dirname(path) or "."
-    if not os.path.isdir(folder):
-        raise BadInput(f"{option} {path}: there is no folder {folder}")
-    check_folder(option, folder)
-
-
-def add_dry_run_option(group):
-    group.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, then exit")
-
-
-def add_output_options(parser, ckpt_path):
+def add_output_options(parser: argparse.ArgumentParser, ckpt_path: str):
     group = parser.add_argument_group("checkpoints and reports")
     group.add_argument("--ckpt_path", default=ckpt_path, metavar="CKPT", help="folder for checkpoints and log.jsonl")
-    group.add_argument("--resume", default="", metavar="PATH|auto", help="go on from a checkpoint; auto: CKPT's last")
+    group.add_argument(
+        "--resume", default="", metavar="FILE|auto", help="checkpoint to resume from; auto: the last in CKPT"
+    )
+    group.add_argument("--save-steps", type=positive_int, metavar="N", help="also save every N steps of an epoch")
     group.add_argument("-p", "--print-freq", default=10, type=positive_int, metavar="N", help="steps between reports")
-    group.add_argument("--max-bad-images", default=100, type=natural_int, metavar="N", help="unreadable images before a stop")
+    group.add_argument(
+        "--max-bad-images", default=100, type=nonnegative_int, metavar="N", help="stop at more unreadable images"
+    )
+    group.add_argument(
+        "--verbose", action="store_true", help="print all settings, not only those that differ from the defaults"
+    )
     add_dry_run_option(group)
     return group
 
 
-def add_launch_options(parser):
-    group = parser.add_argument_group("processes (none of these with torchrun)")
-    group.add_argument("--multiprocessing-distributed", action="store_true", help="one process a GPU of this node")
+def add_dry_run_option(group) -> None:
+    group.add_argument("--dry-run", action="store_true", help="check everything, print the settings, then exit")
+
+
+def add_launch_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("distributed launch (not needed with torchrun)")
+    group.add_argument("--multiprocessing-distributed", action="store_true", help="one process per GPU of this node")
     group.add_argument("--world-size", default=-1, type=int, metavar="N", help="number of nodes")
     group.add_argument("--rank", default=-1, type=int, metavar="R", help="this node's number, from 0")
-    group.add_argument("--dist-url", default="tcp://224.66.41.62:23456", metavar="URL",
-                       help="where node 0 listens; one node finds a port itself")
-    group.add_argument("--dist-backend", default="nccl", metavar="NAME", help="gloo is taken without a GPU")
-    group.add_argument("--gpu", default=None, type=natural_int, metavar="N", help="the GPU of a single process")
+    group.add_argument(
+        "--dist-url",
+        default="tcp://224.66.41.62:23456",
+        metavar="URL",
+        help="address of node 0; one node chooses a free port",
+    )
+    group.add_argument("--dist-backend", default="nccl", metavar="NAME", help="without a GPU always gloo")
+    group.add_argument("--gpu", default=None, type=nonnegative_int, metavar="N", help="the GPU of a single process")
 
 
-def launch_settings(args):
+def launch_settings(args: argparse.Namespace) -> dict:
     """The options of add_launch_options as launch.launch takes them."""
-    return {"multiprocessing": args.multiprocessing_distributed, "world_size": args.world_size, "rank": args.rank,
-            "dist_url": args.dist_url, "backend": args.dist_backend, "gpu": args.gpu}
+    return {
+        "multiprocessing": args.multiprocessing_distributed,
+        "world_size": args.world_size,
+        "rank": args.rank,
+        "dist_url": args.dist_url,
+        "backend": args.dist_backend,
+        "gpu": args.gpu,
+    }
 
 
-def draw_seed():
-    return random.SystemRandom().randrange(2**31)
+# Checks
 
 
-def per_process(total, processes, name="--batch-size"):
-    """total / processes, or BadInput with the nearest totals that divide."""
-    if total % processes:
-        below, above = total - total % processes, total - total % processes + processes
+def check_epochs(args: argparse.Namespace) -> None:
+    if args.start_epoch >= args.epochs:
+        raise UsageError(f"--start-epoch {args.start_epoch}: it must be below --epochs {args.epochs}")
+
+
+def check_folder(option: str, path: str) -> None:
+    """Raise UsageError unless files can be written to the folder, which need not exist yet."""
+    existing = os.path.abspath(path)
+    while not os.path.lexists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing):
+        raise UsageError(f"{option} {path}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {path}: {existing} cannot be written to; choose a folder that can")
+
+
+def make_folder(option: str, path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option} {path}: cannot be created ({error}); choose a folder you can write to") from error
+
+
+def check_file(option: str, path: str, endings: tuple[str, ...] = ("",)) -> None:
+    """Raise UsageError unless a file with one of the endings can be written there."""
+    if not path.lower().endswith(endings):
+        raise UsageError(f"{option} {path}: its name must end in {' or '.join(endings)}")
+    if os.path.isdir(path):
+        raise UsageError(f"{option} {path}: it is a folder; name a file")
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise UsageError(f"{option} {path}: there is no folder {folder}")
+    check_folder(option, folder)
+
+
+def per_rank(total: int, ranks: int, name: str = "--batch-size") -> int:
+    """total / ranks. Raises UsageError with the nearest totals that can be divided."""
+    if total % ranks:
+        below, above = total - total % ranks, total - total % ranks + ranks
         nearest = f"{below} or {above}" if below else f"{above}"
-        raise BadInput(f"{name} {total} does not divide among {processes} processes of this node; use {nearest}")
-    return total // processes
+        raise UsageError(f"{name} {total} cannot be divided among the {ranks} processes of this node; use {nearest}")
+    return total // ranks
 
 
-def workers_per_process(total, processes):
-    """Loading processes for each training process: their share of `total`, and never more than there are cores."""
+def workers_per_rank(total: int, ranks: int) -> int:
+    """Each rank's share of `total` data loader workers, limited to the cores of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(-(-total // processes), max(1, cores // processes))
+    return min(-(-total // ranks), max(1, cores // ranks))
 
 
-def echo(args, **derived):
-    """Print every argument, then what follows from them."""
-    width = max(map(len, [*vars(args), *derived]))
-    for name, value in [*sorted(vars(args).items()), *derived.items()]:
-        print(f"{name.replace('_', ' '):>{width}}  {value}", flush=True)
+# Configuration
+
+
+def print_config(args: argparse.Namespace, derived: Mapping, verbose: bool = False) -> None:
+    """Print the settings that differ from the defaults (all of them if verbose), then the derived values."""
+    settings = {name: value for name, value in vars(args).items() if name != "defaults"}
+    if not verbose:
+        settings = {name: value for name, value in settings.items() if value != args.defaults[name]}
+    width = max(map(len, [*settings, *derived]))
+    for name, value in [*sorted(settings.items()), *derived.items()]:
+        print(f"{name.replace('_', ' '):>{width}}  {_text(value)}", flush=True)
+
+
+def _text(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)

@@ -1,59 +1,67 @@
-"""Stopping a run from outside: the step that runs is finished and saved first."""
+"""Stopping a run from outside: the current step is finished and saved first."""
 
 import functools
 import multiprocessing.util
 import os
 import signal
 import sys
+from collections.abc import Callable
 
 from moco import distributed
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)           # SIGUSR1 is what Slurm is told to send
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is what Slurm is asked to send
 
 
-class Stop:
-    """Remembers which of STOPPING came to this process. A second SIGINT ends it at once.
+class StopSignal:
+    """Remembers which of STOP_SIGNALS this process received. A second SIGINT ends the process at once.
 
-    The end of torchrun counts as SIGTERM: ranks that outlived it would train, and write, beside the resumed run.
+    If torchrun itself ends, that counts as SIGTERM: ranks that outlive it would write beside the resumed run.
     """
 
     def __init__(self):
-        self._number, self._torchrun = 0, os.getppid() if distributed.under_torchrun() else None
-        for number in STOPPING:
-            signal.signal(number, self._remember)
+        self._signum, self._torchrun = 0, os.getppid() if distributed.under_torchrun() else None
+        for signum in STOP_SIGNALS:
+            signal.signal(signum, self._remember)
 
-    def received(self):
-        """The signal's number, 0 for none."""
+    @property
+    def signum(self) -> int:
+        """The signal's number; 0 if there was none."""
         if self._torchrun and os.getppid() != self._torchrun:
             return signal.SIGTERM
-        return self._number
+        return self._signum
 
-    def _remember(self, number, frame):
-        self._number = number
-        if number == signal.SIGINT:
+    def _remember(self, signum, frame) -> None:
+        self._signum = signum
+        if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def leave(number, where):
-    """End all processes with 128 + the signal's number, as a shell expects, once rank 0 has saved."""
+def exit_on_signal(signum: int, where: str) -> None:
+    """End all processes with exit code 128 + signum, as shells expect, once rank 0 has saved."""
     distributed.barrier()
     if distributed.is_main():
-        print(f"stopped by {signal.Signals(number).name} {where}, saved; go on with --resume auto", flush=True)
-    sys.exit(128 + number)
+        print(f"stopped by {signal.Signals(signum).name} {where}, saved; continue with --resume auto", flush=True)
+    sys.exit(128 + signum)
 
 
-def left_to_the_trainer():
-    """A worker_init_fn for loading processes. A signal that a job's processes all get is the training process's to
-    answer, and it needs its batches for that; only once it ends does SIGTERM end them."""
-    ending = multiprocessing.RawValue("b", 0)
-    multiprocessing.util.Finalize(None, setattr, (ending, "value", 1), exitpriority=0)  # before it terminates its children
-    return functools.partial(_leave_to_the_trainer, ending)
+def leave_signals_to_trainer() -> Callable[[int], None]:
+    """A worker_init_fn for data loading processes.
+
+    A signal sent to all processes of a job is for the training process, which still needs its workers to finish the
+    step; they end on SIGTERM only once the training process is exiting.
+    """
+    exiting = multiprocessing.RawValue("b", 0)
+    multiprocessing.util.Finalize(
+        None, setattr, (exiting, "value", 1), exitpriority=0
+    )  # before children are terminated
+    return functools.partial(_ignore_signals, exiting)
 
 
-def _leave_to_the_trainer(ending, worker):
-    def terminate(number, frame):
-        if ending.value:
+def _ignore_signals(exiting, worker_id: int) -> None:
+    def terminate(signum, frame):
+        if exiting.value:
             os._exit(0)
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminate)

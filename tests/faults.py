@@ -56,7 +56,7 @@ def in_step(rank, action, step=3):
 
 
 def in_saving(action):
-    """When the file is written, but not yet in its place; rank 0 alone saves."""
+    """When the file is written, but not yet in its ctx; rank 0 alone saves."""
     checkpoint.os.replace = lambda old, new: action()
 
 
@@ -65,7 +65,7 @@ def impatient(seconds=3):
 
 
 def workers_as_asked():
-    options.workers_per_process = lambda total, processes: total     # not at most one a core,
+    options.workers_per_rank = lambda total, processes: total     # not at most one a core,
     warnings.filterwarnings("ignore", "This DataLoader will create")  # which PyTorch does not like
 
 

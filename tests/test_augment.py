@@ -77,7 +77,7 @@ def test_images_without_jitter_stay_exactly_as_they_are(images):
 
 def test_draws_have_torchvisions_distribution():
     n, recipe = 40000, augment.V2
-    draws = augment.Draws(*map(torch.from_numpy, augment.draw(recipe, n, np.random.default_rng(2))))
+    draws = augment.AugParams(*map(torch.from_numpy, augment.draw(recipe, n, np.random.default_rng(2))))
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
     reference = [transforms.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
                  for _ in range(4000)]
@@ -127,5 +127,5 @@ def test_a_batch_in_one_piece_equals_image_by_image(images, monkeypatch):
     """A GPU works on the whole batch, a CPU on single images."""
     draws = augment.draw(augment.V2, len(images), np.random.default_rng(5))
     one_by_one = augment.apply(augment.V2, draws, images)
-    monkeypatch.setattr(augment, "in_cache", lambda images: [slice(None)])
+    monkeypatch.setattr(augment, "chunks", lambda images: [slice(None)])
     torch.testing.assert_close(augment.apply(augment.V2, draws, images), one_by_one, atol=2e-5, rtol=0)

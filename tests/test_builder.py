@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from conftest import fill, fill_encoder
 
 from moco import augment
-from moco.builder import ARCHS, MoCo, build_encoder, contrastive_logits, similarities
-from moco.negatives import training_views
+from moco.builder import MoCo, contrastive_logits, similarities
+from moco.encoders import ARCHS, build_encoder
+from moco.views import training_views
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "moco_reference.json").read_text())
 

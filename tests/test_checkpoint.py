@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from moco import checkpoint
-from moco.builder import MoCo, build_encoder
-from moco.failures import BadInput, RunFailed
+from moco.builder import MoCo
+from moco.encoders import build_encoder
+from moco.errors import UsageError, RunError
 
 
 def resnet(classes=7, arch="resnet18"):
@@ -24,7 +25,7 @@ def pretraining_file(path, prefix="module.", mlp=True):
 @pytest.mark.parametrize("mlp", [True, False])
 def test_backbone_of_a_pretraining_checkpoint_is_its_query_encoder_without_head(tmp_path, prefix, mlp):
     query = pretraining_file(tmp_path / "checkpoint_0199.pth.tar", prefix, mlp)
-    backbone = checkpoint.backbone(checkpoint.load(tmp_path / "checkpoint_0199.pth.tar"))
+    backbone = checkpoint.backbone_weights(checkpoint.load(tmp_path / "checkpoint_0199.pth.tar"))
     expected = {name: value for name, value in query.items() if not name.startswith("fc.")}
     assert backbone.keys() == expected.keys() == {n for n in resnet().state_dict() if not n.startswith("fc.")}
     assert all(torch.equal(backbone[name], expected[name]) for name in expected)
@@ -32,10 +33,10 @@ def test_backbone_of_a_pretraining_checkpoint_is_its_query_encoder_without_head(
 
 def test_backbone_of_a_torchvision_file_and_of_a_linear_checkpoint(tmp_path):
     state = resnet().state_dict()
-    linear = {"arch": "resnet18", "state_dict": checkpoint.with_prefix(state)}
+    linear = {"arch": "resnet18", "state_dict": checkpoint.add_prefix(state)}
     for saved in (state, linear):
         torch.save(saved, tmp_path / "file.pth")
-        backbone = checkpoint.backbone(checkpoint.load(tmp_path / "file.pth"))
+        backbone = checkpoint.backbone_weights(checkpoint.load(tmp_path / "file.pth"))
         assert backbone.keys() == {name for name in state if not name.startswith("fc.")}
 
 
@@ -48,7 +49,7 @@ def test_missing_unexpected_and_misshapen_entries_are_named():
         change(broken)
         model = resnet()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        with pytest.raises(BadInput, match=fault):
+        with pytest.raises(UsageError, match=fault):
             checkpoint.load_exactly(model, broken, "file")
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -63,14 +64,14 @@ class Malicious:
     (pickle.dumps([1, 2], protocol=2), "damaged")], ids=["empty", "text", "jpeg", "pickle"])
 def test_what_is_no_checkpoint_is_refused(tmp_path, content, told):
     (tmp_path / "file.pth.tar").write_bytes(content)
-    with pytest.raises(BadInput, match=f"not a checkpoint: it is .*{told}"):
+    with pytest.raises(UsageError, match=f"not a checkpoint: it is .*{told}"):
         checkpoint.load(tmp_path / "file.pth.tar")
 
 
 @pytest.mark.parametrize("state", [[1, 2], {"fc.weight": 3}])
 def test_a_state_dict_without_tensors_is_refused(tmp_path, state):
     torch.save({"state_dict": state}, tmp_path / "file.pth.tar")
-    with pytest.raises(BadInput, match="not one of tensors"):
+    with pytest.raises(UsageError, match="not one of tensors"):
         checkpoint.load(tmp_path / "file.pth.tar")
 
 
@@ -79,20 +80,20 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
     content = (tmp_path / "file.pth.tar").read_bytes()
     for length in (1, 10, 100, 1000, *(len(content) * part // 6 for part in range(1, 6)), len(content) - 1):
         (tmp_path / "file.pth.tar").write_bytes(content[:length])
-        with pytest.raises(BadInput, match="not a checkpoint: it is damaged or cut short"):
+        with pytest.raises(UsageError, match="not a checkpoint: it is damaged or cut short"):
             checkpoint.load(tmp_path / "file.pth.tar")
 
 
 def test_a_tensor_is_no_checkpoint(tmp_path):
     torch.save(torch.ones(3), tmp_path / "file.pth.tar")
-    with pytest.raises(BadInput, match="holds a Tensor"):
+    with pytest.raises(UsageError, match="holds a Tensor"):
         checkpoint.load(tmp_path / "file.pth.tar")
 
 
 def test_loading_never_runs_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": Malicious()}, tmp_path / "file.pth.tar")
-    with pytest.raises(BadInput, match="loading it would run code .*mkdir"):
+    with pytest.raises(UsageError, match="loading it would run code .*mkdir"):
         checkpoint.load(tmp_path / "file.pth.tar")
     assert not (tmp_path / "ran_code").exists()
 
@@ -105,7 +106,7 @@ def test_a_failed_write_leaves_the_last_good_file(tmp_path, monkeypatch):
         file.write(b"half a file")
         raise OSError("No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(RunFailed, match="No space left on device"):
+    with pytest.raises(RunError, match="No space left on device"):
         checkpoint.save(path, {"epoch": 2})
     assert checkpoint.load(path) == {"epoch": 1} and os.listdir(tmp_path) == [path.name]
 

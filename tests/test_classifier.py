@@ -2,10 +2,10 @@ import pytest
 import torch
 from conftest import write_folder
 
-from moco import checkpoint, classifier, folders, loader
+from moco import checkpoint, classifier, datasets, loader
 from moco.builder import build_encoder
-from moco.distributed import Place
-from moco.failures import BadInput
+from moco.distributed import DistContext
+from moco.errors import UsageError
 
 
 @pytest.fixture
@@ -32,12 +32,12 @@ def test_a_changed_weight_or_statistic_is_noticed(backbone, name):
 
 
 def test_a_backbone_of_another_architecture_is_refused(backbone):
-    with pytest.raises(BadInput, match="does not fit"):
+    with pytest.raises(UsageError, match="does not fit"):
         classifier.build_probe("resnet18", 4, backbone)
 
 
 def linear_checkpoint(width, **extra):
-    return {"arch": "resnet10", "state_dict": checkpoint.with_prefix(build_encoder("resnet10", width).state_dict()), **extra}
+    return {"arch": "resnet10", "state_dict": checkpoint.add_prefix(build_encoder("resnet10", width).state_dict()), **extra}
 
 
 def test_a_head_is_scored_only_on_its_own_classes():
@@ -48,7 +48,7 @@ def test_a_head_is_scored_only_on_its_own_classes():
                          (linear_checkpoint(1000, wnids=["a", "b"]), "2 other classes"),
                          (linear_checkpoint(2), "2 outputs, the data 3 classes"),
                          ({"arch": "resnet10", "state_dict": {"queue": torch.ones(1)}}, "no linear head")):
-        with pytest.raises(BadInput, match=fault):
+        with pytest.raises(UsageError, match=fault):
             classifier.check_classes(saved, data, "file")
 
 
@@ -69,9 +69,9 @@ class ByBrightness(torch.nn.Module):
 
 
 def test_evaluate_counts_every_image_once(tmp_path):
-    paths, labels, _ = folders.list_photos(write_folder(tmp_path) / "train")
-    dataset = loader.Labelled(paths, labels, loader.test_view(16))
-    batches = loader.evaluation_loader(dataset, 5, 0, Place())
+    paths, labels, _ = datasets.list_images(write_folder(tmp_path) / "train")
+    dataset = loader.StrictDataset(paths, labels, loader.eval_transform(16))
+    batches = loader.eval_loader(dataset, 5, 0, DistContext())
     model = ByBrightness()
     (result,) = classifier.evaluate(lambda images: [model(images)], batches, torch.device("cpu"))
     bright = [classifier.to_input(dataset[i][0][None], torch.device("cpu")).mean().item() > 0 for i in range(16)]

@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moco import augment, metrics
-from moco.builder import MoCo, build_encoder
-from moco.negatives import training_views
+from moco.builder import MoCo
+from moco.encoders import build_encoder
+from moco.views import training_views
 
 CASES = [("patch", 2), ("texture", 1), ("none", 0)]
 
@@ -61,7 +62,7 @@ def test_views_and_forward_stay_on_a_gpu_and_never_wait_for_it(robust, count, re
 def test_a_whole_step_stays_on_its_device_and_never_looks_at_values(robust, count):
     model = build("meta")
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
-    means = metrics.Means()
+    means = metrics.RunningMeans()
     with OneDevice():
         for _ in range(2):
             logits, labels = forward(model, "meta", robust, count)

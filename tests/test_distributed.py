@@ -7,34 +7,35 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from moco import distributed, launch
-from moco.builder import MoCo, build_encoder
-from moco.loader import ShuffledBatches
-from moco.failures import BadInput
+from moco.builder import MoCo
+from moco.encoders import build_encoder
+from moco.loader import GlobalBatchSampler
+from moco.errors import UsageError
 
 GLOBAL_BATCH = 8
 
 
 def rank_main(rank, world, port, folder, function):
-    place = distributed.Place(rank, world, rank, world)
+    ctx = distributed.DistContext(rank, world, rank, world)
     torch.set_num_threads(1)
-    launch._join_and_run(place, f"tcp://127.0.0.1:{port}", "nccl", save_result, (function, folder))
+    launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", "nccl", save_result, (function, folder))
 
 
-def save_result(place, function, folder):
-    torch.save(function(place), os.path.join(folder, f"{place.rank}.pt"))
+def save_result(ctx, function, folder):
+    torch.save(function(ctx), os.path.join(folder, f"{ctx.rank}.pt"))
 
 
 def run_ranks(world, folder, function):
-    """What function(place) gives on each rank of a gloo group of `world` processes."""
+    """What function(ctx) gives on each rank of a gloo group of `world` processes."""
     mp.spawn(rank_main, (world, launch.free_port(), str(folder), function), nprocs=world)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def share(x, place):
-    return x.chunk(place.world_size)[place.rank]
+def share(x, ctx):
+    return x.chunk(ctx.world_size)[ctx.rank]
 
 
-def steps_in_eval_mode(place):
+def steps_in_eval_mode(ctx):
     """Three steps on a fixed global batch with BatchNorm in eval mode, where sharding must not matter."""
     torch.manual_seed(0)
     model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=20, m=0.9, T=0.2, alpha=2.0).eval()
@@ -44,19 +45,19 @@ def steps_in_eval_mode(place):
     losses = []
     for _ in range(3):
         images = torch.randn(3, GLOBAL_BATCH, 3, 32, 32, generator=generator)
-        query, key, negative = (share(x, place) for x in images)
+        query, key, negative = (share(x, ctx) for x in images)
         logits, labels = wrapped(query, key, negative.unsqueeze(1))
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append((distributed.all_reduce(loss.detach().clone()) / place.world_size).item())
+        losses.append((distributed.all_reduce(loss.detach().clone()) / ctx.world_size).item())
     return {"losses": losses, "queue": model.queue, "pointer": model.queue_ptr, "fc": model.encoder_q.fc.weight.detach()}
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_world_size_changes_neither_queue_nor_loss(world, tmp_path):
-    alone = steps_in_eval_mode(distributed.Place())
+    alone = steps_in_eval_mode(distributed.DistContext())
     ranks = run_ranks(world, tmp_path, steps_in_eval_mode)
     assert alone["pointer"].item() == 3 * GLOBAL_BATCH % 20           # K is no multiple of the batch: it wrapped
     for rank in ranks:
@@ -66,16 +67,16 @@ def test_world_size_changes_neither_queue_nor_loss(world, tmp_path):
         torch.testing.assert_close(rank["fc"], alone["fc"], atol=1e-5, rtol=0)
 
 
-def shuffle_rows(place):
-    distributed.seed_everything(7, place.rank)                        # ranks need not draw alike
-    rows = torch.arange(place.rank * 6, place.rank * 6 + 6).float().view(6, 1)
-    shuffled, order = distributed.shuffle(rows)
-    return {"rows": rows, "shuffled": shuffled, "back": distributed.unshuffle(shuffled, order),
+def shuffle_rows(ctx):
+    distributed.seed_everything(7, ctx.rank)                        # ranks need not draw alike
+    rows = torch.arange(ctx.rank * 6, ctx.rank * 6 + 6).float().view(6, 1)
+    shuffled, order = distributed.batch_shuffle(rows)
+    return {"rows": rows, "shuffled": shuffled, "back": distributed.batch_unshuffle(shuffled, order),
             "gathered": distributed.gather(rows)}
 
 
-def uneven_rows(place):
-    return distributed.gather_uneven(torch.full((2 * place.rank + 1, 3), float(place.rank)))
+def uneven_rows(ctx):
+    return distributed.gather_uneven(torch.full((2 * ctx.rank + 1, 3), float(ctx.rank)))
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -98,20 +99,20 @@ def test_unshuffle_undoes_shuffle_and_shuffle_deals_every_row_once(world, tmp_pa
         assert torch.equal(rank["back"], rank["rows"]) and torch.equal(rank["gathered"], everything)
 
 
-def shuffle_and_count(place):
+def shuffle_and_count(ctx):
     """A shuffle there and back, the same by gathering the global batch, and the bytes the process group handed over."""
-    rows = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(place.rank))
+    rows = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(ctx.rank))
     came_in, exchange = [], dist.all_to_all_single
 
     def counted(received, *rest):
         came_in.append(received.nbytes)
         return exchange(received, *rest)
     dist.all_to_all_single = counted
-    distributed.seed_shuffles(1, place.world_size)
-    shuffled, order = distributed.shuffle(rows)
+    distributed.seed_shuffles(1, ctx.world_size)
+    shuffled, order = distributed.batch_shuffle(rows)
     everything = distributed.gather(rows)
-    by_gathering = everything[order.chunk(place.world_size)[place.rank]]
-    return {"equal": torch.equal(shuffled, by_gathering), "back": torch.equal(distributed.unshuffle(shuffled, order), rows),
+    by_gathering = everything[order.chunk(ctx.world_size)[ctx.rank]]
+    return {"equal": torch.equal(shuffled, by_gathering), "back": torch.equal(distributed.batch_unshuffle(shuffled, order), rows),
             "bytes": came_in, "gathered": everything.nbytes}
 
 
@@ -122,7 +123,7 @@ def test_shuffling_equals_gathering_and_moves_every_image_once(world, tmp_path):
     assert all(rank["bytes"] == 2 * [rank["gathered"] / world] for rank in ranks)         # there and back
 
 
-def key_bytes(place):
+def key_bytes(ctx):
     """The bytes of the images that reach this rank when keys are encoded, in fp32 and in bf16."""
     images, came_in, exchange = torch.randn(8, 3, 32, 32), [], dist.all_to_all_single
 
@@ -141,13 +142,13 @@ def test_images_for_a_two_byte_encoder_travel_as_two_bytes(tmp_path):
         assert full == 8 * 3 * 32 * 32 * 4 and half == full / 2
 
 
-def shuffled_statistics(place):
+def shuffled_statistics(ctx):
     """The key of an image whose rank holds a batch unlike the others', with BatchNorm in train mode."""
     torch.manual_seed(0)
     model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=8)
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * torch.arange(1, 9).view(-1, 1, 1, 1)
     distributed.seed_shuffles(5)
-    return model._encode_key(share(images, place))
+    return model._encode_key(share(images, ctx))
 
 
 def test_keys_are_normalised_with_the_statistics_of_a_shuffled_batch(tmp_path):
@@ -164,8 +165,8 @@ def test_keys_are_normalised_with_the_statistics_of_a_shuffled_batch(tmp_path):
     assert not torch.allclose(keys, unshuffled, atol=1e-3)
 
 
-def exchange_on_the_host(place):
-    return distributed.maxima(place.rank, -place.rank, 5), distributed.gather_lists([place.rank] * place.rank)
+def exchange_on_the_host(ctx):
+    return distributed.all_reduce_max(ctx.rank, -ctx.rank, 5), distributed.gather_lists([ctx.rank] * ctx.rank)
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -174,8 +175,8 @@ def test_hosts_agree_on_maxima_and_join_their_lists(world, tmp_path):
     assert run_ranks(world, tmp_path, exchange_on_the_host) == [expected] * world
 
 
-def agree_on_rank(place):
-    return distributed.agree(100 + place.rank, place.device)
+def agree_on_rank(ctx):
+    return distributed.broadcast_int(100 + ctx.rank, ctx.device)
 
 
 def test_all_ranks_agree_on_rank_0s_number(tmp_path):
@@ -183,8 +184,8 @@ def test_all_ranks_agree_on_rank_0s_number(tmp_path):
 
 
 def test_any_number_of_processes_sees_the_same_global_batches():
-    alone = ShuffledBatches(30, 8, seed=3, place=distributed.Place())
-    ranks = [ShuffledBatches(30, 2, seed=3, place=distributed.Place(rank, 4)) for rank in range(4)]
+    alone = GlobalBatchSampler(30, 8, seed=3, ctx=distributed.DistContext())
+    ranks = [GlobalBatchSampler(30, 2, seed=3, ctx=distributed.DistContext(rank, 4)) for rank in range(4)]
     for epoch in (0, 1):
         for batches in [alone, *ranks]:
             batches.epoch = epoch
@@ -203,13 +204,13 @@ def test_seeds_differ_by_every_part():
     assert all(0 <= distributed.derive_seed(*part) < 2**63 for part in parts)
 
 
-def launched(place, *args):
-    return place, args
+def launched(ctx, *args):
+    return ctx, args
 
 
 def test_plain_launch_is_this_process_alone():
-    place, args = launch.launch(launched, (1, 2))
-    assert args == (1, 2) and place.world_size == 1 and not dist.is_initialized()
+    ctx, args = launch.launch(launched, (1, 2))
+    assert args == (1, 2) and ctx.world_size == 1 and not dist.is_initialized()
 
 
 def test_a_process_of_several_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
@@ -217,9 +218,9 @@ def test_a_process_of_several_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeyp
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **settings: calls.update(backend=backend, **settings))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.update(ended=True))
-    place = distributed.Place(3, 4, 1, 2, torch.device("cuda", 1))
-    assert launch._join_and_run(place, "env://", "nccl", launched, (5,)) == (place, (5,))
-    assert calls == {"device": place.device, "backend": "cpu:gloo,cuda:nccl", "world_size": 4, "rank": 3, "init_method": "env://",
+    ctx = distributed.DistContext(3, 4, 1, 2, torch.device("cuda", 1))
+    assert launch._join_and_run(ctx, "env://", "nccl", launched, (5,)) == (ctx, (5,))
+    assert calls == {"device": ctx.device, "backend": "cpu:gloo,cuda:nccl", "world_size": 4, "rank": 3, "init_method": "env://",
                      "ended": True}
 
 
@@ -227,8 +228,8 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for name, value in {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(BadInput, match="this machine has 4 GPUs"):
-        launch.process_counts()
+    with pytest.raises(UsageError, match="this machine has 4 GPUs"):
+        launch.resolve_world_size()
 
 
 @pytest.mark.parametrize("options, message", [
@@ -242,5 +243,5 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
     ({"gpu": 99}, "--gpu 99"),
 ])
 def test_launch_options_that_do_not_fit_are_refused(options, message):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(UsageError, match=message):
         launch.launch(launched, (), **options)

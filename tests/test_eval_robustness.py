@@ -10,14 +10,14 @@ from test_robustness import WNIDS, Oracle, paint
 
 import eval_robustness
 from moco import report, robustness
-from moco.distributed import Place
-from moco.failures import BadInput
+from moco.distributed import DistContext
+from moco.errors import UsageError
 
 IMAGENET_100 = eval_robustness.read_classes(eval_robustness.IMAGENET_100)
 
 
 def test_every_column_of_a_miniature_equals_the_hand_computed_figure(tmp_path, capsys):
-    """Decision d of an image is painted as its gray level. The folders' order is not the head's: n00 comes before all,
+    """Decision d of an image is painted as its gray level. The datasets' order is not the head's: n00 comes before all,
     n99 after; n04 is missing but in val."""
     for folder in ("val/val", "sketch", "stylized/val", "rendition"):     # extra classes everywhere
         paint(tmp_path / folder / "n00" / "a.png", 0)
@@ -46,12 +46,12 @@ def test_every_column_of_a_miniature_equals_the_hand_computed_figure(tmp_path, c
         model.fc = torch.nn.Linear(1, 4)
     directories = {suite: str(tmp_path / folder) for suite, folder in
                    (("val", "val"), ("corruption", "c"), ("sketch", "sketch"), ("stylized", "stylized"), ("rendition", "rendition"))}
-    cells = robustness.list_cells(directories, WNIDS)
+    cells = robustness.list_test_sets(directories, WNIDS)
     (tmp_path / "m.pth").write_bytes(b"")
     args = argparse.Namespace(json=str(tmp_path / "r.json"), limit=None, workers=0, batch_size=3, compare=None, plot=None)
     rows = {"right": [str(tmp_path / "m.pth")], "off": [str(tmp_path / "m.pth")]}
     result = report.new(rows, [{}, {}], WNIDS, 28, None)
-    eval_robustness.evaluate(Place(), args, models, WNIDS, 28, cells, result)
+    eval_robustness.evaluate(DistContext(), args, models, WNIDS, 28, cells, result)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("| model | K | alpha | val | Corruption (partial) | Sketch | Stylized | Rendition | Rendition, shared classes |"
                         " Corruption, extra four | Shape bias |")
@@ -71,7 +71,7 @@ def test_rows_are_files_or_named_lists_of_them(tmp_path):
     odd.write_bytes(b"")
     assert eval_robustness.parse_rows(["x.pth", "n=a.pth,b.pth", str(odd)]) == {
         "x.pth": ["x.pth"], "n": ["a.pth", "b.pth"], str(odd): [str(odd)]}
-    with pytest.raises(BadInput, match="name n is taken"):
+    with pytest.raises(UsageError, match="name n is taken"):
         eval_robustness.parse_rows(["n=a.pth", "n=b.pth"])
 
 
@@ -83,14 +83,14 @@ def test_the_checkpoints_own_classes_come_first(tmp_path):
     (tmp_path / "c.txt").write_text("n07\nn03\n")
     assert eval_robustness.class_list("x", {"wnids": ["a", "b"]}, 2, settings(classes=tmp_path / "c.txt")) == ["a", "b"]
     assert eval_robustness.class_list("x", {}, 1000, settings(classes=tmp_path / "c.txt")) == ["n03", "n07"]
-    with pytest.raises(BadInput, match="2 classes, but the head of x has 1 outputs"):
+    with pytest.raises(UsageError, match="2 classes, but the head of x has 1 outputs"):
         eval_robustness.class_list("x", {}, 1, settings(classes=tmp_path / "c.txt"))
 
 
 def test_then_those_of_val_if_they_are_as_many_as_the_outputs(tmp_path):
     data = write_folder(tmp_path / "data", classes=("n08", "n02", "n05"), train=1, val=1)
     assert eval_robustness.class_list("x", {}, 3, settings(val=data)) == ["n02", "n05", "n08"]
-    with pytest.raises(BadInput, match="--classes .*give as --val.*train the head"):
+    with pytest.raises(UsageError, match="--classes .*give as --val.*train the head"):
         eval_robustness.class_list("x", {}, 4, settings(val=data))
 
 
@@ -100,8 +100,8 @@ def test_then_imagenet_100_if_it_fits(tmp_path):
         (tmp_path / "val" / wnid).mkdir(parents=True)
         (tmp_path / "val" / wnid / "a.JPEG").write_bytes(b"")
     assert eval_robustness.class_list("x", {}, 100, settings(val=tmp_path)) == IMAGENET_100
-    with pytest.raises(BadInput):                                     # 1000 outputs: ImageNet's, or the published 100?
+    with pytest.raises(UsageError):                                     # 1000 outputs: ImageNet's, or the published 100?
         eval_robustness.class_list("x", {}, 1000, settings())
     (tmp_path / "val" / IMAGENET_100[0]).rename(tmp_path / "val" / "n00000001")
-    with pytest.raises(BadInput):
+    with pytest.raises(UsageError):
         eval_robustness.class_list("x", {}, 100, settings(val=tmp_path))

@@ -116,13 +116,13 @@ def probe(f):
 
 
 def evaluation(f):
-    folders = [f["nowhere"], f["empty"], f["readme"], f["no_images"] + "/train"]
+    datasets = [f["nowhere"], f["empty"], f["readme"], f["no_images"] + "/train"]
     options = {
         "--classes": ([f["list.txt"], f["photo"], f["readme"], f["nowhere"], f["data"]], []),  # unread if the head says its classes
-        "--corruption": ([f["c"]], [*folders, f["data"] + "/val"]),
-        "--sketch": ([f["data"] + "/train"], folders),
-        "--stylized": ([f["data"]], folders),
-        "--rendition": ([f["data"] + "/val"], folders),
+        "--corruption": ([f["c"]], [*datasets, f["data"] + "/val"]),
+        "--sketch": ([f["data"] + "/train"], datasets),
+        "--stylized": ([f["data"]], datasets),
+        "--rendition": ([f["data"] + "/val"], datasets),
         "--limit": (["1", "2147483647"], ["0", HUGE, *NUMBERS]),
         "-j": (["0", "1", "10000"], [HUGE, *NUMBERS]),
         "-b": (["4", "8"], ["0", *NUMBERS]),

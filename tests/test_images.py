@@ -12,7 +12,7 @@ from conftest import write_photo
 from PIL import Image
 
 from moco import images, loader
-from moco.failures import RunFailed
+from moco.errors import RunError
 from moco.images import BadImage
 
 
@@ -79,7 +79,7 @@ def test_broken_exif_and_transparent_palettes_are_read_without_a_warning(tmp_pat
 
 
 def views_of(path):
-    return loader.RandomViews([0], loader.ViewPairs([path], 32))[0, 1]
+    return loader.RetryDataset([0], loader.TwoCrops([path], 32))[0, 1]
 
 
 def test_tiny_and_huge_images_give_crops(tmp_path):
@@ -88,7 +88,7 @@ def test_tiny_and_huge_images_give_crops(tmp_path):
     for name, level in (("tiny", 10), ("huge", 77)):
         views, faults = views_of(tmp_path / f"{name}.JPEG")
         assert views.shape == (2, 3, 32, 32) and (views[:, 0].int() - level).abs().max() < 4 and not faults
-    assert loader.test_view(32)(tmp_path / "tiny.JPEG").shape == (3, 32, 32)
+    assert loader.eval_transform(32)(tmp_path / "tiny.JPEG").shape == (3, 32, 32)
 
 
 def png_of(side):
@@ -167,7 +167,7 @@ def test_5000_damaged_files_never_crash_the_reading_process(tmp_path):
     for number in range(5000):
         path.write_bytes(damaged(number))
         try:
-            views, _ = loader.ViewPairs([path], 32)(0), images.open_rgb(path)
+            views, _ = loader.TwoCrops([path], 32)(0), images.open_rgb(path)
             assert views.shape == (2, 3, 32, 32)
             read += 1
         except BadImage:
@@ -186,7 +186,7 @@ def photos_with_faults(tmp_path, count=12, broken=(2,)):
 
 def test_an_unreadable_image_gives_way_to_another_of_its_class_by_the_seed(tmp_path):
     paths = photos_with_faults(tmp_path, broken=(2,))
-    views = loader.RandomViews([0, 1] * 6, loader.LabelledViews(paths, [0, 1] * 6, images.read_rgb))
+    views = loader.RetryDataset([0, 1] * 6, loader.ImageList(paths, [0, 1] * 6, images.read_rgb))
     seen = set()
     for seed in range(40):
         (image, label), faults = views[2, seed]
@@ -200,16 +200,16 @@ def test_an_unreadable_image_gives_way_to_another_of_its_class_by_the_seed(tmp_p
 
 def test_a_class_that_cannot_be_read_at_all_ends_the_run(tmp_path):
     paths = photos_with_faults(tmp_path, broken=range(12))
-    views = loader.RandomViews([0] * 12, loader.LabelledViews(paths, [0] * 12, images.read_rgb))
-    with pytest.raises(RunFailed, match="2.png .*, and 10 others of its class cannot be read"):
+    views = loader.RetryDataset([0] * 12, loader.ImageList(paths, [0] * 12, images.read_rgb))
+    with pytest.raises(RunError, match="2.png .*, and 10 others of its class cannot be read"):
         views[2, 0]
 
 
 def test_a_test_set_must_be_read_whole(tmp_path):
     paths = photos_with_faults(tmp_path)
-    labelled = loader.Labelled(paths, range(12), images.read_rgb)
+    labelled = loader.StrictDataset(paths, range(12), images.read_rgb)
     assert labelled[3][1] == 3
-    with pytest.raises(RunFailed, match="2.png: UnidentifiedImageError.*counts every image"):
+    with pytest.raises(RunError, match="2.png: UnidentifiedImageError.*counts every image"):
         labelled[2]
 
 
@@ -222,5 +222,5 @@ def test_bad_images_are_said_once_and_counted_for_each_epoch(capsys):
     ledger = images.BadImages(1, ledger.known)
     ledger.add([("a.png", "no image"), ("b.png", "empty")])
     assert "a.png" not in capsys.readouterr().err and ledger.in_epoch == 2 and ledger.too_many()
-    with pytest.raises(RunFailed, match="2 images could not be read, more than --max-bad-images 1.*a.png, b.png"):
+    with pytest.raises(RunError, match="2 images could not be read, more than --max-bad-images 1.*a.png, b.png"):
         ledger.give_up()

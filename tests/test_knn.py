@@ -20,7 +20,7 @@ def test_votes_equal_the_definition_written_out_in_loops(k):
         cosines = sorted(((query @ feature).item(), label.item()) for feature, label in zip(bank, labels))[::-1][:k]
         votes = [sum(math.exp(cosine / 0.07) for cosine, label in cosines if label == c) for c in range(3)]
         expected.append(votes.index(max(votes)))
-    assert knn.weighted_vote(queries, bank, labels, 3, k).tolist() == expected
+    assert classifier.knn_predict(queries, bank, labels, 3, k).tolist() == expected
 
 
 class Sign(torch.nn.Module):
@@ -44,5 +44,5 @@ def test_accuracy_by_the_features_before_fc():
     encoder = Sign().train()
     train = [batch([250, 240], [0, 0]), batch([10, 20, 15], [1, 1, 1])]
     val = [batch([245, 5], [0, 1]), batch([230], [1])]
-    assert knn.accuracy(encoder, train, val, 2, torch.device("cpu")) == pytest.approx(100 * 2 / 3)
+    assert classifier.knn_accuracy(encoder, train, val, 2, torch.device("cpu")) == pytest.approx(100 * 2 / 3)
     assert encoder.training and not encoder.fc._forward_pre_hooks

@@ -6,8 +6,9 @@ import torch
 from conftest import REPOSITORY
 
 from moco import memory
-from moco.builder import MoCo, build_encoder
-from moco.failures import BadInput
+from moco.builder import MoCo
+from moco.encoders import build_encoder
+from moco.errors import UsageError
 
 
 def build(arch="resnet10", dim=8, K=100):
@@ -16,7 +17,7 @@ def build(arch="resnet10", dim=8, K=100):
 
 def parts(batch=4, size=32, itemsize=4, **model):
     with torch.device("meta"):
-        return memory.needed(build(**model), torch.empty(batch, 3, size, size), 3, itemsize)
+        return memory.estimate(build(**model), torch.empty(batch, 3, size, size), 3, itemsize)
 
 
 def test_the_estimate_counts_weights_queue_and_what_backward_needs():
@@ -36,12 +37,12 @@ def test_the_estimate_counts_weights_queue_and_what_backward_needs():
     ({"arch": "resnet18", "size": 32, "batch": 1}, "1 images of 32 px"), ({"size": 10**6}, "would take")])
 def test_what_does_not_fit_is_refused(settings, told):
     size, batch = settings.pop("size", 32), settings.pop("batch", 4)
-    with pytest.raises(BadInput, match=told):
-        memory.check(lambda: build(**settings), "some", batch, size, 3, 4, torch.device("cpu"), 1)
+    with pytest.raises(UsageError, match=told):
+        memory.check_memory(lambda: build(**settings), "some", batch, size, 3, 4, torch.device("cpu"), 1)
 
 
 def test_what_fits_is_told():
-    told = memory.check(build, "resnet10", 4, 32, 3, 4, torch.device("cpu"), 1)
+    told = memory.check_memory(build, "resnet10", 4, 32, 3, 4, torch.device("cpu"), 1)
     assert " GB of " in told and "queue" in told and "activations" in told
 
 
@@ -52,7 +53,7 @@ def resident():
     status = open("/proc/self/status").read()
     return int(status.split("VmRSS:")[1].split()[0]) // 1024
 if {kept}:
-    memory.keep_freed(torch.device("cpu"))
+    memory.keep_freed_memory(torch.device("cpu"))
 before = resident()
 x = torch.ones(100 * 2**18)
 del x

@@ -14,7 +14,7 @@ def test_correct_counts_are_exact_for_every_k_and_few_classes():
 
 
 def test_means_are_those_of_the_steps_added():
-    means = metrics.Means()
+    means = metrics.RunningMeans()
     for loss in (1.0, 2.0, 6.0):
         means.add({"loss": torch.tensor(loss), "acc": torch.tensor(10 * loss)})
     assert means.read() == {"loss": 3.0, "acc": 30.0} == means.read(over_ranks=True)
@@ -22,14 +22,14 @@ def test_means_are_those_of_the_steps_added():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_means_know_the_first_step_that_was_not_finite(bad):
-    means = metrics.Means()
+    means = metrics.RunningMeans()
     assert means.finite_steps() == means.steps == 0
     for loss in (1.0, 2.0, bad, 4.0, -bad):
         means.add({"loss": torch.tensor(loss), "acc": torch.tensor(1.0)})
     assert means.finite_steps() == 2 and means.steps == 5
-    fine = metrics.Means()
+    fine = metrics.RunningMeans()
     fine.add({"loss": torch.tensor(1.0)})
-    again = metrics.Means.restored(fine.state(), torch.device("cpu"))
+    again = metrics.RunningMeans.restored(fine.state(), torch.device("cpu"))
     again.add({"loss": torch.tensor(1.0)})
     assert again.finite_steps() == again.steps == 2
 
@@ -70,8 +70,8 @@ def test_log_holds_one_json_object_a_line_and_drops_what_a_resumed_run_repeats(t
     path = tmp_path / "log.jsonl"
     for epoch in range(4):
         metrics.append_jsonl(path, {"epoch": epoch, "loss": math.pi})
-    metrics.keep_jsonl(path, before_epoch=2)
-    metrics.keep_jsonl(tmp_path / "none.jsonl", before_epoch=2)
+    metrics.truncate_jsonl(path, before_epoch=2)
+    metrics.truncate_jsonl(tmp_path / "none.jsonl", before_epoch=2)
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert [record["epoch"] for record in records] == [0, 1]
     assert records[0]["loss"] == pytest.approx(math.pi, rel=1e-5)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moco import released
-from moco.failures import BadInput
+from moco.errors import UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -25,11 +25,11 @@ def test_other_paths_are_left_as_they_are():
 
 def test_without_gdown_the_link_and_the_place_are_told(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(BadInput) as error:
+    with pytest.raises(UsageError) as error:
         released.local_path("released:patch-k16384-a2-run1")
     assert released.drive_ids()["patch-k16384-a2-run1"] in str(error.value)
     assert str(cache / "patch-k16384-a2-run1.pth.tar") in str(error.value)
-    with pytest.raises(BadInput, match="no such checkpoint; there are mocov2-k16384-run1"):
+    with pytest.raises(UsageError, match="no such checkpoint; there are mocov2-k16384-run1"):
         released.local_path("released:patch")
 
 
@@ -52,6 +52,6 @@ def test_a_failed_download_leaves_nothing_and_says_what_to_do(cache, monkeypatch
     def download(id, output):
         raise OSError("quota exceeded")
     monkeypatch.setitem(sys.modules, "gdown", types.SimpleNamespace(download=download))
-    with pytest.raises(BadInput, match="quota exceeded.*drive.google.com"):
+    with pytest.raises(UsageError, match="quota exceeded.*drive.google.com"):
         released.local_path("released:mocov2-k8192-run1")
     assert not list(cache.glob("*.tar"))

@@ -6,8 +6,8 @@ import statistics
 import pytest
 
 from moco import report
-from moco.failures import BadInput
-from moco.robustness import STANDARD, Cell
+from moco.errors import UsageError
+from moco.robustness import STANDARD, TestSet
 
 WNIDS = ["n01", "n02"]
 
@@ -26,7 +26,7 @@ def make(tmp_path, rows, cells, limit=None):
     pretraining = [{"plain": plain, "patch": patch}.get(name, {}) for name, paths in files.items() for _ in paths]
     made = report.new(files, pretraining, WNIDS, 28, limit)
     for key, values in cells.items():
-        report.add(made, Cell(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]),
+        report.add(made, TestSet(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]),
                    [value if isinstance(value, dict) else result(value) for value in values], 28, WNIDS)
     return made
 
@@ -73,7 +73,7 @@ def test_comparison_is_in_the_papers_standard_deviations(tmp_path):
     rows = report.comparison(made).splitlines()
     assert rows[3] == "| patch-k16384-a2, paper | 79.35±0.12 | 31.76±0.88 |"
     assert rows[4] == "| difference in the paper's std | +1.0 | -1.0 |"
-    with pytest.raises(BadInput, match="mine is no row of the paper's table.*patch-k8192-a2"):
+    with pytest.raises(UsageError, match="mine is no row of the paper's table.*patch-k8192-a2"):
         report.check_published(["patch-k16384-a3", "mine"])
 
 
@@ -88,22 +88,22 @@ def test_an_interrupted_report_is_continued_and_another_is_not(tmp_path):
     path = tmp_path / "r.json"
     whole = make(tmp_path, {"a": 1}, {"val": [5.0], "sketch": [6.0]})
     report.save(path, whole)
-    cells = [Cell(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]) for key in ("val", "sketch", "rendition")]
+    cells = [TestSet(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]) for key in ("val", "sketch", "rendition")]
 
     def continued(cells=cells, **settings):
         fresh = make(tmp_path, {"a": 1}, {}, **settings)
-        report.continue_from(path, fresh, cells)
+        report.reuse_results(path, fresh, cells)
         return fresh["cells"]
     assert continued() == json.loads(json.dumps(whole["cells"]))
     assert continued(limit=1) == {}                                   # another setting
     assert continued([cells[0]._replace(folder="/elsewhere")]) == {} == continued([cells[0]._replace(labels=[0])])
     (tmp_path / "a0.pth").write_text("trained on")
     changed = report.new({"a": [str(tmp_path / "a0.pth")]}, [{}], WNIDS, 28, None)
-    report.continue_from(path, changed, cells)
+    report.reuse_results(path, changed, cells)
     assert changed["cells"] == {}                                     # another checkpoint of the same name
     path.write_text("half a fi")
     assert continued() == {}
-    report.continue_from(tmp_path / "nowhere.json", changed, cells)
+    report.reuse_results(tmp_path / "nowhere.json", changed, cells)
 
 
 def test_plot_draws_every_corruption(tmp_path):

@@ -9,8 +9,8 @@ from torchvision import datasets, transforms
 from moco import loader, robustness
 from moco.augment import MEAN, STD, denormalize
 from moco.builder import build_encoder
-from moco.distributed import Place
-from moco.failures import BadInput
+from moco.distributed import DistContext
+from moco.errors import UsageError
 
 WNIDS = ["n01", "n02", "n03", "n04"]
 
@@ -36,15 +36,15 @@ def paint(path, decision, size=32):
 
 def score(folder, *models, wnids=WNIDS, suite="val", limit=None):
     """[results of each model] of the suite's only cell."""
-    (cell,) = robustness.list_cells({suite: str(folder)}, wnids, limit)
-    ((_, results),) = robustness.score([cell], models or [Oracle()], wnids, image_size=28, batch_size=3, workers=0, place=Place())
+    (cell,) = robustness.list_test_sets({suite: str(folder)}, wnids, limit)
+    ((_, results),) = robustness.score([cell], models or [Oracle()], wnids, image_size=28, batch_size=3, workers=0, ctx=DistContext())
     return results
 
 
 def score_corruptions(folder, model):
     """The figures over all cells of an ImageNet-C folder, and the top-1 of each."""
-    cells = robustness.list_cells({"corruption": str(folder)}, WNIDS)
-    top1 = {cell.key: result["top1"] for cell, (result,) in robustness.score(cells, [model], WNIDS, 28, 3, 0, Place())}
+    cells = robustness.list_test_sets({"corruption": str(folder)}, WNIDS)
+    top1 = {cell.key: result["top1"] for cell, (result,) in robustness.score(cells, [model], WNIDS, 28, 3, 0, DistContext())}
     return robustness.corruption_figures(top1, len(WNIDS)), top1
 
 
@@ -86,7 +86,7 @@ def test_several_models_are_scored_on_the_same_images(tmp_path):
 
 def test_no_common_class_is_refused(tmp_path):
     paint(tmp_path / "cat" / "a.png", 0)
-    with pytest.raises(BadInput, match="none of its 1 class folders"):
+    with pytest.raises(UsageError, match="none of its 1 class datasets"):
         score(tmp_path)
 
 
@@ -129,7 +129,7 @@ def test_missing_corruption_cells_are_named(tmp_path):
     figures, top1 = score_corruptions(tmp_path, Oracle())
     assert figures == {"Corruption": 100.0}
     assert len(robustness.missing_corruptions(top1)) == 74 and "fog/2" in robustness.missing_corruptions(top1)
-    with pytest.raises(BadInput, match="no <corruption>"):
+    with pytest.raises(UsageError, match="no <corruption>"):
         score_corruptions(tmp_path / "fog", Oracle())
 
 
@@ -143,7 +143,7 @@ def test_a_limit_takes_the_first_images_of_each_class(tmp_path):
 
 def test_unexpected_numbers_of_images_are_told_for_imagenets_classes_only():
     wnids = ["n01440764", "n01443537"]
-    cell = robustness.Cell("val", "", [""] * 99, [0] * 50 + [1] * 49)
+    cell = robustness.TestSet("val", "", [""] * 99, [0] * 50 + [1] * 49)
     assert "1 of 2 classes have not 50 images (n01443537 49)" in cell.warning(wnids)
     assert cell.warning(["disc", "ring"]) == "" and cell._replace(labels=[0] * 50 + [1] * 50).warning(wnids) == ""
     assert cell._replace(key="rendition").warning(wnids) == ""        # whose classes have from 51 to 430
@@ -202,4 +202,4 @@ def test_evaluation_loader_and_scorer_see_the_same_order(tmp_path):
     paint(tmp_path / "n02" / "b.png", 1)
     paint(tmp_path / "n01" / "a.png", 0)
     paths, labels = robustness.list_by_wnid(tmp_path, WNIDS)
-    assert labels == [0, 1] and [label for _, label in loader.Labelled(paths, labels, loader.test_view(28))] == [0, 1]
+    assert labels == [0, 1] and [label for _, label in loader.StrictDataset(paths, labels, loader.eval_transform(28))] == [0, 1]

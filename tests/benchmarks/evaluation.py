@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from moco import classifier, loader, robustness
 from moco.builder import build_encoder
-from moco.distributed import Place
+from moco.distributed import DistContext
 
 BATCH, SIZE = 32, 224
 
@@ -36,12 +36,12 @@ def main():
     models = [build_encoder("resnet18", 2).eval().to(memory_format=torch.channels_last) for _ in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "a").symlink_to(Path(sys.argv[1]).resolve())
-        (cell,) = robustness.list_cells({"val": folder}, ["a", "b"])
-        dataset = loader.Labelled(cell.paths, cell.labels, loader.test_view(SIZE))
-        batches = list(loader.evaluation_loader(dataset, BATCH, 0, Place()))
+        (cell,) = robustness.list_test_sets({"val": folder}, ["a", "b"])
+        dataset = loader.StrictDataset(cell.paths, cell.labels, loader.eval_transform(SIZE))
+        batches = list(loader.eval_loader(dataset, BATCH, 0, DistContext()))
 
         def score(some):
-            return list(robustness.score([cell], some, ["a", "b"], SIZE, BATCH, 0, Place()))
+            return list(robustness.score([cell], some, ["a", "b"], SIZE, BATCH, 0, DistContext()))
 
         def forward():
             with torch.inference_mode():
@@ -50,7 +50,7 @@ def main():
                         model(classifier.to_input(images, torch.device("cpu")))
 
         def decode():
-            for _ in loader.evaluation_loader(dataset, BATCH, 0, Place()):
+            for _ in loader.eval_loader(dataset, BATCH, 0, DistContext()):
                 pass
         score(models)                                                 # warm
         ratios, saved = [], []

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch.utils.data import default_collate
 
 from moco import augment, distributed, loader, memory, negatives
-from moco.builder import MoCo, build_encoder
-from moco.precision import DTYPES
+from moco.builder import MoCo
+from moco.encoders import build_encoder
+from moco.encoders import DTYPES
 from tests.benchmarks import plain
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -48,14 +49,14 @@ def plain_input(photos):
 
 
 def our_loader(photos):
-    views = loader.RandomViews([0] * len(photos), loader.ViewPairs(photos, plain.SIZE))
+    views = loader.RetryDataset([0] * len(photos), loader.TwoCrops(photos, plain.SIZE))
     for _ in in_batches(views, [(i, i) for i in range(len(photos))]):
         pass
 
 
 def our_input(photos):
     rng = np.random.default_rng(0)
-    views = loader.RandomViews([0] * len(photos), loader.ViewPairs(photos, plain.SIZE))
+    views = loader.RetryDataset([0] * len(photos), loader.TwoCrops(photos, plain.SIZE))
     for crops, _ in in_batches(views, [(i, i) for i in range(len(photos))]):
         negatives.training_views(crops, augment.V2, "patch", 1, plain.PATCH_SIDES, rng)
 
@@ -119,7 +120,7 @@ def own_process(kind, threads):
 def _set_up(kind, threads):
     torch.set_num_threads(threads)
     if kind != "plain":
-        memory.keep_freed(torch.device("cpu"))
+        memory.keep_freed_memory(torch.device("cpu"))
 
 
 def medians(rounds, threads, **calls):
@@ -165,7 +166,7 @@ def _count_bytes(rank, world, folder):
     images = torch.randn(BATCH, 3, plain.SIZE, plain.SIZE)
     counts = [distributed.gather(images).nbytes]
     for dtype in (torch.float32, torch.bfloat16):
-        distributed.shuffle(images.to(dtype))
+        distributed.batch_shuffle(images.to(dtype))
         counts.append(received)
     Path(folder, str(rank)).write_text(json.dumps(counts))
     dist.barrier()

@@ -1,0 +1,257 @@
+"""Image folders, photo/texture pairs, and the data sets of random crops and labelled images over them."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torchvision.transforms as transforms
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+from moco.errors import RunError, UsageError
+from moco.images import BadImage, open_rgb, read_rgb
+
+CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MoCo's pre-training crops
+REPLACEMENTS = 10  # images of the same class that are tried in place of an unreadable one
+
+
+class ImageFolder(NamedTuple):
+    """The images of a folder of class folders: sorted paths, labels, and the sorted class names of label 0, 1, …"""
+
+    paths: list[str]
+    labels: list[int]
+    classes: list[str]
+
+
+class TrainingImages(NamedTuple):
+    """The images to pre-train on. `textures` are those of the photos, in the same order, or None."""
+
+    photos: list[str]
+    textures: list[str] | None
+    labels: list[int]
+    classes: list[str]
+    unmatched: str = ""  # how many photos were left out because they have no texture, with examples
+
+
+def list_images(directory: str | Path) -> ImageFolder:
+    """List a folder of class folders.
+
+    Raises UsageError if the directory is missing, has no class folders, or one of them has no image.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UsageError(f"{directory}: no such directory; it must hold one folder of images per class")
+    try:
+        classes = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
+    except OSError as error:
+        raise UsageError(f"{directory}: cannot be read ({error})") from error
+    if not classes:
+        raise UsageError(f"{directory}: it has no class folders")
+    paths, labels, empty = [], [], []
+    for label, name in enumerate(classes):
+        files = sorted(
+            str(Path(folder, file))
+            for folder, _, names in os.walk(directory / name, followlinks=True)
+            for file in names
+            if file.lower().endswith(IMG_EXTENSIONS)
+        )
+        if not files:
+            empty.append(name)
+        paths += files
+        labels += [label] * len(files)
+    if empty:
+        raise UsageError(
+            f"{directory}: no image in {_count_and_first(empty)}; remove the empty class folders or fill them"
+        )
+    return ImageFolder(paths, labels, classes)
+
+
+def split_path(data: str, split: str) -> str:
+    """DATA/split. Raises UsageError that says which of the two is missing."""
+    if not os.path.isdir(data):
+        raise UsageError(f"{data}: no such directory; DIR must hold {split}/ with one folder of images per class")
+    path = os.path.join(data, split)
+    if not os.path.isdir(path):
+        raise UsageError(f"{data}: it has no {split}/ folder; DIR is the folder above {split}/, not {split}/ itself")
+    return path
+
+
+def photo_root(texture_root: str) -> Path:
+    """X, the photos of the texture data set X-texture. Raises UsageError for another name."""
+    root = Path(os.path.normpath(texture_root))
+    if not root.name.endswith("-texture"):
+        raise UsageError(
+            f"{texture_root}: with --robust texture, DIR is the texture data set, and its name ends in -texture,"
+            f" for example {root}-texture beside {root}"
+        )
+    return root.with_name(root.name.removesuffix("-texture"))
+
+
+def list_training_images(data: str, with_textures: bool = False) -> TrainingImages:
+    """The training images of the data set `data`; with textures, `data` is the texture data set."""
+    if with_textures:
+        return list_texture_pairs(data)
+    folder = list_images(split_path(data, "train"))
+    return TrainingImages(folder.paths, None, folder.labels, folder.classes)
+
+
+def list_texture_pairs(data: str) -> TrainingImages:
+    """The pairs of X-texture/train and X/train, where a texture has the relative path of its photo, suffix aside.
+
+    Photos without a texture are left out and counted in `unmatched`: an unreadable photo never gets a texture.
+    Raises UsageError if X is missing, or if textures have no photo (their number and the first five).
+    """
+    texture_dir, photo_dir = Path(split_path(data, "train")), Path(split_path(str(photo_root(data)), "train"))
+    textures, photos = list_images(texture_dir), list_images(photo_dir)
+    texture_of, photo_of = (
+        {os.path.splitext(os.path.relpath(path, root))[0]: path for path in folder.paths}
+        for root, folder in ((texture_dir, textures), (photo_dir, photos))
+    )
+    without_photo = sorted(texture_of[name] for name in texture_of.keys() - photo_of.keys())
+    if without_photo:
+        raise UsageError(f"{data}: textures without their photo in {photo_dir}: {_count_and_first(without_photo)}")
+    without_texture = sorted(photo_of[name] for name in photo_of.keys() - texture_of.keys())
+    names, label_of = sorted(texture_of), dict(zip(textures.paths, textures.labels))
+    return TrainingImages(
+        [photo_of[name] for name in names],
+        [texture_of[name] for name in names],
+        [label_of[texture_of[name]] for name in names],
+        textures.classes,
+        _count_and_first(without_texture) if without_texture else "",
+    )
+
+
+def _count_and_first(names: Sequence[str], count: int = 5) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return f"{len(names)}: {', '.join(names[:count])}{more}"
+
+
+# Transforms: image path → uint8 image (3, size, size)
+
+
+def train_transform(size: int) -> Callable[[str], torch.Tensor]:
+    """The linear probe's training view: random resized crop and flip."""
+    return transforms.Compose([read_rgb, v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
+
+
+def eval_transform(size: int) -> Callable[[str], torch.Tensor]:
+    """Resize the shorter side to 256/224 of the crop and crop the centre, with PIL as in all published results."""
+    resize = transforms.Resize(round(size * 256 / 224))
+    return transforms.Compose([open_rgb, resize, transforms.CenterCrop(size), transforms.PILToTensor()])
+
+
+def center_crop_transform(size: int) -> Callable[[str], torch.Tensor]:
+    """Crop the centre without resizing."""
+    return transforms.Compose([open_rgb, transforms.CenterCrop(size), transforms.PILToTensor()])
+
+
+# Data sets
+
+
+class TwoCrops(Dataset):
+    """Two random crops of a photo and, with `textures`, the first crop's box of its texture.
+
+    An item is uint8 (2 or 3, 3, size, size): query, key[, texture].
+    """
+
+    def __init__(self, photos: Sequence[str], size: int, textures: Sequence[str] | None = None):
+        self.photos, self.textures, self.size = photos, textures, size
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        photo = read_rgb(self.photos[index])
+        boxes = [transforms.RandomResizedCrop.get_params(photo, CROP_SCALE, CROP_RATIO) for _ in range(2)]
+        crops = [self._crop(photo, *box) for box in boxes]
+        if self.textures is not None:
+            texture = read_rgb(self.textures[index])
+            crops.append(self._crop(texture, *_rescale(boxes[0], photo.shape[1:], texture.shape[1:])))
+        return torch.stack(crops)
+
+    def _crop(self, image: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
+        # v2 resizes uint8 directly; v1 converts to float first, which is four times as slow
+        return v2.functional.resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
+
+
+def _rescale(box: tuple[int, ...], old: Sequence[int], new: Sequence[int]) -> tuple[int, int, int, int]:
+    """The box (top, left, height, width) of an `old` (H, W) image at the same relative place of a `new` (H, W) one."""
+    top, left, height, width = (round(value * new[i % 2] / old[i % 2]) for i, value in enumerate(box))
+    height, width = max(height, 1), max(width, 1)
+    return min(top, new[0] - height), min(left, new[1] - width), height, width
+
+
+class ImageList(Dataset):
+    """Labelled images: item i is (transform(paths[i]), labels[i])."""
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int], transform: Callable[[str], torch.Tensor]):
+        self.paths, self.labels, self.transform = paths, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.paths[index]), self.labels[index]
+
+
+class RetryDataset(Dataset):
+    """A training set that replaces an unreadable image by another of its class.
+
+    Indexed with the (index, seed) pairs of GlobalBatchSampler; the item's random numbers follow from the seed alone,
+    whatever worker makes it. Items are (dataset[index], unreadable), the latter a list of (path, reason), normally
+    empty. Raises RunError if REPLACEMENTS others of the class cannot be read either.
+    """
+
+    def __init__(self, dataset: Dataset, labels: Sequence[int]):
+        self.dataset, self.labels = dataset, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[tuple[str, str]]]:
+        index, seed = key
+        unreadable = []
+        for candidate in self._candidates(index, seed):
+            try:
+                with _seeded(seed):
+                    return self.dataset[candidate], unreadable
+            except BadImage as bad:
+                unreadable.append((bad.path, bad.reason))
+        path, reason = unreadable[0]
+        raise RunError(
+            f"{path} ({reason}), and {len(unreadable) - 1} others of its class cannot be read; is the data still there?"
+        )
+
+    def _candidates(self, index: int, seed: int) -> Iterator[int]:
+        yield index
+        others = [other for other, label in enumerate(self.labels) if label == self.labels[index] and other != index]
+        generator = torch.Generator().manual_seed(seed)
+        yield from (others[i] for i in torch.randperm(len(others), generator=generator)[:REPLACEMENTS].tolist())
+
+
+class StrictDataset(Dataset):
+    """A test set: every image counts, so an unreadable one is a RunError."""
+
+    def __init__(self, dataset: ImageList):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        try:
+            return self.dataset[index]
+        except BadImage as bad:
+            raise RunError(f"{bad}; a test counts every image: replace this one") from bad
+
+
+@contextmanager
+def _seeded(seed: int):
+    """Run with this seed in PyTorch's CPU generator, which torchvision's transforms draw from, then restore it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,0 +1,94 @@
+"""Encoders: architectures by name, a small ResNet for 64-px images, and the number format that an encoder runs in.
+
+With bf16 or fp16 only the backbone runs in that format, under autocast. Weights, momenta, the momentum update,
+BatchNorm statistics, the head (fc), features, logits and loss stay fp32. fp16 needs loss scaling
+(torch.amp.GradScaler), bf16 does not.
+"""
+
+import contextlib
+
+import torch
+import torch.nn as nn
+import torchvision.models
+from torchvision.models.resnet import BasicBlock
+
+FAMILIES = ("resnet", "resnext", "wide_resnet", "regnet", "shufflenet")  # all end in one linear layer named fc
+ARCHS = ["resnet10"] + [
+    name for name in torchvision.models.list_models(module=torchvision.models) if name.startswith(FAMILIES)
+]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_encoder(arch: str, num_classes: int) -> nn.Module:
+    """The randomly initialised network `arch` (one of ARCHS), whose `fc` has `num_classes` outputs."""
+    if arch == "resnet10":
+        return ResNet10(num_classes)
+    return torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+
+
+class ResNet10(nn.Module):
+    """A small ResNet for 64-px images on a CPU: one BasicBlock per stage, half of ResNet-18's widths.
+
+    (N, 3, H, W) → (N, num_classes); 1.2 million weights.
+    """
+
+    def __init__(self, num_classes: int = 1000, widths: tuple[int, ...] = (32, 64, 128, 256)):
+        super().__init__()
+        self.stem = nn.Sequential(
+            _conv_bn(3, widths[0], 7, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
+        )
+        self.stages = nn.Sequential(
+            BasicBlock(widths[0], widths[0]),
+            *[
+                BasicBlock(narrow, wide, stride=2, downsample=_conv_bn(narrow, wide, 1, stride=2))
+                for narrow, wide in zip(widths, widths[1:])
+            ],
+        )
+        self.norm = nn.BatchNorm1d(widths[-1])
+        self.fc = nn.Linear(widths[-1], num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):  # torchvision's initialisation
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.norm(self.stages(self.stem(x)).mean(dim=(2, 3))))
+
+
+def _conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """The context that runs an encoder in `dtype`; none for float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that autocast leaves in the format of its weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+def float32_linear(layer: nn.Linear) -> Float32Linear:
+    """A Float32Linear that shares the weight and bias of `layer`.
+
+    Used for the head of a 2-byte encoder. Features of different images are close together, above all early in training,
+    and a bf16 head rounds away much of what tells them apart: the loss curve is then 2 % off fp32's.
+    """
+    head = Float32Linear(layer.in_features, layer.out_features, device="meta")  # draws no random numbers
+    head.weight, head.bias = layer.weight, layer.bias
+    return head
+
+
+def configure_cudnn(strict_fp32: bool, deterministic: bool) -> None:
+    """How NVIDIA GPUs convolve.
+
+    strict_fp32: full fp32 instead of TF32 (11 significant bits). deterministic: always the same algorithms instead of
+    the fastest for each shape. Matrix products, the logits among them, are full fp32 either way.
+    """
+    torch.backends.cudnn.allow_tf32 = not strict_fp32
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
