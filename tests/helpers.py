@@ -1,0 +1,143 @@
+"""Small inputs, and ways to run the scripts, that several test files share."""
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import runpy
+import shlex
+import subprocess
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # of the scripts
+PRETRAIN, PROBE, EVALUATE = "moco-non-sem-neg.py", "main_lincls.py", "eval_robustness.py"
+SMALL = shlex.split("-a resnet10 --image-size 32 --patch-ratio 4 12 --batch-size 8 --moco-k 64 -j 1 --seed 1")
+SMALL_PROBE = shlex.split("-a resnet10 --image-size 32 --batch-size 8 -j 1 --seed 1")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+TIMINGS = {"images_per_s", "data_share"}
+
+
+# Data
+
+
+def fill(name, shape):
+    """Numbers that are a function of a name, so that a golden file need not hold them."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+
+
+def fill_encoder(encoder):
+    """Weights that are a function of their names: the rule of tests/data/moco_reference.json."""
+    for name, value in encoder.state_dict().items():
+        if "running_var" in name:
+            value.fill_(1)
+        elif "running_mean" in name:
+            value.zero_()
+        elif value.dim() == 1:
+            value.fill_(1 if name.endswith("weight") else 0)
+        elif value.dim() > 1:
+            value.copy_(fill(name, value.shape) * (2 / value[0].numel()) ** 0.5)
+
+
+def write_photo(path, size=(80, 64), seed=0):
+    """A smooth random RGB picture: low frequencies, so that its crops and resizes are not uniform gray noise."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {} if path.suffix == ".png" else {"format": "JPEG"}
+    Image.fromarray(coarse).resize(size, Image.BICUBIC).save(path, **options)
+
+
+def write_folder(root, classes=("n01", "n02"), train=8, val=3, suffix=".JPEG"):
+    """A data set with `train` and `val` photos of each class."""
+    for split, count in (("train", train), ("val", val)):
+        for label, name in enumerate(classes):
+            for i in range(count):
+                seed = 1000 * label + 10 * i + (split == "val")
+                write_photo(root / split / name / f"{name}_{i}{suffix}", seed=seed)
+    return root
+
+
+# Results
+
+
+def log(folder):
+    """The lines of log.jsonl without what depends on the clock."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Scripts
+
+
+def run_script(*arguments, launcher=(), env=None, check=True, timeout=300):
+    """Run a script of the repository as a user would; its CompletedProcess, with stdout and stderr as text.
+
+    Without a launcher it is forked from a process that has already imported PyTorch, which saves three seconds.
+    """
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    if launcher:
+        result = subprocess.run(
+            command, cwd=REPOSITORY, env={**ENVIRONMENT, **(env or {})}, capture_output=True, text=True, timeout=timeout
+        )
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            process = FORKSERVER.Process(target=_script, args=(folder, command[1:], env or {}))
+            process.start()
+            process.join(timeout)
+            assert process.exitcode is not None, f"{command} takes more than {timeout} s"
+            outputs = [Path(folder, name).read_text() for name in ("stdout", "stderr")]
+            result = subprocess.CompletedProcess(command, process.exitcode, *outputs)
+    if check and result.returncode:
+        raise AssertionError(f"{command} exited with {result.returncode}:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def _script(folder, arguments, env):
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
+    os.chdir(REPOSITORY)
+    os.environ.update(env)
+    sys.path[0] = str(REPOSITORY)
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the fork server reads it when it starts
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(
+    ["torch", "torchvision", "torch.optim.swa_utils", "moco.launch", "moco.robustness", "moco.run"]
+)
+
+
+def refused(script, *arguments):
+    """The one line on stderr of a script that refuses its arguments, run in this process: it must build nothing."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as stop,
+    ):
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    message = stderr.getvalue()
+    assert stop.value.code == 2 and message.count("\n") == 1 and message.startswith(script + ": error: "), message
+    assert stdout.getvalue() == ""
+    return message
