@@ -100,16 +100,20 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     options.check_epochs(args)
     local_world_size, world_size = launch.resolve_world_size(**options.launch_settings(args))
     batch_size = options.per_rank(args.batch_size, local_world_size)
+    workers = options.workers_per_rank(args.workers, local_world_size)
     options.check_folder("--ckpt_path", args.ckpt_path)
     train, val = list_data(args)
-    derived = {"processes": world_size, "validation": f"{len(val.paths)} images in {len(val.classes)} classes"}
+    derived = {
+        "processes": f"{world_size}, with {workers} loader workers each",
+        "validation": f"{len(val.paths)} images in {len(val.classes)} classes",
+    }
     sampler = None
     if train:
         sampler = GlobalBatchSampler(len(train.paths), batch_size, seed=0, ctx=DistContext(world_size=world_size))
         derived |= {
-            "training_images": sampler.num_images,
-            "images_per_step": sampler.global_batch_size,
-            "steps_per_epoch": len(sampler),
+            "training images": sampler.num_images,
+            "images per step": sampler.global_batch_size,
+            "steps per epoch": len(sampler),
         }
     saved = load_resume(args, val.classes, sampler) if args.resume else {}
     backbone, pretrained = load_backbone(args) if args.pretrained else ({}, {})
@@ -179,6 +183,8 @@ def check_arch(args: argparse.Namespace, saved: Mapping, source: str) -> None:
 def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
     """Train the heads in one process, on ctx.device; every way of launching ends here."""
     stop = StopSignal()
+    if distributed.is_main():
+        print_start(args, inputs, derived)
     seed = distributed.resolve_seed(args.seed, inputs.saved, ctx.device)
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
 
@@ -199,10 +205,10 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     optimizer = build_optimizer(heads, args)
     ddp_heads = distributed.wrap_ddp(heads, ctx.device)
     dtype = DTYPES[args.precision]
-    best = Best(inputs.saved.get("best_acc1s", [float(inputs.saved.get("best_acc1", 0))] * len(heads)), inputs.saved.get("winner", 0))
-    if distributed.is_main():
-        derived = {**derived, "device": ctx.device, "data loading": f"{workers} workers per process", "seed used": seed}
-        print_start(args, inputs, derived)
+    best = classifier.BestHead(
+        inputs.saved.get("best_acc1s", [float(inputs.saved.get("best_acc1", 0))] * len(heads)),
+        inputs.saved.get("winner", 0),
+    )
     run = Run(
         ctx, args.ckpt_path, latest=latest_name(args.pretrained), stop=stop, sampler=sampler, optimizer=optimizer,
         state=functools.partial(checkpoint_state, args, inputs, backbone, heads, best), modules=list(heads),
@@ -216,8 +222,10 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
         adjust_learning_rate(optimizer, epoch, args)
         train_one_epoch(backbone, ddp_heads, run.steps(train_loader, prepare, epoch), optimizer, run, dtype)
         stats = run.epoch_stats()
-        results = classifier.evaluate(functools.partial(predict, backbone, heads, dtype), val_loader, ctx.device)
-        check_frozen(backbone, frozen)
+        results = classifier.evaluate(
+            functools.partial(classifier.predict, backbone, heads, dtype), val_loader, ctx.device
+        )
+        classifier.check_frozen(backbone, frozen)
         is_best = best.update(heads, results)
         run.print(
             f"epoch {epoch}  {accuracy_line(results[best.winner])}  best {max(best.acc1s):.2f}"
@@ -250,7 +258,7 @@ def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) ->
     """Test the best head of --resume on val/."""
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
     backbone, heads = build_heads(ctx, args, inputs)
-    predictor = functools.partial(predict, backbone, heads, DTYPES[args.precision])
+    predictor = functools.partial(classifier.predict, backbone, heads, DTYPES[args.precision])
     (result,) = classifier.evaluate(predictor, build_val_loader(ctx, args, inputs), ctx.device)
     if distributed.is_main():
         print(accuracy_line(result), flush=True)
@@ -300,38 +308,11 @@ def to_device(batch: tuple, rng, device: torch.device) -> tuple[torch.Tensor, to
     return classifier.to_input(images, device), labels.to(device, non_blocking=True)
 
 
-def predict(backbone: nn.Module, heads: nn.Module, dtype: torch.dtype, images: torch.Tensor) -> torch.Tensor:
-    return heads(classifier.extract_features(backbone, images, dtype))
-
-
-def check_frozen(backbone: nn.Module, frozen: Mapping[str, torch.Tensor]) -> None:
-    """A guard against bugs: training must leave the backbone as it was."""
-    if changed := classifier.changed_entries(backbone, frozen):
-        raise RuntimeError(f"the frozen backbone changed during training: {', '.join(changed[:5])}")
-
-
 # ---------------------------------------------------------------- results, checkpoints, terminal
 
 
-class Best:
-    """The best validation top-1 of each head so far, and the head that was best in the last epoch."""
-
-    def __init__(self, acc1s: list[float], winner: int):
-        self.acc1s, self.winner = acc1s, winner
-
-    def update(self, heads: LinearHeads, results: list[dict]) -> bool:
-        """Take an epoch's results; True if its winner is as good as any before. A head with NaN cannot win."""
-        acc1s = [
-            0.0 if checkpoint.nonfinite(head.state_dict()) else result["acc1"] for head, result in zip(heads, results)
-        ]
-        self.winner = acc1s.index(max(acc1s))
-        is_best = acc1s[self.winner] >= max(self.acc1s)
-        self.acc1s = [max(pair) for pair in zip(acc1s, self.acc1s)]
-        return is_best
-
-
 def checkpoint_state(
-    args: argparse.Namespace, inputs: Inputs, backbone: nn.Module, heads: LinearHeads, best: Best
+    args: argparse.Namespace, inputs: Inputs, backbone: nn.Module, heads: LinearHeads, best: classifier.BestHead
 ) -> dict:
     """What a linear checkpoint holds besides the state of the run; its `state_dict` has the last epoch's winner."""
     winner = dict(zip(checkpoint.FC_KEYS, heads[best.winner].state_dict().values()))
@@ -361,7 +342,6 @@ def accuracy_line(result: Mapping) -> str:
 
 
 def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
-    options.make_folder("--ckpt_path", args.ckpt_path)
     options.print_config(args, derived, args.verbose)
     if not args.pretrained and not inputs.saved:
         print("no --pretrained: the backbone is random (a baseline)")

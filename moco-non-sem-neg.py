@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -48,8 +49,14 @@ SAVED_OPTIONS = (
     "moco_dim", "moco_k", "moco_m", "moco_t", "mlp", "aug_plus", "robust", "num_nonsem", "alpha",
     "patch_ratio", "image_size", "batch_size", "lr", "epochs", "cos", "schedule", "precision",
 )  # fmt: skip
-LATEST = "checkpoint_latest.pth.tar"
-NUMBERED = r"checkpoint_\d{4,}\.pth\.tar"
+
+
+class Inputs(NamedTuple):
+    """What validation found: the data, and the checkpoint of --resume."""
+
+    train: TrainingImages
+    knn: tuple[datasets.ImageFolder, ...] | None  # train/ and val/ with --knn, if there is a val/ with the same classes
+    saved: dict  # {} for a fresh start
 
 
 def parse_args() -> argparse.Namespace:
@@ -105,9 +112,8 @@ def parse_args() -> argparse.Namespace:
 # ---------------------------------------------------------------- checks, before anything is built
 
 
-def validate_args(args: argparse.Namespace) -> tuple[TrainingImages, dict, dict]:
-    """Refuse what could only fail later. Returns the training images, the checkpoint to resume ({} if none), and the
-    derived values to print."""
+def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
+    """Refuse what could only fail later. Returns the inputs, and the derived values to print."""
     low, high = args.patch_ratio
     if args.robust == "patch" and not low <= high <= args.image_size:
         raise UsageError(
@@ -137,14 +143,15 @@ def validate_args(args: argparse.Namespace) -> tuple[TrainingImages, dict, dict]
     if args.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UsageError("--compile: on a CPU it needs a C++ compiler, and there is no g++; leave it out")
     saved = load_resume(args, data, sampler) if args.resume else {}
-    return data, saved, {
-        "processes": world_size,
+    workers = options.workers_per_rank(args.workers, local_world_size)
+    return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved), {
+        "processes": f"{world_size}, with {workers} loader workers each",
         "images": f"{len(data.photos)} in {len(data.classes)} classes",
-        "images_per_step": sampler.global_batch_size,
-        "steps_per_epoch": len(sampler),
-        "chance_loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
+        "images per step": sampler.global_batch_size,
+        "steps per epoch": len(sampler),
+        "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
         "memory": needed,
-    }  # fmt: skip
+    }
 
 
 def load_resume(args: argparse.Namespace, data: TrainingImages, sampler: GlobalBatchSampler) -> dict:
@@ -163,12 +170,13 @@ def load_resume(args: argparse.Namespace, data: TrainingImages, sampler: GlobalB
 # ---------------------------------------------------------------- training
 
 
-def main_worker(
-    ctx: DistContext, args: argparse.Namespace, data: TrainingImages, saved: dict, derived: Mapping
-) -> None:
+def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
     """Pre-train in one process, on ctx.device; every way of launching ends here."""
     stop = StopSignal()
+    if distributed.is_main():
+        print_start(args, inputs, derived)
     memory.keep_freed_memory(ctx.device)
+    data, saved = inputs.train, inputs.saved
     seed = distributed.resolve_seed(args.seed, saved, ctx.device)
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
 
@@ -179,10 +187,7 @@ def main_worker(
     sampler = GlobalBatchSampler(len(dataset), batch_size, seed, ctx)
     train_loader = loader.train_loader(dataset, sampler, workers, ctx.device)
     prepare = functools.partial(make_views, args=args, device=ctx.device)
-    knn_folders = list_knn_folders(args, data) if args.knn else None
-    knn_loaders = (
-        classifier.knn_loaders(knn_folders, args.image_size, batch_size, workers, ctx) if knn_folders else None
-    )
+    knn_loaders = classifier.knn_loaders(inputs.knn or (), args.image_size, batch_size, workers, ctx)
 
     # --- model and optimizer
     distributed.seed_everything(seed)  # the same on every rank: weights and queue start equal
@@ -191,18 +196,12 @@ def main_worker(
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=args.precision == "fp16")
     if saved:
         checkpoint.load_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), f"--resume {args.resume}")
-    if distributed.is_main():
-        print_start(
-            args,
-            data,
-            knn_folders,
-            derived | {"device": ctx.device, "data loading": f"{workers} workers per process", "seed used": seed},
-        )
     state = functools.partial(checkpoint_state, args, model, data.classes)
     run = Run(
-        ctx, args.ckpt_path, latest=LATEST, state=state, stop=stop, sampler=sampler, optimizer=optimizer, scaler=scaler,
-        modules=[model], paths=data.photos, seed=seed, epochs=args.epochs, precision=args.precision,
-        print_freq=args.print_freq, save_steps=args.save_steps, max_bad_images=args.max_bad_images,
+        ctx, args.ckpt_path, latest="checkpoint_latest.pth.tar", state=state, stop=stop, sampler=sampler,
+        optimizer=optimizer, scaler=scaler, modules=[model], paths=data.photos, seed=seed, epochs=args.epochs,
+        precision=args.precision, print_freq=args.print_freq, save_steps=args.save_steps,
+        max_bad_images=args.max_bad_images,
     )  # fmt: skip
     run.resume(saved, args.start_epoch)
     if args.compile:
@@ -221,7 +220,7 @@ def main_worker(
         numbered = is_due(epoch, args.save_freq, args.epochs)
         run.end_epoch(stats, [f"checkpoint_{epoch:04d}.pth.tar"] if numbered else [])
         if args.keep and distributed.is_main():
-            checkpoint.prune(args.ckpt_path, args.keep, NUMBERED)
+            checkpoint.prune(args.ckpt_path, args.keep, r"checkpoint_\d{4,}\.pth\.tar")
     distributed.barrier()  # wait for rank 0 to finish saving
 
 
@@ -304,12 +303,11 @@ def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) 
     }
 
 
-def print_start(args: argparse.Namespace, data: TrainingImages, knn_folders: tuple | None, derived: Mapping) -> None:
-    options.make_folder("--ckpt_path", args.ckpt_path)
+def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
     options.print_config(args, derived, args.verbose)
-    if data.unmatched:
-        print(f"photos skipped because they have no texture: {data.unmatched}")
-    if args.knn and not knn_folders:
+    if inputs.train.unmatched:
+        print(f"photos skipped because they have no texture: {inputs.train.unmatched}")
+    if args.knn and not inputs.knn:
         print(f"--knn is skipped: {args.data} has no val/ with the same classes")
     if args.patch_size != 32:
         print("--patch-size is ignored; --patch-ratio sets the patch sizes")
@@ -330,12 +328,12 @@ def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
 
 def main() -> None:
     args = parse_args()
-    data, saved, derived = validate_args(args)
+    inputs, derived = validate_args(args)
     if args.dry_run:
         return options.print_config(args, derived | {"dry run": "nothing was started"}, args.verbose)
     if args.preview:
-        return save_preview(args, data) if is_local_main() else None
-    launch.launch(main_worker, (args, data, saved, derived), **options.launch_settings(args))
+        return save_preview(args, inputs.train) if is_local_main() else None
+    launch.launch(main_worker, (args, inputs, derived), **options.launch_settings(args))
 
 
 if __name__ == "__main__":

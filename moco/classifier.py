@@ -84,10 +84,29 @@ def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
         )
 
 
-def changed_entries(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of backbone weights and statistics that differ from `weights`: none, if the backbone was frozen."""
-    own = model.state_dict()
-    return [name for name, value in weights.items() if not torch.equal(own[name].cpu(), value)]
+def check_frozen(backbone: nn.Module, frozen: Mapping[str, torch.Tensor]) -> None:
+    """A guard against bugs: raise RuntimeError if the backbone's weights or statistics are no longer `frozen`."""
+    own = backbone.state_dict()
+    changed = [name for name, value in frozen.items() if not torch.equal(own[name], value)]
+    if changed:
+        raise RuntimeError(f"the frozen backbone changed during training: {', '.join(changed[:5])}")
+
+
+class BestHead:
+    """The best validation top-1 of each head so far, in percent, and the head that won the last epoch."""
+
+    def __init__(self, acc1s: Sequence[float], winner: int):
+        self.acc1s, self.winner = list(acc1s), winner
+
+    def update(self, heads: LinearHeads, results: Sequence[Mapping]) -> bool:
+        """Take an epoch's results of `evaluate`; True if its winner is as good as any before. NaN weights never win."""
+        acc1s = [
+            0.0 if checkpoint.nonfinite(head.state_dict()) else result["acc1"] for head, result in zip(heads, results)
+        ]
+        self.winner = acc1s.index(max(acc1s))
+        is_best = acc1s[self.winner] >= max(self.acc1s)
+        self.acc1s = [max(pair) for pair in zip(acc1s, self.acc1s)]
+        return is_best
 
 
 # Evaluation
@@ -103,6 +122,11 @@ def extract_features(backbone: nn.Module, images: torch.Tensor, dtype: torch.dty
     """Features (N, d), float32, of a backbone whose `fc` is Identity, computed in `dtype`."""
     with autocast(images.device, dtype):
         return backbone(images).float()
+
+
+def predict(backbone: nn.Module, heads: nn.Module, dtype: torch.dtype, images: torch.Tensor) -> torch.Tensor:
+    """The logits (heads, N, classes) of LinearHeads on a backbone whose `fc` is Identity."""
+    return heads(extract_features(backbone, images, dtype))
 
 
 @torch.inference_mode()

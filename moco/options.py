@@ -237,13 +237,6 @@ def check_folder(option: str, path: str) -> None:
         raise UsageError(f"{option} {path}: {existing} cannot be written to; choose a folder that can")
 
 
-def make_folder(option: str, path: str) -> None:
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{option} {path}: cannot be created ({error}); choose a folder you can write to") from error
-
-
 def check_file(option: str, path: str, endings: tuple[str, ...] = ("",)) -> None:
     """Raise UsageError unless a file with one of the endings can be written there."""
     if not path.lower().endswith(endings):

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from moco import checkpoint, distributed, metrics
 from moco.distributed import DistContext
-from moco.errors import RunError
+from moco.errors import RunError, UsageError
 from moco.loader import GlobalBatchSampler, prefetch
 from moco.progress import Progress
 from moco.signals import StopSignal, exit_on_signal
@@ -64,6 +64,8 @@ class Run:
         self.means = metrics.RunningMeans()
         self.epoch = self.step = 0  # whole epochs done, and steps of the epoch after them
         self.stopping = False  # a signal came, or too many files are unreadable: end after this step
+        if distributed.is_main():
+            make_folder(folder)
 
     def resume(self, saved: Mapping, start_epoch: int = 0) -> None:
         """Continue from a checkpoint that `save` wrote; an empty one starts at `start_epoch`.
@@ -81,7 +83,8 @@ class Run:
             self.means.load_state_dict(saved["means"], self.ctx.device)
         if distributed.is_main():
             metrics.truncate_jsonl(os.path.join(self.folder, LOG), self.epoch)
-        self.print(f"starting at epoch {self.epoch}" + (f" step {self.step}" if self.step else ""))
+        where = f"epoch {self.epoch}" + (f" step {self.step}" if self.step else "")
+        self.print(f"starting at {where} (counted from 0), device {self.ctx.device}, seed {self.seed}")
 
     def steps(self, loader, prepare: Callable, epoch: int) -> Iterator:
         """The epoch's batches, each as prepare(batch, rng) returns it on the device; done steps are skipped.
@@ -214,6 +217,16 @@ class Run:
             f"{what} not finite in epoch {self.epoch} step {step}; {written}; {advice}; the saved checkpoints are"
             " intact: continue from them with --resume auto"
         )
+
+
+def make_folder(path: str) -> None:
+    """Create the run's folder. Raises UsageError if it cannot be created."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--ckpt_path {path}: cannot be created ({error}); choose a folder you can write to"
+        ) from error
 
 
 def _largest_weights(modules: Sequence[nn.Module], count: int = 10) -> dict[str, float]:
