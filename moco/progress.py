@@ -9,7 +9,7 @@ from tqdm import tqdm
 from moco import distributed
 
 # The figures come first and the bar takes what is left, so that 80 columns cut off the bar and not the figures.
-BAR_FORMAT = "{desc} {postfix} |{bar}| {n_fmt}/{total_fmt}"
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}|"
 SYMBOLS = {"q_k": "q·k", "q_t": "q·t", "q_queue": "q·queue"}
 WATCHED = ("q_k", "q_t", "spread")  # on the bar, where they are among the figures
 
@@ -65,7 +65,7 @@ class Progress:
         rate = f"{speed['images_per_s']:.0f} images/s"
         if self.bar:
             watched = {name: means[name] for name in WATCHED if name in means} or means
-            self.bar.set_postfix_str("  ".join([*_figures(watched), rate, eta]))
+            self.bar.set_description_str(" ".join([self.title, *_figures(watched), rate, eta]))
         else:
             figures = [*_figures(means), f"lr {_text(lr, '.4g')}", rate, f"data {speed['data_share']:.0%}", eta]
             print(f"{self.title} [{self.done + 1}/{len(self.batches)}]  {'  '.join(figures)}", flush=True)
