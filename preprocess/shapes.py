@@ -1,35 +1,43 @@
-"""A small data set whose ten classes have both a shape and a texture of their own.
+"""Generate a small data set on which the method's effect can be seen, with four robustness test sets.
 
     python preprocess/shapes.py --out data/shapes --preview shapes.png
 
-A network can tell the training images apart by either cue; the test sets take one away. The folders are those of
-ImageNet and its four robustness test sets, and every size is a quarter of theirs: 64 px for 256, 56 for 224.
+On photographs, texture and colour are mostly properties of the one photo: they tell a query from other images, so that
+contrastive learning can use them as a shortcut, while classes are made by shape and only partly go with a texture. These
+images copy that. The class is one of ten shapes. Colour, light, texture period and angle are drawn for each image; the
+texture family is the class's own in half of the images (RHO) and any of the ten in the others; a quarter of the images are
+hollow: a contour over one texture. The folders are those of ImageNet and its test sets, at a quarter of their sizes: 64 px
+for 256, crops of 56 px for 224.
 
-    train/<shape>/  val/<shape>/                        photo-like: the shape filled with its own texture
-    corruption/<corruption>/<severity 1-5>/<shape>/     val images, cropped to 56 px, then spoiled (ImageNet-C)
-    sketch/<shape>/                                     black outlines on white (ImageNet-Sketch)
-    stylized/val/<shape>/<owner of the texture>-*.png   filled with another class's texture (Stylized-ImageNet)
+    train/<shape>/  val/<shape>/                        photo-like
+    corruption/<corruption>/<severity 1-5>/<shape>/     val images, cropped to 56 px, then corrupted (ImageNet-C)
+    sketch/<shape>/                                     black outlines on white, shaded inside (ImageNet-Sketch)
+    stylized/val/<shape>/<owner of the texture>-*.png   with another class's texture (Stylized-ImageNet)
     rendition/<shape>/                                  flat, cartoon and painterly, no texture (ImageNet-R)
 
-Textures cover the background too, fainter. Position, size, angle, proportions, colours, light and noise say
-nothing about the class; colours are muted, since vivid ones alone would identify an image.
 Each image is a function of (seed, set, class, number), so neither workers nor restarts change the result.
 """
 
 import io
 import json
-from math import cos, exp, pi, sin
+from collections.abc import Callable, Sequence
+from math import cos, exp, log, pi, sin
 from pathlib import Path
+from typing import NamedTuple
 
 import files
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SIZE, CROP = 64, 56         # px, a stored image and the centre crop of the corruption set
-SCALE, CANVAS = 4, 256      # shapes and textures are drawn this much larger, then averaged
+SCALE = 2                   # shapes and textures are drawn this much larger, then averaged
+CANVAS = SCALE * SIZE
+RHO = 0.5                   # share of photo-like images with their class's own texture; the others have any of the ten
+HOLLOW = 0.25               # share of photo-like images that are a contour over one texture
+RIMMED = 0.3                # share of the others with a dark rim
 
 
-def arc(start, stop, radius=1.0, centre=0.0, points=48):
+def arc(start: float, stop: float, radius: float | np.ndarray = 1.0, centre: float = 0.0, points: int = 48) -> np.ndarray:
     """Points×2 from angle `start` to `stop` (radians) around (centre, 0); y points down, as in images."""
     angle = np.linspace(start, stop, points)
     return np.stack([centre + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
@@ -68,11 +76,62 @@ TEXTURES = {                # random generator, coordinates in periods → bool
     "dashes": lambda rng, u, v: (part(2 * v) < .5) & (part(u + .5 * (part(v) < .5)) < .6),
 }
 OWN = dict(zip(SHAPES, TEXTURES))       # shape, which names the class → its texture
+OWNER = {texture: shape for shape, texture in OWN.items()}
+STYLES = "flat", "cartoon", "painterly"     # of renditions
 
 
-def pose(rng, contours):
+class Scene(NamedTuple):
+    """What a photo-like image shows, drawn at random. Colours and strengths are of R, G and B, 1 from black to white."""
+
+    shape: str
+    texture: str
+    contours: list[np.ndarray]              # points in canvas pixels
+    fill: np.ndarray                        # colour of the object
+    ground: np.ndarray                      # colour around it; everywhere if hollow
+    period: float                           # px; the texture's, in object and ground alike
+    angle: float                            # radians
+    strength: np.ndarray                    # light minus dark places of the texture
+    faintness: float                        # the ground's share of that strength
+    hollow: bool
+    line: float                             # px, width of the contour; 0 for none
+    ink: float                              # grey level of the contour
+    opacity: float                          # of the contour
+    slope: np.ndarray                       # light: change from the centre to the right and to the lower edge
+    noise: float                            # standard deviation
+
+
+def draw_scene(rng: np.random.Generator, shape: str, texture: str | None = None, weakest: float = .2) -> Scene:
+    """Draw a photo-like image's parameters. A texture is the class's own or any (RHO) unless given."""
+    if texture is None:
+        texture = OWN[shape] if rng.random() < RHO else str(rng.choice(list(TEXTURES)))
+    fill, ground = draw_colours(rng)
+    hollow = rng.random() < HOLLOW
+    line, opacity = 0.0, 0.0
+    if hollow:
+        line, opacity = rng.uniform(1.5, 3), rng.uniform(.6, 1)
+    elif rng.random() < RIMMED:
+        line, opacity = rng.uniform(1, 2.2), rng.uniform(.4, 1)
+    return Scene(
+        shape, texture, pose(rng, SHAPES[shape]), fill, ground,
+        period=exp(rng.uniform(log(6), log(12))), angle=rng.uniform(-pi / 2, pi / 2),
+        strength=rng.choice([-1, 1]) * rng.uniform(weakest, .8) * rng.uniform(.7, 1.3, 3),
+        faintness=1.0 if hollow else rng.uniform(.4, .7), hollow=hollow, line=line,
+        ink=float(hollow and ground.mean() < .3), opacity=opacity,
+        slope=rng.uniform(-.15, .15, 2), noise=rng.uniform(.01, .04))
+
+
+def draw_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The colours of object and ground, (3,) each: grey levels at least 0.15 apart, then tinted."""
+    levels = rng.uniform(.1, .9, 2)
+    while abs(levels[0] - levels[1]) < .15:
+        levels = rng.uniform(.1, .9, 2)
+    fill, ground = levels[:, None] + rng.uniform(-.2, .2, (2, 3))
+    return fill, ground
+
+
+def pose(rng: np.random.Generator, contours: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The contours at a random place, size, angle and proportion, in canvas pixels."""
-    radius, angle = rng.uniform(19, 28), rng.uniform(-.5, .5)
+    radius, angle = rng.uniform(21, 29), rng.uniform(-.5, .5)
     stretch, flip = exp(rng.uniform(-.15, .15)), rng.choice([-1, 1])
     turn = np.array([[cos(angle), -sin(angle)], [sin(angle), cos(angle)]])
     linear = radius * turn @ np.diag([flip * stretch, 1 / stretch])
@@ -80,7 +139,7 @@ def pose(rng, contours):
     return [SCALE * (centre + contour @ linear.T) for contour in contours]
 
 
-def draw(contours, line=0):
+def draw(contours: Sequence[np.ndarray], line: float = 0) -> np.ndarray:
     """Contours in canvas pixels → CANVAS×CANVAS of bool: their inside, or outlines `line` image pixels wide."""
     mask = np.zeros((CANVAS, CANVAS), bool)
     for contour in contours:
@@ -90,48 +149,54 @@ def draw(contours, line=0):
     return mask
 
 
-def pattern(rng, texture):
-    """One patch of a texture at a random period, angle and phase, CANVAS×CANVAS of bool."""
-    at, angle = np.arange(CANVAS, dtype=np.float32) / (SCALE * rng.uniform(7, 10)), rng.uniform(-.35, .35)
+def pattern(rng: np.random.Generator, texture: str, period: float, angle: float) -> np.ndarray:
+    """A texture at a random phase, CANVAS×CANVAS of bool; period in image pixels, angle in radians."""
+    at = np.arange(CANVAS, dtype=np.float32) / (SCALE * period)
     along, across = cos(angle) * at, sin(angle) * at
     u, v = along + (across + rng.uniform())[:, None], (along + rng.uniform())[:, None] - across
     return TEXTURES[texture](rng, u, v)
 
 
-def shrink(mask):
+def shrink(mask: np.ndarray) -> np.ndarray:
     """CANVAS×CANVAS of bool → the share of each pixel that is covered, SIZE×SIZE×1."""
     return np.asarray(Image.fromarray(mask * np.uint8(255)).reduce(SCALE))[..., None] / 255
 
 
-def to_uint8(image):
+def to_uint8(image: np.ndarray) -> np.ndarray:
     return np.rint(255 * np.clip(image, 0, 1)).astype(np.uint8)
 
 
-def render(rng, shape, texture, style):
-    """Draw one image, SIZE×SIZE×3 uint8. Styles: photo, which has the texture; sketch, flat, cartoon, painterly."""
+def paint_photo(rng: np.random.Generator, scene: Scene) -> np.ndarray:
+    """The scene's image, SIZE×SIZE×3, about 0 to 1; textures' phases and noise are drawn here."""
+    mask = draw(scene.contours) & (not scene.hollow)
+    image = scene.ground + (scene.fill - scene.ground) * shrink(mask)
+    for part_mask, share in (mask, 1), (~mask, scene.faintness):
+        texture = pattern(rng, scene.texture, scene.period, scene.angle)
+        image += share * scene.strength * (shrink(part_mask & texture) - shrink(part_mask) / 2)
+    if scene.line:
+        image += scene.opacity * shrink(draw(scene.contours, scene.line)) * (scene.ink - image)
+    ramp = np.linspace(-1, 1, SIZE)
+    image += (scene.slope[0] * ramp + scene.slope[1] * ramp[:, None])[..., None]
+    return image + rng.normal(0, scene.noise, image.shape)
+
+
+def paint_sketch(rng: np.random.Generator, shape: str) -> np.ndarray:
+    """Black outlines on white, the inside shaded, SIZE×SIZE×3."""
     contours = pose(rng, SHAPES[shape])
-    if style == "sketch":
-        lines = rng.uniform(.75, 1) * shrink(draw(contours, rng.uniform(1.2, 2.2)))
-        return to_uint8(np.repeat(1 - lines, 3, axis=2))
-    levels = rng.uniform(.3, .7, 2) if style == "photo" else rng.permutation([rng.uniform(.2, .4), rng.uniform(.6, .8)])
-    front, back = levels[:, None] + rng.uniform(-.1, .1, (2, 3))
-    mask = draw(contours)
-    inside, outside = shrink(mask), shrink(~mask)
-    image = inside * front + outside * back
+    image = 1 - rng.uniform(0, .5) * shrink(draw(contours))
+    return np.repeat(image * (1 - shrink(draw(contours, rng.uniform(1.5, 3)))), 3, axis=2)
+
+
+def paint_rendition(rng: np.random.Generator, shape: str, style: str) -> np.ndarray:
+    """Object and ground in one colour each, SIZE×SIZE×3: `flat`, `cartoon` with an outline, `painterly` in dabs."""
+    contours, (fill, ground) = pose(rng, SHAPES[shape]), draw_colours(rng)
+    image = ground + (fill - ground) * shrink(draw(contours))
     if style == "cartoon":
         image *= 1 - shrink(draw(contours, rng.uniform(1.5, 2.5)))
     elif style == "painterly":
         dabs = Image.fromarray(to_uint8(image + rng.normal(0, .12, (SIZE, SIZE, 1))))
         image = np.asarray(dabs.filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.ModeFilter(5))) / 255
-    elif style == "photo":
-        strong = rng.choice([-1, 1]) * rng.uniform(.5, .8)
-        faint = strong * rng.uniform(.4, .7)
-        image += strong * (shrink(mask & pattern(rng, texture)) - inside / 2)
-        image += faint * (shrink(~mask & pattern(rng, texture)) - outside / 2)
-        ramp, slope = np.linspace(-1, 1, SIZE), rng.uniform(-.15, .15, 2)
-        image += outside * (slope[0] * ramp + slope[1] * ramp[:, None])[..., None]
-        image += rng.normal(0, rng.uniform(.01, .04), image.shape)
-    return to_uint8(image)
+    return image
 
 
 def moved(image, dy, dx):
@@ -198,24 +263,41 @@ def corrupt(rng, image, name, severity):
 
 
 SETS = {"train": "train", "val": "val", "stylized": "stylized/val", "sketch": "sketch", "rendition": "rendition"}
+PHOTOS = "train", "val", "stylized"
 
 
-def images(seed, split, label, number):
-    """Image `number` of class `label` in one of SETS, or at all severities of one of CORRUPTIONS → {path: image}."""
-    shapes, name = list(SHAPES), f"{number:04}.png"
-    shape = owner = shapes[label]
-    key = (seed, [*SETS, *CORRUPTIONS].index(split), label, number)
+def generator(seed: int, split: str, label: int, number: int) -> np.random.Generator:
+    """The randomness of one image. split: one of SETS, or of CORRUPTIONS."""
+    return np.random.default_rng((seed, [*SETS, *CORRUPTIONS].index(split), label, number))
+
+
+def scene_of(seed: int, split: str, label: int, number: int) -> tuple[Scene, np.random.Generator]:
+    """What image `number` of class `label` in one of PHOTOS shows, and the generator that paints it."""
+    shapes, rng = list(SHAPES), generator(seed, split, label, number)
+    if split != "stylized":
+        return draw_scene(rng, shapes[label]), rng
+    owner = shapes[(label + 1 + number % 9) % 10]           # the nine others in turn
+    return draw_scene(rng, shapes[label], OWN[owner], weakest=.4), rng
+
+
+def images(seed: int, split: str, label: int, number: int) -> dict[str, np.ndarray]:
+    """Image `number` of class `label` in one of SETS, or at all severities of one of CORRUPTIONS: {path: uint8 image}."""
+    shape, name, prefix = list(SHAPES)[label], f"{number:04}.png", ""
     if split in CORRUPTIONS:
         (photo,), edge = images(seed, "val", label, number).values(), (SIZE - CROP) // 2
         # The severities share their random numbers: the same snow, only more of it.
         return {f"corruption/{split}/{severity}/{shape}/{name}":
-                corrupt(np.random.default_rng(key), photo[edge:-edge, edge:-edge], split, severity)
+                corrupt(generator(seed, split, label, number), photo[edge:-edge, edge:-edge], split, severity)
                 for severity in range(1, 6)}
-    style = {"sketch": "sketch", "rendition": ("flat", "cartoon", "painterly")[number % 3]}.get(split, "photo")
-    if split == "stylized":
-        owner = shapes[(label + 1 + number % 9) % 10]       # the nine others in turn
-        name = f"{owner}-{name}"
-    return {f"{SETS[split]}/{shape}/{name}": render(np.random.default_rng(key), shape, OWN[owner], style)}
+    if split in PHOTOS:
+        scene, rng = scene_of(seed, split, label, number)
+        image = paint_photo(rng, scene)
+        prefix = f"{OWNER[scene.texture]}-" if split == "stylized" else ""
+    elif split == "sketch":
+        image = paint_sketch(generator(seed, split, label, number), shape)
+    else:
+        image = paint_rendition(generator(seed, split, label, number), shape, STYLES[number % len(STYLES)])
+    return {f"{SETS[split]}/{shape}/{prefix}{name}": to_uint8(image)}
 
 
 def write(job):

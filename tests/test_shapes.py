@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shapes
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[1] / "preprocess" / "shapes.py"
@@ -120,12 +121,55 @@ def test_images_are_not_blank_at_the_highest_severity(data):
         assert pixels(file).std() > 2, file
 
 
-def test_sketches_are_dark_lines_on_white(data):
+def test_sketches_are_dark_lines_on_white_shaded_inside(data):
     for file in (data / "sketch").glob("*/*.png"):
         image = pixels(file)
-        assert (image == 255).all(axis=2).mean() > .7, file
-        assert 0 < (image < 128).all(axis=2).mean() < .3, file
+        assert (image == 255).all(axis=2).mean() > .3, file
+        assert 0 < (image < 100).all(axis=2).mean() < .3, file
         assert (image == image[..., :1]).all(), file
+
+
+def scenes(split, count=120):
+    return [shapes.scene_of(3, split, label, number)[0] for label in range(10) for number in range(count)]
+
+
+def test_half_of_the_photos_have_their_own_texture_and_the_others_any():
+    own = np.mean([scene.texture == shapes.OWN[scene.shape] for scene in scenes("train")])
+    assert own == pytest.approx(shapes.RHO + (1 - shapes.RHO) / 10, abs=.06)
+    counts = Counter(scene.texture for scene in scenes("train"))
+    assert counts.keys() == shapes.TEXTURES.keys() and max(counts.values()) < 2 * min(counts.values())
+
+
+def test_stylized_photos_never_have_their_own_texture():
+    assert all(scene.texture != shapes.OWN[scene.shape] for scene in scenes("stylized", 18))
+
+
+def test_what_is_not_the_class_is_drawn_for_each_photo():
+    """Colour, texture period and strength, contour and light say nothing about the class: equal means in all classes."""
+    drawn = scenes("val")
+    for name, tolerance in (("fill", .08), ("ground", .08), ("period", .6), ("angle", .3), ("hollow", .13), ("slope", .04)):
+        by_class = {}
+        for scene in drawn:
+            by_class.setdefault(scene.shape, []).append(np.mean(getattr(scene, name)))
+        means = [np.mean(values) for values in by_class.values()]
+        assert len(means) == 10 and max(means) - min(means) < 2 * tolerance, name
+    assert np.mean([scene.hollow for scene in drawn]) == pytest.approx(shapes.HOLLOW, abs=.05)
+
+
+def test_object_and_ground_are_told_apart_by_their_grey_level_before_tinting():
+    colours = [shapes.draw_colours(np.random.default_rng(number)) for number in range(200)]
+    assert all(-.1 <= colour.min() and colour.max() <= 1.1 for pair in colours for colour in pair)
+    assert np.mean([abs(fill.mean() - ground.mean()) > .1 for fill, ground in colours]) > .9
+
+
+def test_hollow_photos_have_one_ground_and_a_contour_that_can_be_seen():
+    hollow = [(scene, rng) for number in range(60) for scene, rng in [shapes.scene_of(3, "train", number % 10, number)]
+              if scene.hollow]
+    assert hollow
+    for scene, rng in hollow:
+        contour = shapes.shrink(shapes.draw(scene.contours, scene.line))[..., 0] == 1
+        image = shapes.paint_photo(rng, scene)
+        assert abs(image[contour].mean() - image[~contour].mean()) > .04
 
 
 def test_a_second_run_leaves_a_complete_data_set_alone(data):
