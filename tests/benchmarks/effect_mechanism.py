@@ -1,0 +1,126 @@
+"""What the features of a backbone tell apart: the mechanism behind docs/effect.md's table.
+
+Cosines between the features of a query, its key and its patch negative, and linear readouts of what the generator drew
+for each image. Crops, colour changes and patches are made here, apart from the code that trains, so that the two can be
+compared.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import shapes
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import v2
+
+CROP, PATCH_RATIO = 56, (4, 18)     # px
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AUGMENT = v2.Compose([              # MoCo v2's
+    v2.RandomResizedCrop(CROP, (0.2, 1)), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
+    v2.RandomApply([v2.GaussianBlur(17, (0.1, 2))], 0.5), v2.RandomHorizontalFlip()])
+
+Encoder = Callable[[torch.Tensor], torch.Tensor]    # images (N, 3, CROP, CROP) in [0, 1] to features (N, d)
+
+
+def encoder(backbone: torch.nn.Module) -> Encoder:
+    """The backbone's features of unnormalised images, in batches, in eval mode."""
+    backbone.eval()
+
+    @torch.inference_mode()
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        normalized = v2.functional.normalize(images, MEAN, STD)
+        return torch.cat([backbone(batch).float() for batch in normalized.split(250)])
+    return encode
+
+
+def read(paths: list[Path]) -> torch.Tensor:
+    """Images of one size, (N, 3, H, W) in [0, 1]."""
+    return torch.stack([v2.functional.pil_to_tensor(Image.open(path).convert("RGB")) for path in paths]) / 255
+
+
+def shuffled(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """A patch negative of one image (3, S, S): tiles of d×d px, d ~ U{PATCH_RATIO}, each from a random place of it."""
+    size, side = image.shape[1], int(rng.integers(*PATCH_RATIO, endpoint=True))
+    canvas = torch.empty_like(image)
+    for top in range(0, size, side):
+        for left in range(0, size, side):
+            y, x = rng.integers(0, size - side, 2, endpoint=True)
+            height, width = min(side, size - top), min(side, size - left)
+            canvas[:, top:top + height, left:left + width] = image[:, y:y + height, x:x + width]
+    return canvas
+
+
+def cosines(encode: Encoder, paths: list[Path], seed: int = 0) -> dict[str, float]:
+    """Mean cosine of a query's features with those of its key, its patch negative, and another image's query.
+
+    The same crops and patches for every encoder with the same seed. `closer`: in percent, how often the negative is
+    closer to the query than the key is.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    images = read(paths)
+    query, key = (torch.stack([AUGMENT(image) for image in images]) for _ in range(2))
+    negative = torch.stack([shuffled(image, rng) for image in query])
+    q, k, t = (F.normalize(encode(views), dim=1) for views in (query, key, negative))
+    to_key, to_negative = (q * k).sum(1), (q * t).sum(1)
+    return {"key": to_key.mean().item(), "negative": to_negative.mean().item(),
+            "other": (q * q.roll(1, 0)).sum(1).mean().item(),
+            "closer": 100 * (to_negative > to_key).float().mean().item()}
+
+
+def readouts(encode: Encoder, data: Path, seed: int) -> dict[str, float]:
+    """How well linear maps of the features tell what the generator drew; trained on train/, tested on val/.
+
+    data, seed: a folder of preprocess/shapes.py and its seed. Returns R² in percent of the image's mean colour (mean
+    over R, G and B) and of the log of the texture's period, and accuracies in percent of texture family and shape.
+    """
+    drawn = {split: latents(data, split, seed) for split in ("train", "val")}
+    features = {split: encode(one["image"]) for split, one in drawn.items()}
+    result = {}
+    for name in ("colour", "period"):
+        result[name] = regression_r2(*(features[split] for split in drawn), *(drawn[split][name] for split in drawn))
+    for name in ("texture", "shape"):
+        result[name] = classification_accuracy(*(features[split] for split in drawn), *(drawn[split][name] for split in drawn))
+    return result
+
+
+def latents(data: Path, split: str, seed: int) -> dict[str, torch.Tensor]:
+    """{"image": centre crops, "colour": their mean (N, 3), "period": its log (N, 1), "texture", "shape": indices (N,)}"""
+    paths = sorted((data / split).glob("*/*.png"))
+    scenes = [shapes.scene_of(seed, split, list(shapes.SHAPES).index(path.parent.name), int(path.stem))[0] for path in paths]
+    images = v2.functional.center_crop(read(paths), [CROP, CROP])
+    return {"image": images, "colour": images.mean(dim=(2, 3)),
+            "period": torch.tensor([[np.log(scene.period)] for scene in scenes], dtype=torch.float32),
+            "texture": torch.tensor([list(shapes.TEXTURES).index(scene.texture) for scene in scenes]),
+            "shape": torch.tensor([list(shapes.SHAPES).index(scene.shape) for scene in scenes])}
+
+
+def standardized(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features (N, d) and (M, d) by the first's mean and standard deviation, with a column of ones: (N, d+1), (M, d+1)."""
+    mean, deviation = train.mean(0), train.std(0) + 1e-6
+    return tuple(F.pad((features - mean) / deviation, (0, 1), value=1.0) for features in (train, test))
+
+
+def regression_r2(train: torch.Tensor, test: torch.Tensor, wanted: torch.Tensor, wanted_test: torch.Tensor) -> float:
+    """R² in percent, on the test features, of a ridge regression to (N, m) targets; the mean over the targets."""
+    x, x_test = standardized(train, test)
+    weights = torch.linalg.solve(x.T @ x + torch.eye(x.shape[1]), x.T @ wanted)
+    error = (x_test @ weights - wanted_test).square().mean(0)
+    return 100 * (1 - error / wanted_test.var(0, correction=0)).mean().item()
+
+
+def classification_accuracy(train: torch.Tensor, test: torch.Tensor, labels: torch.Tensor, labels_test: torch.Tensor) -> float:
+    """Accuracy in percent, on the test features, of a logistic regression (L-BFGS, L2 penalty 1e-3 / 2)."""
+    x, x_test = standardized(train, test)
+    weights = torch.zeros(x.shape[1], int(labels.max()) + 1, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(x @ weights, labels) + 0.5e-3 * weights.square().sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+    return 100 * ((x_test @ weights).argmax(1) == labels_test).float().mean().item()
