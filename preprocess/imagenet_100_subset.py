@@ -2,11 +2,12 @@
 
     python preprocess/imagenet_100_subset.py --imagenet_path imagenet --imagenet100_path imagenet-100
 
-Leaves DST/train/<wnid> and DST/val/<wnid>: symbolic links to SRC's class folders, or with --mode hardlink or copy
-folders of their own, or with --resize S folders of smaller copies. A class appears whole or not at all, and what is
-there already stays as it is, so that the command can be stopped and started again.
+Makes DST/train/<wnid> and DST/val/<wnid>: symbolic links to SRC's class folders; with --mode hardlink or copy, real
+folders; with --resize S, folders of smaller copies. A class folder appears only when it is complete, and existing ones are
+kept, so that the script can be stopped and run again.
 """
 
+import argparse
 import functools
 import io
 import os
@@ -18,19 +19,24 @@ import files
 from PIL import Image
 
 SPLITS = {"train": range(600, 1301), "val": range(50, 51)}    # how many photos a class of ImageNet has
+IMAGENET_100 = Path(__file__).with_name("imagenet_100.txt")
 
 
-def parse_args():
+def parse_args() -> argparse.Namespace:
+    """The options. Ends the script with exit code 2 where they cannot be right."""
     parser = files.Parser("Take the 100 classes of ImageNet-100 out of an ImageNet folder.")
-    parser.add_argument("--imagenet_path", type=Path, required=True, metavar="SRC", help="ImageNet: SRC/{train,val}/<wnid>/*")
+    parser.add_argument("--imagenet_path", type=Path, required=True, metavar="SRC",
+                        help="ImageNet, SRC/{train,val}/<wnid>/*")
     parser.add_argument("--imagenet100_path", type=Path, required=True, metavar="DST", help="folder to create")
-    parser.add_argument("--mode", choices=["symlink", "hardlink", "copy"], default="symlink", help="how a class gets there")
+    parser.add_argument("--mode", choices=["symlink", "hardlink", "copy"], default="symlink",
+                        help="what a class folder is made of")
     parser.add_argument("--resize", type=files.at_least_one, metavar="S",
-                        help="write JPEGs (quality 95) whose shorter side is S px, not links; smaller photos keep their size")
-    parser.add_argument("--classes", type=Path, default=Path(__file__).with_name("imagenet_100.txt"), metavar="FILE",
-                        help="another list of wnids, one a line")
+                        help="write JPEGs (quality 95) whose shorter side is S px instead; smaller photos keep their size")
+    parser.add_argument("--classes", type=Path, metavar="FILE",
+                        help="list of wnids, one per line (default: ImageNet-100's, imagenet_100.txt)")
     parser.add_workers()
     args = parser.parse_args()
+    args.classes = args.classes or IMAGENET_100
     if not args.classes.is_file():
         parser.error(f"--classes {args.classes}: there is no such file")
     for split in SPLITS:
@@ -38,15 +44,15 @@ def parse_args():
         if not folder.is_dir():
             parser.error(f"--imagenet_path {args.imagenet_path}: it has no {split}/ folder; SRC holds train/ and val/")
         if not files.class_folders(folder):
-            parser.error(f"--imagenet_path {args.imagenet_path}: {split}/ holds no class folders; ImageNet's val archive"
-                         " unpacks flat and must be sorted into <wnid>/ folders first")
+            parser.error(f"--imagenet_path {args.imagenet_path}: {split}/ holds no class folders; ImageNet's val"
+                         " archive unpacks flat and must be sorted into <wnid>/ folders first")
     if args.imagenet100_path.resolve() == args.imagenet_path.resolve():
         parser.error(f"--imagenet100_path {args.imagenet100_path} is SRC itself; try {args.imagenet_path}-100")
     return args
 
 
-def take(source, target, partial, mode):
-    """Make the class folder `target` of `source`; `partial` is where it grows until it is whole."""
+def take(source: Path, target: Path, partial: Path, mode: str) -> None:
+    """Make the class folder `target` from `source`; `partial` holds an incomplete copy. OSError if it cannot be made."""
     if mode == "symlink":
         target.symlink_to(relative(source, target.parent), target_is_directory=True)
         return
@@ -55,16 +61,16 @@ def take(source, target, partial, mode):
     partial.rename(target)
 
 
-def relative(path, start):
-    """The path as seen from the folder `start`, if that is possible: a tree moved as a whole stays whole."""
+def relative(path: Path, start: Path) -> str | Path:
+    """The path relative to `start` where possible: links then survive moving the whole tree."""
     try:
         return os.path.relpath(path.resolve(), start.resolve())
     except ValueError:                                                # another drive
         return path.resolve()
 
 
-def take_smaller(job, side):
-    """As `take`, of copies with the shorter side `side` px. Returns the broken photos left out, [(path, reason)]."""
+def take_smaller(job: tuple[Path, Path, Path], side: int) -> list[tuple[Path, str]]:
+    """As `take`, with copies whose shorter side is `side` px. Returns the broken photos left out, [(path, reason)]."""
     source, target, partial = job
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -76,8 +82,9 @@ def take_smaller(job, side):
                 image.draft("RGB", (2 * side, 2 * side))              # lets JPEGs decode at a smaller scale
                 photo = image.convert("RGB")
             scale = min(1, side / min(photo.size))
-            photo.resize([max(1, round(length * scale)) for length in photo.size], Image.LANCZOS).save(data, "JPEG", quality=95)
-        except Exception as error:  # whatever a broken file makes a decoder raise, the others shall not suffer
+            smaller = photo.resize([max(1, round(length * scale)) for length in photo.size], Image.LANCZOS)
+            smaller.save(data, "JPEG", quality=95)
+        except Exception as error:  # a decoder may raise anything on a broken file; the other photos go on
             broken.append((source / name, f"{type(error).__name__}: {error}"))
             continue
         (partial / name).write_bytes(data.getvalue())
@@ -85,7 +92,7 @@ def take_smaller(job, side):
     return broken
 
 
-def count(folder, usual):
+def count(folder: Path, usual: range) -> None:
     """Print how many photos a split has, and which of its classes have an unusual number."""
     counts = {name: len(files.images_in(folder / name)) for name in files.class_folders(folder)}
     print(f"{folder}: {len(counts)} classes, {sum(counts.values())} photos")
@@ -95,10 +102,11 @@ def count(folder, usual):
               + (", …" if len(odd) > 5 else ""))
 
 
-def main():
+def main() -> int:
     args = parse_args()
     wnids = sorted(set(args.classes.read_text().split()))
-    missing = [f"{split}/{wnid}" for split in SPLITS for wnid in wnids if not (args.imagenet_path / split / wnid).is_dir()]
+    missing = [f"{split}/{wnid}" for split in SPLITS for wnid in wnids
+               if not (args.imagenet_path / split / wnid).is_dir()]
     if missing:
         print(f"{args.imagenet_path}: {len(missing)} of {2 * len(wnids)} class folders are missing, nothing was made:",
               *missing, sep="\n  ", file=sys.stderr)
@@ -111,18 +119,20 @@ def main():
             if target.is_symlink() and not target.exists():           # SRC was moved
                 target.unlink()
             if not target.exists():
-                # Outside of the splits: a reader of those would take a folder that is growing for a class.
-                jobs.append((args.imagenet_path / split / wnid, target, args.imagenet100_path / ".partial" / split / wnid))
+                # Outside the splits, where an incomplete folder would look like a class.
+                partial = args.imagenet100_path / ".partial" / split / wnid
+                jobs.append((args.imagenet_path / split / wnid, target, partial))
     broken = []
     try:
         if args.resize:
-            for left_out in files.in_processes(functools.partial(take_smaller, side=args.resize), jobs, args.workers, "class"):
+            smaller = functools.partial(take_smaller, side=args.resize)
+            for left_out in files.in_processes(smaller, jobs, args.workers, "class"):
                 broken += left_out
         else:
             for job in jobs:
                 take(*job, args.mode)
     except OSError as error:                                          # a full disk, or a hard link to another one
-        sys.exit(f"{error}; start again to go on from here, with another --mode if that is the reason")
+        sys.exit(f"{error}; run the same command again to resume, with another --mode if that is the reason")
     shutil.rmtree(args.imagenet100_path / ".partial", ignore_errors=True)
     print(f"{len(jobs)} class folders made, {2 * len(wnids) - len(jobs)} were there already")
     for split, usual in SPLITS.items():

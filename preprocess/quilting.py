@@ -8,80 +8,143 @@ remain at the cuts are levelled out over some pixels around them (Pérez et al.,
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-BLOCK, OVERLAP = 40, 8      # px: the side of a block, and what neighbours share of it; both multiples of 4
-STEP = BLOCK - OVERLAP
 BALANCE = 1.0               # what one earlier use of a block's pixels costs, or of its colours
 LEAD = 4                    # blocks that a patch may be ahead of another
-APART = 4                   # px that a block keeps from being the mere continuation of a neighbour
-REACH = 16                  # px over which a step at a cut is levelled out
 
 
-def quilt(patches, size, rng):
+class Blocks(NamedTuple):
+    """The sizes of what is laid, px; the defaults suit patches of 96 px."""
+
+    side: int = 40          # of a block; a multiple of cell[0]
+    overlap: int = 8        # what neighbours share; a multiple of both of cell
+    cell: tuple[int, int] = (4, 2)      # overlaps are compared by means over cells, longer along the overlap than across
+    apart: int = 4          # distance that a block keeps from being the mere continuation of a neighbour
+    reach: float = 16       # distance over which a step at a cut is levelled out
+
+    @property
+    def step(self) -> int:
+        return self.side - self.overlap
+
+
+def blocks_for(patch: int) -> Blocks:
+    """Sizes in proportion to the side of the patches, px: blocks of 5/12 of it, as the defaults for 96."""
+    side = 4 * -(-5 * patch // 48)
+    return Blocks(side, 2 * -(-side // 10), (4, 2) if side >= 40 else (2, 1), max(1, side // 10), 0.4 * side)
+
+
+def quilt(patches: np.ndarray, size: int, rng: np.random.Generator, blocks: Blocks = Blocks()) -> np.ndarray:
     """Synthesise a texture from patches of one photo.
 
-    patches: (P, H, W, 3) uint8, H and W at least BLOCK; size: side of the texture, px; rng: numpy Generator.
-    Returns (size, size, 3) uint8.
+    patches: (P, H, W, 3) uint8, H and W at least blocks.side; size: side of the texture, px.
+    Returns (size, size, 3) uint8. Raises ValueError where the patches are smaller than a block.
     """
-    return close_cuts(patches, lay_blocks(patches, size, rng))
+    return close_cuts(patches, lay_blocks(patches, size, rng, blocks), blocks.reach)
 
 
-def lay_blocks(patches, size, rng):
+def lay_blocks(patches: np.ndarray, size: int, rng: np.random.Generator, blocks: Blocks = Blocks()) -> np.ndarray:
     """Quilt: the index into patches.reshape(-1, 3) of every pixel of the texture, (size, size) int64."""
-    count, height, width, _ = patches.shape
-    if min(height, width) < BLOCK:
-        raise ValueError(f"patches of {width}×{height} px are smaller than a block, {BLOCK} px")
-    colours = patches - patches.mean(axis=(0, 1, 2), dtype=np.float32)   # small numbers: float32 holds their squares
-    pixels = colours.reshape(-1, 3)
-    cells = [(4, 2), (2, 4)]                                          # px, longer along the overlap than across it
-    windows = [all_windows(colours, (BLOCK, OVERLAP), cells[0]), all_windows(colours, (OVERLAP, BLOCK), cells[1])]
-    norms = [np.einsum("ij,ij->j", samples, samples) for samples in windows]
-    shape = count, height - BLOCK + 1, width - BLOCK + 1              # of all positions of a block
-    used, counts = np.zeros(shape, np.float32), np.zeros(count, int)
-    bins = (patches >> 5).astype(int).reshape(-1, 3) @ (64, 8, 1)     # the colour of each pixel, one of 512
-    bin_sizes, bin_uses = np.bincount(bins, minlength=512), np.zeros(512)
-    blocks = -(-(size - OVERLAP) // STEP)
-    sources = np.zeros((blocks * STEP + OVERLAP,) * 2, np.int64)
-    places = np.zeros((blocks, blocks, 3), int)                       # patch, top and left of each block
-    at = np.arange(BLOCK)
+    height, width = patches.shape[1:3]
+    if min(height, width) < blocks.side:
+        raise ValueError(f"patches of {width}×{height} px are smaller than a block, {blocks.side} px")
+    canvas = Canvas(patches, size, rng, blocks)
+    for rows, columns in waves(canvas.places.shape[0]):
+        canvas.lay(rows, columns)
+    return canvas.sources[:size, :size]
 
-    # Blocks that lie a knight's move apart neither touch nor need each other: each wave is one batch.
-    for wave in range(3 * blocks - 2):
-        rows = np.arange(max(0, (wave - blocks + 2) // 2), min(wave // 2, blocks - 1) + 1)
-        columns = wave - 2 * rows
-        here = STEP * rows[:, None, None] + at[:, None], STEP * columns[:, None, None] + at
-        before = sources[here]                                        # N×BLOCK×BLOCK: what neighbours left there
+
+def waves(count):
+    """Rows and columns of the blocks of count×count that can be laid at once, wave by wave.
+
+    Blocks a knight's move apart neither touch nor need each other; all neighbours at the left and at the top come before.
+    """
+    for wave in range(3 * count - 2):
+        rows = np.arange(max(0, (wave - count + 2) // 2), min(wave // 2, count - 1) + 1)
+        yield rows, wave - 2 * rows
+
+
+class Canvas:
+    """A texture while its blocks are laid.
+
+    sources: the index into the patches' pixels of every pixel laid so far; places: patch, top and left of each block.
+    """
+
+    def __init__(self, patches, size, rng, blocks):
+        self.rng, self.blocks, self.patches = rng, blocks, patches
+        count, height, width, _ = patches.shape
+        colours = patches - patches.mean(axis=(0, 1, 2), dtype=np.float32)  # small numbers: float32 holds their squares
+        self.pixels = colours.reshape(-1, 3)
+        side, overlap, (long, short) = blocks.side, blocks.overlap, blocks.cell
+        self.cells = (long, short), (short, long)                     # of the overlaps at the left and at the top
+        self.windows = [all_windows(colours, window, cell, side)
+                        for window, cell in zip(((side, overlap), (overlap, side)), self.cells)]
+        self.norms = [np.einsum("ij,ij->j", samples, samples) for samples in self.windows]
+        self.shape = count, height - side + 1, width - side + 1       # of all positions of a block
+        self.used, self.counts = np.zeros(self.shape, np.float32), np.zeros(count, int)
+        self.bins = (patches >> 5).astype(int).reshape(-1, 3) @ (64, 8, 1)  # the colour of each pixel, one of 512
+        self.bin_sizes, self.bin_uses = np.bincount(self.bins, minlength=512), np.zeros(512)
+        along = -(-(size - overlap) // blocks.step)
+        self.sources = np.zeros((along * blocks.step + overlap,) * 2, np.int64)
+        self.places = np.zeros((along, along, 3), int)
+
+    def lay(self, rows, columns):
+        """Lay one wave of N blocks: choose each among all positions of all patches, cut it, and paste it."""
+        at = np.arange(self.blocks.side)
+        here = self.blocks.step * rows[:, None, None] + at[:, None], self.blocks.step * columns[:, None, None] + at
+        before = self.sources[here]                                   # N×side×side: what neighbours left there
         neighbours = columns > 0, rows > 0                            # at the left, at the top
-        strips = before[:, :, :OVERLAP], before[:, :OVERLAP]
-        error = np.zeros((len(rows), len(norms[0])), np.float32)
-        for exists, strip, cell, samples, norm in zip(neighbours, strips, cells, windows, norms):
-            wanted = cell_means(pixels[strip[exists]], cell).reshape(exists.sum(), len(samples))
-            error[exists] += norm - 2 * (wanted @ samples) + np.square(wanted).sum(1)[:, None]
-        colour_uses = block_means((bin_uses / np.maximum(bin_sizes, 1))[bins].reshape(patches.shape[:3]))
-        for i, (row, column) in enumerate(zip(rows, columns)):
-            cost = cost_of_positions(error[i].reshape(shape), len(samples), used + colour_uses, rng)
-            cost[counts - counts.min() >= LEAD] = np.inf
-            if column:
-                forbid_near(cost, places[row, column - 1] + (0, 0, STEP))
-            if row:
-                forbid_near(cost, places[row - 1, column] + (0, STEP, 0))
-            place = np.unravel_index(cost.argmin(), shape)
-            places[row, column] = place
-            counts[place[0]] += 1
-            count_use(used[place[0]], *place[1:])
-        patch, top, left = places[rows, columns].T[:, :, None, None]
+        errors = self.overlap_errors(before, neighbours)
+        colour_uses = self.colour_uses()
+        for row, column, error in zip(rows, columns, errors):
+            self.choose(row, column, error, colour_uses)
+        patch, top, left = self.places[rows, columns].T[:, :, None, None]
+        height, width = self.patches.shape[1:3]
         block = (patch * height + top + at[:, None]) * width + left + at
-        bin_uses += np.bincount(bins[block].ravel(), minlength=512)
-        difference = np.square(pixels[block] - pixels[before]).sum(3)
-        keep_left, keep_top = np.split(before_cut(np.concatenate(
-            [difference[:, :, :OVERLAP], difference[:, :OVERLAP].transpose(0, 2, 1)])), 2)
+        self.bin_uses += np.bincount(self.bins[block].ravel(), minlength=512)
+        self.sources[here] = np.where(self.kept(before, block, neighbours), before, block)
+
+    def overlap_errors(self, before, neighbours):
+        """Squared differences between the overlaps and every position of a block: (N, positions)."""
+        overlap = self.blocks.overlap
+        strips = before[:, :, :overlap], before[:, :overlap]
+        errors = np.zeros((len(before), len(self.norms[0])), np.float32)
+        for exists, strip, cell, samples, norm in zip(neighbours, strips, self.cells, self.windows, self.norms):
+            wanted = cell_means(self.pixels[strip[exists]], cell).reshape(exists.sum(), len(samples))
+            errors[exists] += norm - 2 * (wanted @ samples) + np.square(wanted).sum(1)[:, None]
+        return errors
+
+    def colour_uses(self):
+        """How often the colours of the block at each position were used so far, on average: (P, rows, columns)."""
+        uses = (self.bin_uses / np.maximum(self.bin_sizes, 1))[self.bins]
+        return block_means(uses.reshape(self.patches.shape[:3]), self.blocks.side)
+
+    def choose(self, row, column, error, colour_uses):
+        """Set the place of one block, the cheapest that is allowed, and count its pixels as used."""
+        blocks, samples = self.blocks, len(self.windows[0])
+        cost = cost_of_positions(error.reshape(self.shape), samples, self.used + colour_uses, self.rng)
+        cost[self.counts - self.counts.min() >= LEAD] = np.inf
+        if column:
+            forbid_near(cost, self.places[row, column - 1] + (0, 0, blocks.step), blocks.apart)
+        if row:
+            forbid_near(cost, self.places[row - 1, column] + (0, blocks.step, 0), blocks.apart)
+        place = np.unravel_index(cost.argmin(), self.shape)
+        self.places[row, column] = place
+        self.counts[place[0]] += 1
+        count_use(self.used[place[0]], *place[1:], blocks.side)
+
+    def kept(self, before, block, neighbours):
+        """Where the pixels laid before stay: up to the cheapest cut through each overlap, (N, side, side) of bool."""
+        overlap = self.blocks.overlap
+        difference = np.square(self.pixels[block] - self.pixels[before]).sum(3)
+        strips = difference[:, :, :overlap], difference[:, :overlap].transpose(0, 2, 1)
+        keep_left, keep_top = np.split(before_cut(np.concatenate(strips)), 2)
         keep = np.zeros(block.shape, bool)
-        keep[:, :, :OVERLAP] = keep_left & neighbours[0][:, None, None]
-        keep[:, :OVERLAP] |= keep_top.transpose(0, 2, 1) & neighbours[1][:, None, None]
-        sources[here] = np.where(keep, before, block)
-    return sources[:size, :size]
+        keep[:, :, :overlap] = keep_left & neighbours[0][:, None, None]
+        keep[:, :overlap] |= keep_top.transpose(0, 2, 1) & neighbours[1][:, None, None]
+        return keep
 
 
 def cell_means(images, cell):
@@ -91,24 +154,24 @@ def cell_means(images, cell):
     return images.reshape(n, height // h, h, width // w, w, 3).mean(axis=(2, 4))
 
 
-def all_windows(patches, size, cell):
-    """cell_means of the windows of (height, width) at all positions of a block, as columns: (numbers, positions)."""
+def all_windows(patches, size, cell, side):
+    """cell_means of the windows of (height, width) at all positions of a block of `side`, as columns: (numbers, positions)."""
     (h, w), (height, width) = cell, size
     rows, columns = patches.shape[1] - h + 1, patches.shape[2] - w + 1
     means = sum(patches[:, i:i + rows] for i in range(h))
     means = sum(means[:, :, i:i + columns] for i in range(w)) / (h * w)         # of the cell at every position
     patch, row, column, channel = means.strides
-    rows, columns = patches.shape[1] - BLOCK + 1, patches.shape[2] - BLOCK + 1
+    rows, columns = patches.shape[1] - side + 1, patches.shape[2] - side + 1
     windows = np.lib.stride_tricks.as_strided(
         means, (height // h, width // w, 3, len(patches), rows, columns), (h * row, w * column, channel, patch, row, column))
     return windows.reshape(height // h * (width // w) * 3, -1)
 
 
-def block_means(values):
+def block_means(values, side):
     """(P, H, W) to the means over the block at each position, (P, rows, columns) float32."""
     sums = np.pad(values.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
-    sums = sums[:, BLOCK:, BLOCK:] - sums[:, :-BLOCK, BLOCK:] - sums[:, BLOCK:, :-BLOCK] + sums[:, :-BLOCK, :-BLOCK]
-    return (sums / BLOCK ** 2).astype(np.float32)
+    sums = sums[:, side:, side:] - sums[:, :-side, side:] - sums[:, side:, :-side] + sums[:, :-side, :-side]
+    return (sums / side ** 2).astype(np.float32)
 
 
 def cost_of_positions(error, samples, uses, rng):
@@ -123,15 +186,15 @@ def cost_of_positions(error, samples, uses, rng):
     return 6 * error / (3 + error) + BALANCE * uses + 0.1 * rng.random(error.shape, np.float32)
 
 
-def forbid_near(cost, place):
+def forbid_near(cost, place, apart):
     patch, top, left = place
-    cost[patch, max(top - APART, 0):top + APART + 1, max(left - APART, 0):left + APART + 1] = np.inf
+    cost[patch, max(top - apart, 0):top + apart + 1, max(left - apart, 0):left + apart + 1] = np.inf
 
 
-def count_use(used, top, left):
+def count_use(used, top, left, side):
     """Add, to each position of a patch, the share of its block that the block at (top, left) covers."""
-    rows, columns = (np.maximum(0, BLOCK - np.abs(np.arange(n) - start)) for n, start in zip(used.shape, (top, left)))
-    used += rows[:, None] * columns / np.float32(BLOCK * BLOCK)
+    rows, columns = (np.maximum(0, side - np.abs(np.arange(n) - start)) for n, start in zip(used.shape, (top, left)))
+    used += rows[:, None] * columns / np.float32(side * side)
 
 
 def before_cut(difference):
@@ -154,10 +217,10 @@ def before_cut(difference):
     return np.arange(width) < cut.T[:, :, None]
 
 
-def close_cuts(patches, sources):
+def close_cuts(patches: np.ndarray, sources: np.ndarray, reach: float = Blocks().reach) -> np.ndarray:
     """The texture of lay_blocks' sources, with the steps at its cuts made what they are inside the patches.
 
-    Adds the smooth correction e that solves (1/REACH² − Δ) e = −div m, where m is, across a cut, the step that the two
+    Adds the smooth correction e that solves (1/reach² − Δ) e = −div m, where m is, across a cut, the step that the two
     patches would go on with minus the step that is there, and 0 elsewhere. Returns (size, size, 3) uint8.
     """
     size, width = len(sources), patches.shape[2]
@@ -173,17 +236,17 @@ def close_cuts(patches, sources):
         along = np.moveaxis(divergence, axis, 0)
         along[cuts] += mismatch
         along[cuts[0] + 1, cuts[1]] -= mismatch
-    basis, decay = cosine_basis(size)
+    basis, decay = cosine_basis(size, reach)
     divergence = np.moveaxis(divergence, 2, 0)
     correction = basis.T @ (basis @ -divergence @ basis.T / decay) @ basis
     return np.rint(np.clip(pixels[sources] + np.moveaxis(correction, 0, 2), 0, 255)).astype(np.uint8)
 
 
 @lru_cache
-def cosine_basis(size):
-    """The cosine transform (size, size), in which 1/REACH² − Δ with reflecting borders is diagonal: (size, size)."""
+def cosine_basis(size, reach):
+    """The cosine transform (size, size), in which 1/reach² − Δ with reflecting borders is diagonal: (size, size)."""
     k = np.arange(size)
     basis = np.sqrt(2 / size) * np.cos(np.pi * k[:, None] * (k + 0.5) / size)
     basis[0] /= np.sqrt(2)
     eigenvalues = 2 - 2 * np.cos(np.pi * k / size)
-    return basis.astype(np.float32), (REACH ** -2 + eigenvalues[:, None] + eigenvalues).astype(np.float32)
+    return basis.astype(np.float32), (reach ** -2 + eigenvalues[:, None] + eigenvalues).astype(np.float32)

@@ -20,7 +20,7 @@ Each image is a function of (seed, set, class, number), so neither workers nor r
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import cos, exp, log, pi, sin
 from pathlib import Path
 from typing import NamedTuple
@@ -336,10 +336,10 @@ def preview(seed, file):
 def main():
     parser = files.Parser("Generate a small data set of textured shapes with four robustness test sets.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train", type=int, default=4000, help="training images")
-    parser.add_argument("--test", type=int, default=1500, help="images in each test set")
-    parser.add_argument("--cell", type=int, default=40, help="images for each corruption and severity")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same images")
+    parser.add_argument("--train", type=int, default=4000, metavar="N", help="training images")
+    parser.add_argument("--test", type=int, default=1500, metavar="N", help="images in each test set")
+    parser.add_argument("--cell", type=int, default=40, metavar="N", help="images for each corruption and severity")
     parser.add_workers()
     parser.add_argument("--preview", type=Path, metavar="FILE.png", help="also save a sheet of examples")
     args = parser.parse_args()

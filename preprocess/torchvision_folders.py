@@ -2,11 +2,12 @@
 
     python preprocess/torchvision_folders.py --dataset stl10 --root raw --out stl10
 
-Leaves OUT/{train,val}/<class>/<number>.png; of STL-10 also its 100,000 images without labels, on which the paper
-pre-trains, as a data set of their own: OUT/unlabeled/train/all/<number>.png. Takes the raw files from RAW as torchvision
-keeps them, and downloads them to there where they are missing and there is a network. Can be stopped and started again.
+Writes OUT/{train,val}/<class>/<number>.png. STL-10's 100,000 unlabeled images, on which the paper pre-trains, become a data
+set of their own: OUT/unlabeled/train/all/<number>.png. Raw files are read from RAW as torchvision keeps them; missing ones
+are downloaded to RAW. The script can be stopped and run again.
 """
 
+import argparse
 import gzip
 import io
 import sys
@@ -16,6 +17,7 @@ from urllib.error import URLError
 
 import files
 import torchvision.datasets as datasets
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 # data set: (class, the arguments of its training part, those of its test part)
@@ -27,23 +29,25 @@ DATASETS = {
 }
 
 
-def parse_args():
+def parse_args() -> tuple[files.Parser, argparse.Namespace]:
     parser = files.Parser("Write one of torchvision's small data sets as folders of images.")
     parser.add_argument("--dataset", choices=DATASETS, required=True, help="which one")
-    parser.add_argument("--root", type=Path, required=True, metavar="RAW", help="folder of the raw files, or for them")
+    parser.add_argument("--root", type=Path, required=True, metavar="RAW", help="folder of the raw files; downloads go there")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     return parser, parser.parse_args()
 
 
-def parts_of(name):
+def parts_of(name: str) -> dict[str, dict]:
     """{folder below OUT: arguments of torchvision's class}"""
     _, train, test = DATASETS[name]
     return {"train": train, "val": test} | ({"unlabeled/train": {"split": "unlabeled"}} if name == "stl10" else {})
 
 
-def unpack_idx(root, scratch):
-    """FashionMNIST as its archive and Debian's package dataset-fashion-mnist hold it, *-ubyte.gz in one folder, to
-    `scratch` as torchvision keeps it. Returns the folder to give torchvision: `root` where there is nothing to unpack."""
+def unpack_idx(root: Path, scratch: str) -> Path | str:
+    """Unpack FashionMNIST's *-ubyte.gz, as its archive and Debian's dataset-fashion-mnist hold them, to `scratch`.
+
+    Returns the folder to give torchvision: `root` if there was nothing to unpack.
+    """
     raw = Path(scratch, "FashionMNIST", "raw")
     raw.mkdir(parents=True)
     for packed in root.glob("*-ubyte.gz"):
@@ -51,8 +55,8 @@ def unpack_idx(root, scratch):
     return scratch if any(raw.iterdir()) else root
 
 
-def open_part(kind, root, part):
-    """The data set's part from RAW, else from the network. RuntimeError if it is in neither."""
+def open_part(kind: type, root: Path | str, part: dict) -> Dataset:
+    """The data set's part from `root`, else from the network. RuntimeError if it is in neither."""
     try:
         return kind(root, **part)
     except RuntimeError:                                              # torchvision found no files, or not all of them
@@ -62,12 +66,13 @@ def open_part(kind, root, part):
             raise RuntimeError(f"no raw files of it, and downloading them failed ({error})") from error
 
 
-def class_name(dataset, label):
-    """A class as a folder's name; images without a label are all one class."""
+def class_name(dataset: Dataset, label: int) -> str:
+    """The folder of a class; unlabeled images are all one class."""
     return dataset.classes[label].replace("/", "_").replace(" ", "_") if label >= 0 else "all"
 
 
-def write_images(dataset, folder):
+def write_images(dataset: Dataset, folder: Path) -> None:
+    """Write those images that are not there yet as folder/<class>/<number>.png, RGB."""
     for index in tqdm(range(len(dataset)), desc=str(folder), unit="image"):
         image, label = dataset[index]
         path = folder / class_name(dataset, label) / f"{index:06}.png"
@@ -78,7 +83,7 @@ def write_images(dataset, folder):
             files.write_whole(path, data.getvalue())
 
 
-def main():
+def main() -> None:
     parser, args = parse_args()
     kind = DATASETS[args.dataset][0]
     with tempfile.TemporaryDirectory() as scratch:

@@ -76,6 +76,23 @@ def test_textures_depend_on_the_seed_and_the_path_alone(imagenet, tmp_path):
     assert one.keys() == other.keys() and all(one[name] != other[name] for name in one)
 
 
+def test_small_patches_for_small_photos(imagenet, tmp_path):
+    run = synthesise(imagenet, tmp_path / "t", "--patch", 24, "--size", 64, "--workers", 1, check=False)
+    assert "wrote 16 textures; 0 photos below 24 px were enlarged first" in run.stdout
+    assert all(Image.open(path).size == (64, 64) for path in (tmp_path / "t").rglob("*.png"))
+    synthesise(imagenet, tmp_path / "p", "--patch", 24, "--size", 64, "--preview", tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").width < 2 * 224
+    refused = synthesise(imagenet, tmp_path / "t", "--patch", 4, check=False)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "--patch 4" in refused.stderr
+
+
+@pytest.mark.parametrize("script", [SUBSET, TEXTURE, FOLDERS, "preprocess/shapes.py"])
+def test_help_fits_the_terminal_and_shows_defaults_that_exist(script):
+    help_text = run_script(script, "--help", env={"COLUMNS": "80"}).stdout
+    assert max(map(len, help_text.splitlines())) <= 80
+    assert "None" not in help_text and "\n" + 30 * " " not in help_text.partition("options:")[2]
+
+
 def test_killed_and_started_again_equals_uninterrupted(imagenet, tmp_path):
     for i in range(6, 30):
         write_photo(imagenet / "train" / "n02" / f"n02_{i}.JPEG", seed=i)

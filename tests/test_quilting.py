@@ -81,7 +81,7 @@ def test_what_is_rare_gets_its_turn_though_flat_regions_fit_better():
 
 def test_means_over_blocks():
     values = np.random.default_rng(0).random((2, 44, 50))
-    means = quilting.block_means(values)
+    means = quilting.block_means(values, 40)
     assert means.shape == (2, 5, 11)
     assert means[1, 3, 7] == pytest.approx(values[1, 3:43, 7:47].mean(), rel=1e-5)
 
@@ -94,6 +94,25 @@ def test_any_size_and_any_number_of_patches(size, shape):
     assert quilting.quilt(patches, size, np.random.default_rng(0)).shape == (size, size, 3)
 
 
+def test_block_sizes_follow_the_patches():
+    assert quilting.blocks_for(96) == quilting.Blocks()
+    for patch in range(8, 300):
+        blocks = quilting.blocks_for(patch)
+        long, short = blocks.cell
+        assert blocks.side % long == 0 and blocks.overlap % short == 0
+        assert 2 * blocks.overlap <= blocks.side <= max(8, patch / 2 + 2)
+
+
+@pytest.mark.parametrize("patch, size", [(8, 20), (24, 64), (25, 63), (130, 150)])
+def test_small_and_large_patches_are_used_evenly(patch, size):
+    rng = np.random.default_rng(patch)
+    patches = rng.integers(0, 256, (2, patch, patch, 3), dtype=np.uint8)
+    sources = quilting.lay_blocks(patches, size, rng, quilting.blocks_for(patch))
+    assert sources.shape == (size, size) and 0.25 <= np.mean(sources < patch * patch) <= 0.75
+    assert len(np.unique(sources)) >= min(0.5 * 2 * patch * patch, 0.3 * size * size)
+    assert quilting.quilt(patches, size, rng, quilting.blocks_for(patch)).shape == (size, size, 3)
+
+
 def test_patches_smaller_than_a_block_are_refused():
     with pytest.raises(ValueError, match="39×96 px are smaller than a block"):
         quilting.quilt(np.zeros((2, 96, 39, 3), np.uint8), SIZE, np.random.default_rng(0))
@@ -101,7 +120,7 @@ def test_patches_smaller_than_a_block_are_refused():
 
 def test_windows_are_the_cell_means_at_every_position():
     patches = np.random.default_rng(0).random((2, 50, 47, 3), np.float32)
-    windows = quilting.all_windows(patches, (40, 8), (4, 2))
+    windows = quilting.all_windows(patches, (40, 8), (4, 2), 40)
     positions = list(itertools.product(range(2), range(11), range(8)))
     assert windows.shape == (10 * 4 * 3, len(positions))
     for column in range(0, len(positions), 7):
@@ -135,7 +154,7 @@ def test_the_correction_solves_its_equation():
     sources[:, 5:] += 1600 - 3                                        # … and, right of a cut, of the second
     pixels = patches.reshape(-1, 3).astype(float)
     at = np.arange(size * size).reshape(size, size)
-    rows, wanted = [np.eye(size * size) / quilting.REACH], [np.zeros((size * size, 3))]
+    rows, wanted = [np.eye(size * size) / quilting.Blocks().reach], [np.zeros((size * size, 3))]
     for near, far, stride in ((at[:-1], at[1:], 40), (at[:, :-1], at[:, 1:], 1)):
         for a, b in zip(near.ravel(), far.ravel()):
             row = np.zeros((1, size * size))
