@@ -1,0 +1,67 @@
+"""Draw docs/negatives.png: query, key, patch negative and texture negative of three generated images.
+
+python docs/negatives.py
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from moco import augment, datasets, distributed, views  # noqa: E402
+from moco.negatives import patch_negatives  # noqa: E402
+
+SIZE, PATCHES = 56, (8, 18)  # px: the quick start's crops, without its smallest patches
+RECIPE = augment.V2._replace(gray_p=0, blur_p=0)  # a reader is to recognise the images
+IMAGES = {"heart": 0, "plus": 1, "ring": 0}  # class: number
+
+
+def preprocess(script: str, *arguments: object) -> None:
+    command = [sys.executable, REPOSITORY / "preprocess" / script, *map(str, arguments)]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        photos, textures = Path(folder, "shapes"), Path(folder, "shapes-texture")
+        preprocess("shapes.py", "--out", photos, "--train", 80, "--test", 10, "--cell", 10)
+        preprocess(
+            "imagenet_texture_syn.py",
+            "--imagenet_path",
+            photos,
+            "--imagenet_t_path",
+            textures,
+            "--patch",
+            24,
+            "--size",
+            64,
+        )
+        data = datasets.list_texture_pairs(str(textures))
+        crops = datasets.TwoCrops(data.photos, SIZE, data.textures)
+        torch.manual_seed(0)
+        firsts = {name: data.labels.index(label) for label, name in enumerate(data.classes)}
+        batch = torch.stack([crops[firsts[name] + number] for name, number in IMAGES.items()])
+    rng = distributed.derive_rng("picture")
+    query, key, texture = views.training_views(
+        batch, rng, recipe=RECIPE, robust="texture", num_nonsem=1, patch_ratio=PATCHES
+    )
+    columns = {
+        "query": query,
+        "key": key,
+        "patch negative": patch_negatives(query, *PATCHES, rng)[:, 0],
+        "texture negative": texture[:, 0],
+    }
+    path = REPOSITORY / "docs" / "negatives.png"
+    views.save_grid(str(path), {label: augment.denormalize(images) for label, images in columns.items()})
+    Image.open(path).quantize(256).save(path, optimize=True)  # a third of the size
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
