@@ -213,7 +213,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
         ctx, args.ckpt_path, latest=latest_name(args.pretrained), stop=stop, sampler=sampler, optimizer=optimizer,
         state=functools.partial(checkpoint_state, args, inputs, backbone, heads, best), modules=list(heads),
         paths=train.paths, seed=seed, epochs=args.epochs, precision=args.precision, print_freq=args.print_freq,
-        save_steps=args.save_steps, max_bad_images=args.max_bad_images,
+        save_steps=args.save_steps, max_bad_images=args.max_bad_images, probe=run_name(args.pretrained),
     )  # fmt: skip
     run.resume(inputs.saved, args.start_epoch)
 

@@ -85,14 +85,20 @@ def _rounded(value):
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def truncate_jsonl(path: str, epoch: int) -> None:
-    """Drop the lines of `epoch` and later epochs, which a resumed run writes again. Raises RunError as above."""
+def truncate_jsonl(path: str, epoch: int, probe: str | None = None) -> None:
+    """Drop the lines of `epoch` and later epochs, which a resumed run writes again. Raises RunError as above.
+
+    probe: None for pre-training; a probe in the same folder has lines with its own value of that key.
+    """
     if os.path.exists(path):
         with open(path) as file:
-            complete = [line for line in file if line.endswith("\n")]  # a killed process may leave half a line
+            lines = [line for line in file if line.endswith("\n")]  # a killed process may leave half a line
+        records = [json.loads(line) for line in lines]
         partial = f"{path}.partial"
         with _log_errors(path), open(partial, "w") as file:
-            file.writelines(line for line in complete if json.loads(line)["epoch"] < epoch)
+            file.writelines(
+                line for line, record in zip(lines, records) if record.get("probe") != probe or record["epoch"] < epoch
+            )
         os.replace(partial, path)
 
 

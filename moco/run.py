@@ -31,7 +31,8 @@ class Run:
                 run.after_step(loss=loss)        # may save, or end the run
             run.end_epoch(run.epoch_stats(), [])
 
-    folder: for checkpoints and log.jsonl. latest: name of the checkpoint that is written after every epoch, every
+    folder: for checkpoints and log.jsonl. probe: a key of this run's lines in the log, if it is a probe, which may share
+    the folder with its pre-training. latest: name of the checkpoint that is written after every epoch, every
     `save_steps` steps and on a signal. state(): the script's own part of a checkpoint. paths: of the training images,
     for diagnoses. modules: the run ends once the loss, or a weight in every one of them, is not finite.
     """
@@ -55,11 +56,12 @@ class Run:
         print_freq: int = 10,
         save_steps: int | None = None,
         max_bad_images: int = 100,
+        probe: str | None = None,
     ):
         self.ctx, self.folder, self.latest, self.state, self.stop = ctx, folder, latest, state, stop
         self.sampler, self.optimizer, self.scaler = sampler, optimizer, scaler
         self.modules, self.paths, self.seed, self.epochs, self.precision = modules, paths, seed, epochs, precision
-        self.print_freq, self.save_steps = print_freq, save_steps
+        self.print_freq, self.save_steps, self.probe = print_freq, save_steps, probe
         self.unreadable = UnreadableFiles(max_bad_images)
         self.means = metrics.RunningMeans()
         self.epoch = self.step = 0  # whole epochs done, and steps of the epoch after them
@@ -82,7 +84,7 @@ class Run:
         if self.step:
             self.means.load_state_dict(saved["means"], self.ctx.device)
         if distributed.is_main():
-            metrics.truncate_jsonl(os.path.join(self.folder, LOG), self.epoch)
+            metrics.truncate_jsonl(os.path.join(self.folder, LOG), self.epoch, self.probe)
         where = f"epoch {self.epoch}" + (f" step {self.step}" if self.step else "")
         self.print(f"starting at {where} (counted from 0), device {self.ctx.device}, seed {self.seed}")
 
@@ -127,6 +129,7 @@ class Run:
         """The epoch's line of the log: means over all steps and ranks. All ranks must call this."""
         means = self.means.compute(over_ranks=True)
         return {
+            **({"probe": self.probe} if self.probe else {}),
             "epoch": self.epoch,
             "lr": self._learning_rate(),
             **means,
@@ -175,9 +178,9 @@ class Run:
             checkpoint.save(os.path.join(self.folder, name), state)
 
     def _learning_rate(self) -> float | list[float]:
-        """Of all parameter groups, or their list if they differ in purpose (a head each)."""
+        """The learning rate; of a probe the list of its heads'."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return rates if len(self.modules) > 1 else rates[0]
+        return rates if self.probe else rates[0]
 
     def _end(self, where: str) -> None:
         if self._signum:
