@@ -220,5 +220,12 @@ def load_exactly(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
-    """Load the momenta of a saved state; keep this run's options (weight decay, implementation, …)."""
+    """Load the momenta of a saved state; keep this run's options (weight decay, implementation, …).
+
+    Momenta get the memory layout of their weights. Published files hold contiguous ones, and with channels_last weights
+    fused SGD refuses those on a GPU and takes silently wrong steps on a CPU.
+    """
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for weight, state in optimizer.state.items():
+        if state.get("momentum_buffer") is not None:
+            state["momentum_buffer"] = torch.empty_like(weight).copy_(state["momentum_buffer"])

@@ -84,6 +84,8 @@ def launch(worker: Callable, args: tuple, **settings):
         spawn_args = (node, nodes, local_world_size, dist_url, backend, job)
         return _wait_for(mp.start_processes(_spawned, spawn_args, nprocs=local_world_size, join=False))
     device = device_of(gpu or 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # otherwise a context on GPU 0 as well
     if nodes > 1:
         return _join_and_run(DistContext(node, nodes, 0, 1, device), dist_url, backend, worker, args)
     return worker(DistContext(device=device), *args)

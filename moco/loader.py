@@ -1,5 +1,6 @@
 """Samplers, data loaders, and prefetching to the training device."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -94,13 +95,20 @@ def prefetch(batches: Iterable, prepare: Callable, device: torch.device, first_s
     On a GPU, prepare runs on a stream of its own: the host runs ahead of the GPU, so the next batch is copied and
     augmented while the current step still computes.
     """
-    on_gpu = device.type == "cuda"
-    training, side = (torch.cuda.current_stream(device), torch.cuda.Stream(device)) if on_gpu else (None, None)
     for step, (batch, unreadable) in enumerate(batches, first_step):
-        with torch.cuda.stream(side):  # no effect without a stream
+        if device.type != "cuda":
+            yield prepare(batch, step), unreadable
+            continue
+        side, training = _side_stream(device), torch.cuda.current_stream(device)
+        with torch.cuda.stream(side):
             tensors = prepare(batch, step)
-        if on_gpu:
-            training.wait_stream(side)
-            for tensor in tensors:
-                tensor.record_stream(training)  # the allocator must not reuse its memory before the step is done
+        training.wait_stream(side)
+        for tensor in tensors:
+            tensor.record_stream(training)  # the allocator must not reuse its memory before the step is done
         yield tensors, unreadable
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream per device for the life of the process: the allocator keeps memory for each stream it has seen."""
+    return torch.cuda.Stream(device)

@@ -31,8 +31,8 @@ class Run:
                 run.after_step(loss=loss)        # may save, or end the run
             run.end_epoch(run.epoch_stats(), [])
 
-    folder: for checkpoints and log.jsonl. probe: a key of this run's lines in the log, if it is a probe, which may share
-    the folder with its pre-training. latest: name of the checkpoint that is written after every epoch, every
+    folder: for checkpoints and log.jsonl. probe: a key of this run's lines in the log, if it is a probe, which may
+    share the folder with its pre-training. latest: name of the checkpoint that is written after every epoch, every
     `save_steps` steps and on a signal. state(): the script's own part of a checkpoint. paths: of the training images,
     for diagnoses. modules: the run ends once the loss, or a weight in every one of them, is not finite.
     """
