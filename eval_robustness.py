@@ -89,8 +89,18 @@ def parse_rows(entries: Iterable[str]) -> dict[str, list[str]]:
             name = files = entry
         if name in rows:
             raise UsageError(f"--pretrained {entry}: the name {name} is taken by another row")
-        rows[name] = files.split(",")
+        rows[name] = split_files(files)
     return rows
+
+
+def split_files(text: str) -> list[str]:
+    """The files of FILE[,FILE…]; a comma within the path of an existing file does not separate."""
+    files, pieces = [], text.split(",")
+    while pieces:
+        lengths = [n for n in range(len(pieces), 0, -1) if os.path.exists(",".join(pieces[:n]))] or [1]
+        files.append(",".join(pieces[: lengths[0]]))
+        pieces = pieces[lengths[0] :]
+    return files
 
 
 def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> tuple[list, list[dict], list[str], int]:

@@ -25,14 +25,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moco import checkpoint, classifier, datasets, distributed, images, launch, loader, metrics, options, released
+from moco import (
+    checkpoint,
+    classifier,
+    contents,
+    datasets,
+    distributed,
+    images,
+    launch,
+    loader,
+    metrics,
+    options,
+    released,
+)
 from moco.classifier import LinearHeads
 from moco.datasets import ImageFolder, ImageList, RetryDataset, StrictDataset
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
 from moco.errors import UsageError, cli_main
 from moco.loader import GlobalBatchSampler
-from moco.run import Run
+from moco.run import Run, check_unused
 from moco.signals import StopSignal
 
 
@@ -52,7 +64,8 @@ def parse_args() -> argparse.Namespace:
     options.add_data_options(parser, nargs="?")
     # fmt: off
     model = parser.add_argument_group("model")
-    model.add_argument("-a", "--arch", default="resnet50", choices=ARCHS, metavar="ARCH", help="as in pre-training")
+    model.add_argument("-a", "--arch", choices=ARCHS, metavar="ARCH",
+                       help="as in pre-training; default: that of the checkpoint, else resnet50")
     model.add_argument("--pretrained", default="", metavar="FILE",
                        help="pre-training checkpoint, torchvision state_dict or released:NAME; none: random weights")
     model.add_argument("--export-backbone", metavar="FILE",
@@ -75,15 +88,16 @@ def parse_args() -> argparse.Namespace:
     if args.data is None and not args.export_backbone:
         parser.error("the following arguments are required: DIR")
     pattern = re.escape(latest_name(args.pretrained))
+    if distributed.restarted():
+        args.resume = checkpoint.resume_path("auto", args.ckpt_path, pattern) or args.resume
     args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, pattern)
     return args
 
 
 def run_name(pretrained: str) -> str:
-    """The E of the file names: the pre-training epoch in the checkpoint's name, else that name, else 'random'."""
+    """The E of the file names, by the published rule: the last part of the checkpoint's name, between _ and dot."""
     name = os.path.basename(pretrained).removeprefix(released.SCHEME)
-    epoch = re.search(r"_(\d{4,})\.", name)
-    return epoch[1] if epoch else name.split(".")[0] or "random"
+    return name.split("_")[-1].split(".")[0] or "random"
 
 
 def latest_name(pretrained: str) -> str:
@@ -102,6 +116,13 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     batch_size = options.per_rank(args.batch_size, local_world_size)
     workers = options.workers_per_rank(args.workers, local_world_size)
     options.check_folder("--ckpt_path", args.ckpt_path)
+    if not args.evaluate:
+        name = re.escape(run_name(args.pretrained))
+        files = rf"(checkpoint_robust|model_best)_{name}\.pth\.tar"
+        check_unused(args.ckpt_path, args.resume, files, probe=run_name(args.pretrained))
+    saved = checkpoint.load(args.resume) if args.resume else {}
+    pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
+    args.arch = args.arch or arch_of_files(args, saved, pretrained)
     train, val = list_data(args)
     derived = {
         "processes": f"{world_size}, with {workers} loader workers each",
@@ -115,16 +136,16 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
             "images per step": sampler.global_batch_size,
             "steps per epoch": len(sampler),
         }
-    saved = load_resume(args, val.classes, sampler) if args.resume else {}
-    backbone, pretrained = load_backbone(args) if args.pretrained else ({}, {})
+    backbone, origin = find_backbone(args, pretrained) if pretrained else ({}, "random weights")
+    if saved:
+        check_resume(args, saved, val.classes, sampler, backbone)
     image_size = args.image_size or (saved or pretrained).get("image_size", 224)
     with torch.device("meta"):
         model = build_encoder(args.arch, len(val.classes)).eval()
     classifier.check_image_size(model, args.arch, image_size)
-    derived["crops"] = f"{image_size} px"
-    return Inputs(
-        train, val, backbone, pretrained.get("options") or saved.get("pretraining"), saved, image_size
-    ), derived
+    derived |= {"network": args.arch, "crops": f"{image_size} px"} | ({"backbone": origin} if pretrained else {})
+    options_of_pretraining = pretrained.get("options") or saved.get("pretraining")
+    return Inputs(train, val, backbone, options_of_pretraining, saved, image_size), derived
 
 
 def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder]:
@@ -139,37 +160,48 @@ def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder
     return train, val
 
 
-def load_resume(args: argparse.Namespace, classes: list[str], sampler: GlobalBatchSampler | None) -> dict:
-    """The linear checkpoint of --resume, if it can be tested on these classes or its training continued."""
+def arch_of_files(args: argparse.Namespace, saved: Mapping, pretrained: Mapping) -> str:
+    """The architecture that --resume or --pretrained names, else the default."""
+    of_resume = contents.arch_of(saved, f"--resume {args.resume}")
+    return of_resume or contents.arch_of(pretrained, f"--pretrained {args.pretrained}") or "resnet50"
+
+
+def check_resume(
+    args: argparse.Namespace, saved: dict, classes: list[str], sampler: GlobalBatchSampler | None, backbone: dict
+) -> None:
+    """Refuse the linear checkpoint of --resume if it cannot be tested on these classes or its training continued."""
     source = f"--resume {args.resume}"
-    saved = checkpoint.load(args.resume)
-    classifier.check_classes(saved, classes, source)
+    classifier.check_linear(saved, source)
     check_arch(args, saved, source)
+    classifier.check_classes(saved, classes, source)
+    own = checkpoint.strip_prefix(saved["state_dict"])
+    if different := [name for name, value in backbone.items() if not torch.equal(own.get(name, value), value)]:
+        raise UsageError(
+            f"{source}: it is the probe of another backbone than --pretrained {args.pretrained} ({different[0]}"
+            f" differs); it was made from {saved.get('pretrained') or 'an unknown file'}"
+        )
+    if sampler is None:
+        return
     if not {"epoch", "best_acc1", "optimizer"} <= saved.keys():
         raise UsageError(f"{source}: not a linear checkpoint; --resume takes what this script saved")
-    with torch.device("meta"):
-        model = build_encoder(args.arch, checkpoint.num_outputs(saved, source))
-    checkpoint.check_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), source)
-    if sampler is None:
-        return saved
     heads = len(saved.get("lrs", [None]))
     if heads != len(args.lr):
         raise UsageError(f"{source}: it has heads for {heads} learning rates, --lr has {len(args.lr)}")
     if saved["epoch"] >= args.epochs:
         raise UsageError(f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue")
     checkpoint.check_data_order(saved, source, args.seed, sampler.num_images, sampler.global_batch_size)
-    return saved
+    shapes = [own[name] for name in checkpoint.FC_KEYS] * heads
+    contents.check_optimizer(saved.get("optimizers") or saved["optimizer"], source, shapes)
 
 
-def load_backbone(args: argparse.Namespace) -> tuple[dict, dict]:
-    """The backbone weights of --pretrained, and the whole checkpoint."""
+def find_backbone(args: argparse.Namespace, pretrained: Mapping) -> tuple[dict, str]:
+    """The backbone weights of --pretrained, and where in the file they were."""
     source = f"--pretrained {args.pretrained}"
-    pretrained = checkpoint.load(args.pretrained, "--pretrained")
+    contents.check_values(pretrained, source)
     check_arch(args, pretrained, source)
-    weights = checkpoint.backbone_weights(pretrained, source)
     with torch.device("meta"):
-        checkpoint.check_exactly(build_encoder(args.arch, 1), weights, source, checkpoint.FC_KEYS)
-    return weights, pretrained
+        network = build_encoder(args.arch, 1)
+    return checkpoint.find_backbone(pretrained, source, network)
 
 
 def check_arch(args: argparse.Namespace, saved: Mapping, source: str) -> None:
@@ -205,13 +237,11 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     optimizer = build_optimizer(heads, args)
     ddp_heads = distributed.wrap_ddp(heads, ctx.device)
     dtype = DTYPES[args.precision]
-    best = classifier.BestHead(
-        inputs.saved.get("best_acc1s", [float(inputs.saved.get("best_acc1", 0))] * len(heads)),
-        inputs.saved.get("winner", 0),
-    )
+    best_acc1s = inputs.saved.get("best_acc1s", [float(inputs.saved.get("best_acc1", -1))] * len(heads))
+    best = classifier.BestHead(best_acc1s, inputs.saved.get("winner", 0))
     run = Run(
         ctx, args.ckpt_path, latest=latest_name(args.pretrained), stop=stop, sampler=sampler, optimizer=optimizer,
-        state=functools.partial(checkpoint_state, args, inputs, backbone, heads, best), modules=list(heads),
+        state=functools.partial(checkpoint_state, args, inputs, backbone, heads, optimizer, best), modules=list(heads),
         paths=train.paths, seed=seed, epochs=args.epochs, precision=args.precision, print_freq=args.print_freq,
         save_steps=args.save_steps, max_bad_images=args.max_bad_images, probe=run_name(args.pretrained),
     )  # fmt: skip
@@ -312,20 +342,29 @@ def to_device(batch: tuple, rng, device: torch.device) -> tuple[torch.Tensor, to
 
 
 def checkpoint_state(
-    args: argparse.Namespace, inputs: Inputs, backbone: nn.Module, heads: LinearHeads, best: classifier.BestHead
+    args: argparse.Namespace,
+    inputs: Inputs,
+    backbone: nn.Module,
+    heads: LinearHeads,
+    optimizer: torch.optim.Optimizer,
+    best: classifier.BestHead,
 ) -> dict:
-    """What a linear checkpoint holds besides the state of the run; its `state_dict` has the last epoch's winner."""
+    """What a linear checkpoint holds besides the state of the run: the last epoch's winner as the published script
+    saves its only head, and all heads."""
     winner = dict(zip(checkpoint.FC_KEYS, heads[best.winner].state_dict().values()))
     return {
         "arch": args.arch,
         "state_dict": checkpoint.add_prefix({**backbone.state_dict(), **winner}),
-        "best_acc1": max(best.acc1s),
+        "best_acc1": torch.tensor(max(0.0, *best.acc1s)),
+        "optimizer": checkpoint.optimizer_of_group(optimizer.state_dict(), best.winner),
         "wnids": inputs.val.classes,
         "image_size": inputs.image_size,
         "lrs": args.lr,
         "best_acc1s": best.acc1s,
         "winner": best.winner,
         "heads": heads.state_dict(),
+        "optimizers": optimizer.state_dict(),
+        "pretrained": args.pretrained,
         "pretraining": inputs.pretraining,
     }
 
@@ -354,11 +393,15 @@ def export_backbone(args: argparse.Namespace) -> None:
     if not args.pretrained:
         raise UsageError("--export-backbone needs --pretrained, the checkpoint whose backbone to write")
     options.check_file("--export-backbone", args.export_backbone)
-    weights, _ = load_backbone(args)
+    pretrained = checkpoint.load(args.pretrained, "--pretrained")
+    args.arch = args.arch or arch_of_files(args, {}, pretrained)
+    weights, origin = find_backbone(args, pretrained)
     if args.dry_run:
-        return options.print_config(args, {"tensors": len(weights), "dry run": "nothing was written"}, args.verbose)
+        return options.print_config(
+            args, {"network": args.arch, "backbone": origin, "dry run": "nothing was written"}, args.verbose
+        )
     checkpoint.save(args.export_backbone, weights)
-    print(f"wrote {args.export_backbone}, {len(weights)} tensors of {args.arch}")
+    print(f"wrote {args.export_backbone}, a {args.arch}: {origin}")
 
 
 def main() -> None:

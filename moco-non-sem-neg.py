@@ -25,6 +25,7 @@ from moco import (
     augment,
     checkpoint,
     classifier,
+    contents,
     datasets,
     distributed,
     images,
@@ -41,7 +42,7 @@ from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
 from moco.errors import UsageError, cli_main, is_local_main
 from moco.loader import GlobalBatchSampler
-from moco.run import Run
+from moco.run import Run, check_unused
 from moco.signals import StopSignal
 
 ROBUST_ALIASES = {"patch": "patch", "nonsem": "patch", "texture": "texture", "texture_syn": "texture", "none": "none"}
@@ -49,6 +50,9 @@ SAVED_OPTIONS = (
     "moco_dim", "moco_k", "moco_m", "moco_t", "mlp", "aug_plus", "robust", "num_nonsem", "alpha",
     "patch_ratio", "image_size", "batch_size", "lr", "epochs", "cos", "schedule", "precision",
 )  # fmt: skip
+
+
+CHECKPOINTS = r"checkpoint_(\d{4,}|latest)\.pth\.tar"
 
 
 class Inputs(NamedTuple):
@@ -64,8 +68,9 @@ def parse_args() -> argparse.Namespace:
     options.add_data_options(parser)
     # fmt: off
     model = parser.add_argument_group("model")
-    model.add_argument("-a", "--arch", default="resnet50", choices=ARCHS, metavar="ARCH",
-                       help="encoder: resnet10 or a torchvision model with a final fc")
+    model.add_argument("-a", "--arch", choices=ARCHS, metavar="ARCH",
+                       help="encoder: resnet10 or a torchvision model with a final fc; default: that of --resume, else"
+                       " resnet50")
     model.add_argument("--moco-dim", default=128, type=options.positive_int, metavar="C", help="feature dimension")
     model.add_argument("--moco-k", default=65536, type=options.positive_int, metavar="K", help="queue length")
     model.add_argument("--moco-m", default=0.999, type=options.unit_float, metavar="M",
@@ -105,7 +110,9 @@ def parse_args() -> argparse.Namespace:
     args.robust = ROBUST_ALIASES[args.robust] if args.num_nonsem else "none"
     if args.robust == "none":
         args.num_nonsem = 0
-    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, r"checkpoint_(\d{4,}|latest)\.pth\.tar")
+    if distributed.restarted():
+        args.resume = checkpoint.resume_path("auto", args.ckpt_path, CHECKPOINTS) or args.resume
+    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, CHECKPOINTS)
     return args
 
 
@@ -123,10 +130,14 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     if args.robust == "texture" and args.num_nonsem != 1:
         raise UsageError(f"--num-nonsem {args.num_nonsem}: there is one texture per photo; with --robust texture use 1")
     options.check_epochs(args)
+    saved = checkpoint.load(args.resume) if args.resume else {}
+    args.arch = args.arch or contents.arch_of(saved, f"--resume {args.resume}") or "resnet50"
     local_world_size, world_size = launch.resolve_world_size(**options.launch_settings(args))
     if args.preview:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
     options.check_folder("--ckpt_path", args.ckpt_path)
+    if not args.preview:
+        check_unused(args.ckpt_path, args.resume, CHECKPOINTS, probe=None)
     data = datasets.list_training_images(args.data, with_textures=args.robust == "texture")
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
@@ -142,7 +153,8 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     )
     if args.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UsageError("--compile: on a CPU it needs a C++ compiler, and there is no g++; leave it out")
-    saved = load_resume(args, data, sampler) if args.resume else {}
+    if saved:
+        check_resume(args, saved, data, sampler)
     workers = options.workers_per_rank(args.workers, local_world_size)
     return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved), {
         "processes": f"{world_size}, with {workers} loader workers each",
@@ -154,17 +166,20 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     }
 
 
-def load_resume(args: argparse.Namespace, data: TrainingImages, sampler: GlobalBatchSampler) -> dict:
-    """The checkpoint of --resume, if this run can continue it."""
+def check_resume(args: argparse.Namespace, saved: dict, data: TrainingImages, sampler: GlobalBatchSampler) -> None:
+    """Refuse the checkpoint of --resume if this run cannot continue it."""
     source = f"--resume {args.resume}"
-    saved = checkpoint.load(args.resume)
     checkpoint.check_pretraining(saved, source, vars(args), data.classes)
     checkpoint.check_data_order(saved, source, args.seed, sampler.num_images, sampler.global_batch_size)
+    state = checkpoint.strip_prefix(saved["state_dict"])
     with torch.device("meta"):
-        checkpoint.check_exactly(build_model(args, torch.float32), checkpoint.strip_prefix(saved["state_dict"]), source)
+        model = build_model(args, torch.float32)
+    checkpoint.check_exactly(model, state, source)
+    checkpoint.check_finite(state, source)
+    if saved.get("optimizer"):
+        contents.check_optimizer(saved["optimizer"], source, list(model.parameters()))
     if saved["epoch"] >= args.epochs:
         raise UsageError(f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue")
-    return saved
 
 
 # ---------------------------------------------------------------- training
@@ -309,6 +324,8 @@ def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> N
         print(f"photos skipped because they have no texture: {inputs.train.unmatched}")
     if args.knn and not inputs.knn:
         print(f"--knn is skipped: {args.data} has no val/ with the same classes")
+    if inputs.saved and not inputs.saved.get("optimizer"):
+        print(f"--resume {args.resume} has no optimizer: the momenta start at zero")
     if args.patch_size != 32:
         print("--patch-size is ignored; --patch-ratio sets the patch sizes")
     if not images.has_fast_jpeg():

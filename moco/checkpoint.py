@@ -9,14 +9,17 @@ import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
+from moco import contents
 from moco.errors import RunError, UsageError, first_line
 
 PREFIX = "module."
 FC_KEYS = ("fc.weight", "fc.bias")
+COUNTER = "num_batches_tracked"
 
 
 def save(path: str, state: Mapping) -> None:
@@ -44,7 +47,7 @@ def save(path: str, state: Mapping) -> None:
 
 def prune(folder: str, keep: int, pattern: str) -> None:
     """Remove all but the last `keep` files of the folder whose names match `pattern`, a regular expression."""
-    for name in _matching(folder, pattern)[:-keep]:
+    for name in matching(folder, pattern)[:-keep]:
         os.remove(os.path.join(folder, name))
 
 
@@ -56,11 +59,12 @@ def resume_path(resume: str, folder: str, pattern: str) -> str:
     """
     if resume != "auto":
         return resume
-    matching = _matching(folder, pattern)
-    return os.path.join(folder, matching[-1]) if matching else ""
+    names = matching(folder, pattern)
+    return os.path.join(folder, names[-1]) if names else ""
 
 
-def _matching(folder: str, pattern: str) -> list[str]:
+def matching(folder: str, pattern: str) -> list[str]:
+    """The folder's files whose names match the regular expression, in the order of `resume_path`."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
     return sorted((name for name in names if re.fullmatch(pattern, name)), key=lambda name: (len(name), name))
 
@@ -109,7 +113,8 @@ def add_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def strip_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(PREFIX): value for name, value in state_dict.items()}
+    """The names without the prefixes that DistributedDataParallel (even twice) and torch.compile add."""
+    return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value for name, value in state_dict.items()}
 
 
 def nonfinite(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
@@ -119,20 +124,71 @@ def nonfinite(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name, good in zip(values, torch.stack(finite).tolist() if finite else []) if not good]
 
 
-def backbone_weights(checkpoint: Mapping, source: str) -> dict[str, torch.Tensor]:
-    """The backbone's weights, with torchvision's names and without a head, of a loaded checkpoint.
+class Backbone(NamedTuple):
+    """The weights of a backbone, with torchvision's names and without a head, and where in the file they were."""
 
-    Accepts pre-training checkpoints (their query encoder), linear ones, and plain torchvision state_dicts.
-    Raises UsageError if there are none, or if one holds NaN or an infinite value.
+    weights: dict[str, torch.Tensor]
+    origin: str
+
+
+def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> Backbone:
+    """The weights for `network` (on the meta device; its fc is left out) in a loaded checkpoint.
+
+    They may be under any prefix: pre-training checkpoints (the query encoder), linear ones, plain torchvision
+    state_dicts, and files of other projects, whose weights are in `model`, `teacher`, `backbone.`, `encoder.`, …, or
+    numbered as in nn.Sequential(*network.children()). Raises UsageError if the network is not in the file, is only
+    a part of a larger one, or if a weight has another shape or is not finite.
     """
-    state = strip_prefix(checkpoint.get("state_dict", checkpoint))
-    query = {name.removeprefix("encoder_q."): value for name, value in state.items() if name.startswith("encoder_q.")}
-    weights = {name: value for name, value in (query or state).items() if not name.startswith("fc.")}
-    if not weights or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    state, container = _tensors_of(checkpoint)
+    if not state:
         raise UsageError(f"{source}: it holds no backbone weights")
+    own = {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}
+    children = {str(i): name for i, (name, _) in enumerate(network.named_children())}
+    for prefix in _prefixes(state, next(iter(own)), children):
+        found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if not found.keys() & own.keys():
+            found = {_by_name(name, children): value for name, value in found.items()}
+        if all(name in found or name.endswith(COUNTER) for name in own):
+            break
+    else:
+        names = ", ".join(list(state)[:2])
+        raise UsageError(f"{source}: it holds no weights of this --arch ({names}, …); check --arch")
+    modules = {name.split(".")[0] for name in own}
+    weights = {name: value for name, value in found.items() if name.split(".")[0] in modules}
+    check_exactly(network, weights, source, FC_KEYS)
     if broken := nonfinite(weights):
         raise UsageError(f"{source}: {broken[0]} holds infinite values or NaN; use an earlier checkpoint")
-    return weights
+    for name, value in own.items():  # PyTorch before 0.4.1 did not count batches
+        weights.setdefault(name, torch.zeros_like(value, device="cpu"))
+    where = f"{container + ': ' if container else ''}{prefix}*"
+    return Backbone(weights, f"{len(weights)} tensors from {where}, {len(state) - len(weights)} others left out")
+
+
+def _tensors_of(checkpoint: Mapping) -> tuple[dict[str, torch.Tensor], str]:
+    """The state_dict in a file, and its name there ("" if it is the file itself)."""
+    for container in ("state_dict", "model_state_dict", "model", "teacher", "network", "net"):
+        state = checkpoint.get(container)
+        if isinstance(state, Mapping) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
+            return dict(state), container
+    if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return dict(checkpoint), ""
+    return {}, ""
+
+
+def _prefixes(state: Mapping, first: str, children: Mapping[str, str]) -> list[str]:
+    """What precedes the network's first weight in the file's names; a momentum encoder's prefix comes last."""
+    numbers = {name: number for number, name in children.items()}
+    module, rest = first.split(".", 1)
+    ends = [first] + ([f"{numbers[module]}.{rest}"] if module in numbers else [])
+    found = {name.removesuffix(end) for name in state for end in ends if name.endswith(end)}
+    found = [prefix for prefix in found if prefix == "" or prefix.endswith(".")]
+    momentum = re.compile("momentum|encoder_k|target|student|ema")
+    return sorted(found, key=lambda prefix: (momentum.search(prefix) is not None, len(prefix), prefix))
+
+
+def _by_name(name: str, children: Mapping[str, str]) -> str:
+    first, _, rest = name.partition(".")
+    return f"{children.get(first, first)}.{rest}"
 
 
 def num_outputs(saved: Mapping, source: str) -> int:
@@ -146,18 +202,23 @@ def num_outputs(saved: Mapping, source: str) -> int:
     return len(state["fc.bias"])
 
 
-def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Sequence[str]) -> None:
-    """Raise UsageError unless a run with these options ({name: value}) and classes can resume from `saved`."""
-    if not {"epoch", "arch", "state_dict", "optimizer"} <= saved.keys():
-        raise UsageError(f"{source}: not a pre-training checkpoint; --resume takes a checkpoint_*.pth.tar")
-    state = strip_prefix(saved["state_dict"])
-    if "queue" not in state:
-        raise UsageError(f"{source}: it has no queue, so it is not a pre-training checkpoint")
-    if broken := nonfinite(state):
+def check_finite(state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise UsageError if a tensor holds an infinite value or NaN."""
+    if broken := nonfinite(state_dict):
         raise UsageError(
             f"{source}: {len(broken)} of its tensors, {broken[0]} the first, hold infinite values or NaN; use an"
             " earlier one"
         )
+
+
+def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Sequence[str]) -> None:
+    """Raise UsageError unless a run with these options ({name: value}) and classes can resume from `saved`."""
+    if not {"epoch", "arch", "state_dict"} <= saved.keys():
+        raise UsageError(f"{source}: not a pre-training checkpoint; --resume takes a checkpoint_*.pth.tar")
+    contents.check_values(saved, source)
+    state = strip_prefix(saved["state_dict"])
+    if "queue" not in state:
+        raise UsageError(f"{source}: it has no queue, so it is not a pre-training checkpoint")
     dim, length = state["queue"].shape if state["queue"].dim() == 2 else (0, 0)
     known = saved.get("options", {})  # published files hold no options
     saved_with = {
@@ -168,7 +229,11 @@ def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Se
         **{name: known[name] for name in ("aug_plus", "image_size", "robust") if name in known},
     }
     check_same(source, {f"--{name.replace('_', '-')}": (there, options[name]) for name, there in saved_with.items()})
-    check_same(source, {"classes": (_count_and_names(saved.get("classes", classes)), _count_and_names(classes))})
+    if saved.get("classes", classes) != classes:
+        raise UsageError(
+            f"{source}: it was saved with classes {_count_and_names(saved['classes'])}, this run has"
+            f" {_count_and_names(classes)}"
+        )
 
 
 def check_data_order(saved: Mapping, source: str, seed: int | None, images: int, images_per_step: int) -> None:
@@ -191,19 +256,31 @@ def check_same(source: str, pairs: Mapping[str, tuple]) -> None:
             raise UsageError(f"{source}: it was saved with {what} {there}, this run has {here}")
 
 
-def _count_and_names(names: Sequence[str]) -> str:
-    return f"{len(names)}: {', '.join(names)}"
+def _count_and_names(names: Sequence[str], count: int = 5) -> str:
+    return f"{len(names)}: {', '.join(names[:count])}" + (", …" if len(names) > count else "")
 
 
 def check_exactly(
     module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str, allowed_missing: Sequence[str] = ()
 ) -> None:
-    """Raise UsageError for any missing, unexpected or misshapen entry, except the allowed missing ones."""
+    """Raise UsageError for any entry that is missing (except the allowed ones and the batch counts, which PyTorch once
+    did not have), unexpected, of another shape, or not an ordinary tensor of the same kind of number."""
     own = module.state_dict()
-    missing = [name for name in own if name not in state_dict and name not in allowed_missing]
+    missing = [name for name in own if name not in {*state_dict, *allowed_missing} and not name.endswith(COUNTER)]
     unexpected = [name for name in state_dict if name not in own]
-    misshapen = [name for name in own if name in state_dict and own[name].shape != state_dict[name].shape]
-    for fault, names in (("lacks", missing), ("has the unknown", unexpected), ("has another shape for", misshapen)):
+    both = [(name, own[name], state_dict[name]) for name in own if name in state_dict]
+    misshapen = [name for name, mine, other in both if mine.shape != other.shape]
+    odd = [
+        name
+        for name, mine, other in both
+        if not contents.is_dense(other) or mine.is_floating_point() != other.is_floating_point()
+    ]
+    for fault, names in (
+        ("lacks", missing),
+        ("has the unknown", unexpected),
+        ("has another shape for", misshapen),
+        ("has another kind of tensor for", odd),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UsageError(
@@ -219,12 +296,23 @@ def load_exactly(
     module.load_state_dict(state_dict, strict=False)
 
 
+def optimizer_of_group(state: Mapping, index: int) -> dict:
+    """The state of an optimizer as it would be with one of its parameter groups alone."""
+    group = state["param_groups"][index]
+    return {
+        "state": {new: state["state"][old] for new, old in enumerate(group["params"]) if old in state["state"]},
+        "param_groups": [{**group, "params": list(range(len(group["params"])))}],
+    }
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
-    """Load the momenta of a saved state; keep this run's options (weight decay, implementation, …).
+    """Load the momenta of a saved state, if there is one; keep this run's options (weight decay, implementation, …).
 
     Momenta get the memory layout of their weights. Published files hold contiguous ones, and with channels_last weights
     fused SGD refuses those on a GPU and takes silently wrong steps on a CPU.
     """
+    if not saved:  # a published file whose optimizer was removed
+        return
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
     for weight, state in optimizer.state.items():
         if state.get("momentum_buffer") is not None:

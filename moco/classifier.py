@@ -11,9 +11,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from moco import augment, checkpoint, datasets, distributed, loader, metrics
+from moco import augment, checkpoint, contents, datasets, distributed, loader, metrics
 from moco.distributed import DistContext
-from moco.encoders import ARCHS, autocast, build_encoder
+from moco.encoders import autocast, build_encoder
 from moco.errors import UsageError, first_line
 
 KNN_K, KNN_TEMPERATURE = 200, 0.07
@@ -25,7 +25,7 @@ KNN_K, KNN_TEMPERATURE = 200, 0.07
 def build_probe(arch: str, classes: int, backbone: Mapping[str, torch.Tensor]) -> nn.Module:
     """`arch` with these backbone weights, frozen, and a new head of `classes` outputs: N(0, 0.01), bias 0.
 
-    backbone: as returned by checkpoint.backbone_weights; {} for random weights. Raises UsageError if it does not fit.
+    backbone: the weights that checkpoint.find_backbone returns; {} for random ones.
     """
     model = build_encoder(arch, classes)
     if backbone:
@@ -47,12 +47,26 @@ class LinearHeads(nn.ModuleList):
 def load_classifier(path: str, option: str = "--pretrained") -> tuple[nn.Module, dict]:
     """(model in eval mode, checkpoint) of a linear checkpoint, with a head as wide as the file's."""
     saved = checkpoint.load(path, option)
-    width = checkpoint.num_outputs(saved, f"{option} {path}")
-    if saved.get("arch") not in ARCHS:
-        raise UsageError(f"{option} {path}: its arch {saved.get('arch')!r} is none of {', '.join(ARCHS)}")
-    model = build_encoder(saved["arch"], width)
-    checkpoint.load_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), f"{option} {path}")
+    check_linear(saved, f"{option} {path}")
+    model = build_encoder(saved["arch"], checkpoint.num_outputs(saved, f"{option} {path}"))
+    model.load_state_dict(checkpoint.strip_prefix(saved["state_dict"]), strict=False)
     return model.eval(), saved
+
+
+def check_linear(saved: Mapping, source: str) -> None:
+    """Raise UsageError unless this is a linear checkpoint whose weights are complete and finite."""
+    outputs = checkpoint.num_outputs(saved, source)
+    if "arch" not in saved:
+        raise UsageError(f"{source}: not a linear checkpoint, it has no arch")
+    contents.check_values(saved, source)
+    with torch.device("meta"):
+        model = build_encoder(saved["arch"], outputs)
+    state = checkpoint.strip_prefix(saved["state_dict"])
+    checkpoint.check_exactly(model, state, source)
+    checkpoint.check_finite(state, source)
+    contents.check_heads(saved, source, model.fc)
+    if len(saved.get("wnids", [])) > outputs:
+        raise UsageError(f"{source}: it names {len(saved['wnids'])} classes, but its head has {outputs} outputs")
 
 
 def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
@@ -93,18 +107,18 @@ def check_frozen(backbone: nn.Module, frozen: Mapping[str, torch.Tensor]) -> Non
 
 
 class BestHead:
-    """The best validation top-1 of each head so far, in percent, and the head that won the last epoch."""
+    """The best validation top-1 of each head so far, in percent (-1 before the first), and the last epoch's winner."""
 
     def __init__(self, acc1s: Sequence[float], winner: int):
         self.acc1s, self.winner = list(acc1s), winner
 
     def update(self, heads: LinearHeads, results: Sequence[Mapping]) -> bool:
-        """Take an epoch's results of `evaluate`; True if its winner is as good as any before. NaN weights never win."""
+        """Take an epoch's results of `evaluate`; True if its winner beats all before. NaN weights never win."""
         acc1s = [
-            0.0 if checkpoint.nonfinite(head.state_dict()) else result["acc1"] for head, result in zip(heads, results)
+            -1.0 if checkpoint.nonfinite(head.state_dict()) else result["acc1"] for head, result in zip(heads, results)
         ]
         self.winner = acc1s.index(max(acc1s))
-        is_best = acc1s[self.winner] >= max(self.acc1s)
+        is_best = acc1s[self.winner] > max(self.acc1s)
         self.acc1s = [max(pair) for pair in zip(acc1s, self.acc1s)]
         return is_best
 
@@ -224,6 +238,9 @@ def knn_accuracy(
     """
     was_training = encoder.training
     encoder.eval()
+    distributed.broadcast_buffers(
+        encoder
+    )  # one rank's BatchNorm statistics for all: rank 0's, which are the saved ones
     bank, labels = (distributed.gather_uneven(share) for share in fc_inputs(encoder, train_batches, device))
     queries, targets = fc_inputs(encoder, val_batches, device)
     encoder.train(was_training)

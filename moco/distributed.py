@@ -28,6 +28,11 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def restarted() -> bool:
+    """Whether torchrun started this process again after a failure (--max-restarts)."""
+    return under_torchrun() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -128,6 +133,13 @@ def broadcast_int(number: int, device: torch.device) -> int:
     shared = torch.tensor(number, device=device)
     dist.broadcast(shared, src=0)
     return shared.item()
+
+
+def broadcast_buffers(module: nn.Module) -> None:
+    """Give all ranks rank 0's buffers of the module."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 @torch.no_grad()

@@ -72,9 +72,27 @@ class RunningMeans:
 
 
 def append_jsonl(path: str, record: Mapping) -> None:
-    """Append one line to the log. Floats keep six significant digits. Raises RunError if it cannot be written."""
+    """Append one line to the log, durably. Floats keep six significant digits. Raises RunError if that fails."""
     with _log_errors(path), open(path, "a") as file:
         file.write(json.dumps(_rounded(dict(record))) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: str) -> tuple[list[dict], int]:
+    """The records of a log, and how many damaged lines it has: a crash may leave half a line, zeros or an empty one."""
+    records, damaged = [], 0
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                record = None
+            if isinstance(record, dict) and type(record.get("epoch")) is int:
+                records.append(record)
+            else:
+                damaged += 1
+    return records, damaged
 
 
 def _rounded(value):
@@ -85,21 +103,20 @@ def _rounded(value):
     return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def truncate_jsonl(path: str, epoch: int, probe: str | None = None) -> None:
-    """Drop the lines of `epoch` and later epochs, which a resumed run writes again. Raises RunError as above.
+def truncate_jsonl(path: str, epoch: int, probe: str | None = None) -> int:
+    """Drop the lines of `epoch` and later epochs, which a resumed run writes again; return how many were damaged.
 
-    probe: None for pre-training; a probe in the same folder has lines with its own value of that key.
+    probe: None for pre-training; a probe in the same folder has lines with its own value of that key. Raises RunError.
     """
-    if os.path.exists(path):
-        with open(path) as file:
-            lines = [line for line in file if line.endswith("\n")]  # a killed process may leave half a line
-        records = [json.loads(line) for line in lines]
+    records, damaged = read_jsonl(path)
+    kept = [record for record in records if record.get("probe") != probe or record["epoch"] < epoch]
+    if len(kept) < len(records) or damaged:
         partial = f"{path}.partial"
-        with _log_errors(path), open(partial, "w") as file:
-            file.writelines(
-                line for line, record in zip(lines, records) if record.get("probe") != probe or record["epoch"] < epoch
-            )
-        os.replace(partial, path)
+        with _log_errors(path):
+            with open(partial, "w") as file:
+                file.writelines(json.dumps(record) + "\n" for record in kept)
+            os.replace(partial, path)
+    return damaged
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch.nn as nn
 
 from moco import checkpoint, distributed, metrics
 from moco.distributed import DistContext
-from moco.errors import RunError, UsageError
+from moco.errors import RunError, UsageError, one_line
 from moco.loader import GlobalBatchSampler, prefetch
 from moco.progress import Progress
 from moco.signals import StopSignal, exit_on_signal
@@ -76,7 +76,7 @@ class Run:
         """
         self.epoch, self.step = saved.get("epoch", start_epoch), saved.get("step", 0)
         if saved:
-            checkpoint.load_optimizer(self.optimizer, saved["optimizer"])
+            checkpoint.load_optimizer(self.optimizer, saved.get("optimizers") or saved.get("optimizer"))
             if self.scaler is not None and saved.get("scaler"):  # empty if it was saved in another precision
                 self.scaler.load_state_dict(saved["scaler"])
             self.unreadable.known = dict(saved.get("bad_images", {}))
@@ -84,7 +84,9 @@ class Run:
         if self.step:
             self.means.load_state_dict(saved["means"], self.ctx.device)
         if distributed.is_main():
-            metrics.truncate_jsonl(os.path.join(self.folder, LOG), self.epoch, self.probe)
+            dropped = metrics.truncate_jsonl(os.path.join(self.folder, LOG), self.epoch, self.probe)
+            if dropped:
+                print(f"{LOG}: dropped {dropped} damaged lines", flush=True)
         where = f"epoch {self.epoch}" + (f" step {self.step}" if self.step else "")
         self.print(f"starting at {where} (counted from 0), device {self.ctx.device}, seed {self.seed}")
 
@@ -222,6 +224,24 @@ class Run:
         )
 
 
+def check_unused(folder: str, resume: str, checkpoints: str, probe: str | None) -> None:
+    """Raise UsageError if the folder holds another run, which this one would overwrite.
+
+    resume: the checkpoint to continue, '' if none; one in this folder is this run's own. checkpoints: a regular
+    expression for the names of the run's files; probe: the key of its lines in the log, None for pre-training.
+    """
+    if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder):
+        return
+    found = checkpoint.matching(folder, checkpoints)
+    lines = [record for record in metrics.read_jsonl(os.path.join(folder, LOG))[0] if record.get("probe") == probe]
+    if found or lines:
+        what = found[-1] if found else f"{len(lines)} epochs in {LOG}"
+        raise UsageError(
+            f"--ckpt_path {folder}: it holds another run ({what}); continue that with --resume auto, or choose another"
+            " folder"
+        )
+
+
 def make_folder(path: str) -> None:
     """Create the run's folder. Raises UsageError if it cannot be created."""
     try:
@@ -257,9 +277,8 @@ class UnreadableFiles:
         for path, reason in distributed.gather_lists(unreadable):
             self.in_epoch += 1
             if path not in self.known and distributed.is_main():
-                print(
-                    f"unreadable image, replaced by another of its class: {path}: {reason}", file=sys.stderr, flush=True
-                )
+                sys.stderr.write(one_line(f"unreadable image, replaced by another of its class: {path}: {reason}"))
+                sys.stderr.flush()
             self.known[path] = reason
             self.seen.add(path)
 
