@@ -176,7 +176,7 @@ def check_resume(args: argparse.Namespace, saved: dict, data: TrainingImages, sa
         model = build_model(args, torch.float32)
     checkpoint.check_exactly(model, state, source)
     checkpoint.check_finite(state, source)
-    if saved.get("optimizer"):
+    if saved.get("optimizer", {}) != {}:  # published files may come without one
         contents.check_optimizer(saved["optimizer"], source, list(model.parameters()))
     if saved["epoch"] >= args.epochs:
         raise UsageError(f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue")

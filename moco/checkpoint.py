@@ -8,6 +8,7 @@ import contextlib
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -77,7 +78,9 @@ def load(path: str, option: str = "--resume") -> dict:
     if not os.path.isfile(path):
         raise UsageError(f"{option} {path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sparse tensors, which are refused later
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes may raise anything; all of it means: not a checkpoint
         raise UsageError(f"{option} {path}: not a checkpoint: {_why_not_loaded(path, error)}") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(name, str) for name in checkpoint):

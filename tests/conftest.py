@@ -8,7 +8,9 @@ torch.set_num_threads(1)  # the same rounding everywhere, and no spinning on bus
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the slow tests: kill loops, fuzzing, launch matrices")
+    parser.addoption(
+        "--slow", action="store_true", help="also run the slow tests: kill loops, fuzzing, launch matrices"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -17,6 +19,12 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Defaults such as ./ckpts/moco must not be those of the repository, where there may be runs."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
