@@ -112,6 +112,7 @@ def run_script(*arguments, launcher=(), env=None, check=True, timeout=300):
 def _script(folder, arguments, env):
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # a forked process would inherit "forkserver", for workers too
     os.chdir(REPOSITORY)
     os.environ.update(env)
     sys.path[0] = str(REPOSITORY)
