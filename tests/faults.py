@@ -1,6 +1,6 @@
 """Run a script with a fault put into it:  python tests/faults.py FAULT SCRIPT ARGUMENT…
 
-Faults that kill write the time to the file that the variable KILLED_AT names.
+Faults that kill write the time to the file that the variable KILLED_AT names, if it is set.
 """
 
 import os
@@ -14,14 +14,16 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from moco import checkpoint, launch, options  # noqa: E402
+from moco import checkpoint, datasets, images, launch, options  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
+from moco.run import Run  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
 
 
 def die():
-    Path(os.environ["KILLED_AT"]).write_text(str(time.time()))
+    if "KILLED_AT" in os.environ:
+        Path(os.environ["KILLED_AT"]).write_text(str(time.time()))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -29,22 +31,24 @@ def fail():
     raise ValueError("put in by a test")
 
 
-def dawdle():
-    print("dawdling", flush=True)
+def pause():
+    print("pausing", flush=True)
     time.sleep(100)
 
 
 def at_start(rank, action):
-    joined = launch._join_and_run
+    original = launch._join_and_run
 
     def join_and_run(*args):
         if rank == RANK:
             action()
-        return joined(*args)
+        return original(*args)
+
     launch._join_and_run = join_and_run
 
 
 def in_step(rank, action, step=3):
+    """Before the forward pass of a step of the run, counted from 1."""
     forward, calls = MoCo.forward, []
 
     def forward_until(self, *views):
@@ -52,11 +56,25 @@ def in_step(rank, action, step=3):
         if rank == RANK and len(calls) == step:
             action()
         return forward(self, *views)
+
     MoCo.forward = forward_until
 
 
+def after_step(action, step):
+    """After the optimizer's step, before the run counts it; in both training scripts."""
+    after, calls = Run.after_step, []
+
+    def after_until(self, **values):
+        calls.append(1)
+        if len(calls) == step:
+            action()
+        after(self, **values)
+
+    Run.after_step = after_until
+
+
 def in_saving(action):
-    """When the file is written, but not yet in its ctx; rank 0 alone saves."""
+    """When the file is written, but not yet in its place; rank 0 alone saves."""
     checkpoint.os.replace = lambda old, new: action()
 
 
@@ -65,8 +83,19 @@ def impatient(seconds=3):
 
 
 def workers_as_asked():
-    options.workers_per_rank = lambda total, processes: total     # not at most one a core,
+    options.workers_per_rank = lambda total, processes: total  # not at most one per core,
     warnings.filterwarnings("ignore", "This DataLoader will create")  # which PyTorch does not like
+
+
+def report_listings():
+    """Print each folder that is listed."""
+    original = datasets.list_images
+
+    def list_images(directory):
+        print(f"listed {directory}", flush=True)
+        return original(directory)
+
+    datasets.list_images = list_images
 
 
 FAULTS = {
@@ -74,9 +103,13 @@ FAULTS = {
     "killed in a step": lambda: in_step(2, die),
     "killed in saving": lambda: in_saving(die),
     "wrong in a step": lambda: in_step(2, fail),
-    "slow in a step": lambda: in_step(0, dawdle),
+    "slow in a step": lambda: in_step(0, pause),
+    "killed after step 9": lambda: after_step(die, 9),
+    "SIGTERM in step 8": lambda: after_step(lambda: os.kill(os.getpid(), signal.SIGTERM), 8),
     "impatient": impatient,
     "workers as asked": workers_as_asked,
+    "no fast JPEG decoder": lambda: setattr(images, "has_fast_jpeg", lambda: False),
+    "report listings": report_listings,
 }
 
 if __name__ == "__main__":

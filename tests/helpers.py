@@ -10,6 +10,8 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import time
+import uuid
 import zlib
 from pathlib import Path
 
@@ -24,6 +26,7 @@ PRETRAIN, PROBE, EVALUATE = "moco-non-sem-neg.py", "main_lincls.py", "eval_robus
 SMALL = shlex.split("-a resnet10 --image-size 32 --patch-ratio 4 12 --batch-size 8 --moco-k 64 -j 1 --seed 1")
 SMALL_PROBE = shlex.split("-a resnet10 --image-size 32 --batch-size 8 -j 1 --seed 1")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+FAULTS = "tests/faults.py"
 TIMINGS = {"images_per_s", "data_share"}
 
 
@@ -142,3 +145,56 @@ def refused(script, *arguments):
     assert stop.value.code == 2 and message.count("\n") == 1 and message.startswith(script + ": error: "), message
     assert stdout.getvalue() == ""
     return message
+
+
+# Processes that tests watch, stop and kill
+
+
+def started(script, *arguments, launcher=(), **settings):
+    """A running script in a session of its own; it and all that come from it carry a token in their environment."""
+    token = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [sys.executable, *launcher, script, *map(str, arguments)], cwd=REPOSITORY, text=True, start_new_session=True,
+        env={**ENVIRONMENT, **settings.pop("env", {}), "STARTED_BY_TEST": token},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **settings,
+    )  # fmt: skip
+    process.token = token.encode()
+    return process
+
+
+def wait_for(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was not printed: {process.stderr.read()}")
+
+
+def alive(process):
+    """The ids of the process, and of all that came from it in whatever session, that have not ended."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            if process.token in (folder / "environ").read_bytes():  # empty, once it is a zombie
+                found.append(int(folder.name))
+    return found
+
+
+def ended(process, timeout=120):
+    """(exit code, stdout, stderr) of a process, which must leave none of its own behind."""
+    out, err = process.communicate(timeout=timeout)
+    deadline = time.monotonic() + 30
+    while alive(process) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(process), "it left processes behind"
+    return process.returncode, out, err
+
+
+def assert_one_line(result, *expected):
+    """The script ended with 1 and one line on stderr, which holds the expected texts. result: as of run_script."""
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert all(text in result.stderr for text in expected), result.stderr
+
+
+def completed(process, timeout=120):
+    """As `ended`, in the form of run_script's result."""
+    return subprocess.CompletedProcess(process.args, *ended(process, timeout))

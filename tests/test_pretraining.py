@@ -1,0 +1,264 @@
+"""moco-non-sem-neg.py as people type it."""
+
+import shlex
+import shutil
+
+import pytest
+import torch
+from helpers import (
+    FAULTS,
+    PRETRAIN,
+    REPOSITORY,
+    SMALL,
+    TORCHRUN,
+    completed,
+    log,
+    refused,
+    run_script,
+    same,
+    started,
+    weights,
+    write_folder,
+)
+from PIL import Image
+
+from moco.launch import free_port
+
+
+def without_seed(settings):
+    at = settings.index("--seed")
+    return settings[:at] + settings[at + 2 :]
+
+
+def test_resumed_after_an_epoch_equals_uninterrupted(data, tmp_path):
+    settings = [*SMALL, "--mlp", "--aug-plus", "--cos", "--epochs", 3, "--save-freq", 1, data]
+    run_script(PRETRAIN, *settings, "--ckpt_path", tmp_path / "whole")
+    assert len(log(tmp_path / "whole")) == 3
+    (tmp_path / "cut").mkdir()
+    for name in ("checkpoint_0000.pth.tar", "log.jsonl"):  # as if stopped during the second epoch
+        (tmp_path / "cut" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    # Without --seed, too: the checkpoint knows it.
+    run = run_script(PRETRAIN, *without_seed(settings), "--resume", "auto", "--ckpt_path", tmp_path / "cut")
+    assert "starting at epoch 1 " in run.stdout
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    one, other = (torch.load(tmp_path / run / "checkpoint_0002.pth.tar", weights_only=True) for run in ("whole", "cut"))
+    assert same(one["state_dict"], other["state_dict"]) and one["seed"] == other["seed"]
+    momenta = [[state["momentum_buffer"] for state in saved["optimizer"]["state"].values()] for saved in (one, other)]
+    assert all(map(torch.equal, *momenta))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_two_byte_encoders_train_and_resume(data, tmp_path, precision):
+    settings = [PRETRAIN, *SMALL, "--precision", precision, "--save-freq", 1, "--ckpt_path", tmp_path, data]
+    run_script(*settings, "--epochs", 2)
+    whole = torch.load(tmp_path / "checkpoint_0001.pth.tar", weights_only=True)
+    assert bool(whole["scaler"]) == (precision == "fp16")
+    assert all(value.dtype in (torch.float32, torch.int64) for value in whole["state_dict"].values())
+    for name in ("0001", "latest"):
+        (tmp_path / f"checkpoint_{name}.pth.tar").unlink()
+    run_script(*settings, "--epochs", 2, "--resume", "auto")
+    assert same(whole["state_dict"], weights(tmp_path / "checkpoint_0001.pth.tar"))
+
+
+def one_epoch(folder, data, seed, workers):
+    """The log and weights of a run with as many loader workers as asked, also on fewer cores."""
+    settings = [*without_seed(SMALL), "--seed", seed, "-j", workers, "--epochs", 1, "--ckpt_path", folder, data]
+    run = run_script(FAULTS, "workers as asked", PRETRAIN, *settings)
+    assert f"processes  1, with {workers} loader workers each" in run.stdout
+    return log(folder), weights(folder / "checkpoint_0000.pth.tar")
+
+
+def test_same_seed_same_run_another_seed_another_run(data, tmp_path):
+    first, again, other = (
+        one_epoch(tmp_path / str(seed), data, seed, workers) for seed, workers in ((1, 0), (1, 2), (2, 0))
+    )
+    assert first[0] == again[0] and same(first[1], again[1])
+    assert first[0] != other[0] and not same(first[1], other[1])
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_gives_the_same_run(data, tmp_path):
+    runs = [one_epoch(tmp_path / str(workers), data, 1, workers) for workers in (0, 1, 3, 4)]
+    assert all(records == runs[0][0] and same(state, runs[0][1]) for records, state in runs[1:])
+
+
+def test_torchrun_trains_with_two_processes(data, tmp_path):
+    settings = [*SMALL, "--epochs", 2, "--knn", "--knn-freq", 2, "--ckpt_path", tmp_path, data]
+    run = run_script(PRETRAIN, *settings, launcher=[*TORCHRUN, "--nproc-per-node=2"])
+    assert "processes  2, with 1 loader workers each" in run.stdout and "images per step  8" in run.stdout
+    assert run.stdout.count("epoch 1 [2/2]") == 1  # one process prints
+    assert run.stdout.count("200-nearest-neighbour top-1") == 1
+    assert [("knn_top1" in record) for record in log(tmp_path)] == [False, True]
+    assert (tmp_path / "checkpoint_0001.pth.tar").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_and_two_nodes_are_the_same_training(data, tmp_path):
+    settings = [*SMALL, "--epochs", 1, data]
+    run_script(PRETRAIN, *settings, "--ckpt_path", tmp_path / "torchrun", launcher=[*TORCHRUN, "--nproc-per-node=2"])
+    url = f"tcp://127.0.0.1:{free_port()}"
+    node = [*settings, "--batch-size", 4, "--multiprocessing-distributed", "--world-size", 2, "--dist-url", url]
+    nodes = [started(PRETRAIN, *node, "--rank", rank, "--ckpt_path", tmp_path / f"node{rank}") for rank in (0, 1)]
+    results = [completed(process) for process in nodes]
+    assert [result.returncode for result in results] == [0, 0]
+    assert "images per step  8" in results[0].stdout and not (tmp_path / "node1").exists()
+    assert log(tmp_path / "torchrun") == log(tmp_path / "node0")
+    name = "checkpoint_0000.pth.tar"
+    assert same(weights(tmp_path / "torchrun" / name), weights(tmp_path / "node0" / name))
+
+
+def test_plain_moco_has_no_negatives(shared_data, tmp_path):
+    for options in (["--robust", "none"], ["--num-nonsem", 0]):
+        folder = tmp_path / options[0]
+        run = run_script(PRETRAIN, *SMALL, "--epochs", 1, *options, "--ckpt_path", folder, shared_data)
+        (record,) = log(folder)
+        assert "q_t" not in record and "q_k" in record
+        assert "chance loss  4.174" in run.stdout  # ln(1 + 64)
+
+
+def test_preview_draws_labelled_columns_and_trains_nothing(shared_data, tmp_path):
+    settings = [*SMALL, "--num-nonsem", 2, "--preview", tmp_path / "grid.png", "--ckpt_path", tmp_path / "c"]
+    run = run_script(PRETRAIN, *settings, shared_data)
+    with Image.open(tmp_path / "grid.png") as grid:  # 4 columns, 8 rows of 32 px crops enlarged to 224 px
+        assert grid.width == 4 * 230 + 6 and grid.height == 28 + 8 * 230
+    assert "grid.png" in run.stdout and not (tmp_path / "c").exists()
+
+
+def test_knn_is_logged_and_skipped_without_val(data, tmp_path):
+    settings = [*SMALL, "--epochs", 3, "--knn", "--knn-freq", 2, data]
+    run = run_script(PRETRAIN, *settings, "--ckpt_path", tmp_path / "a")
+    assert [("knn_top1" in record) for record in log(tmp_path / "a")] == [False, True, True]
+    assert 0 <= log(tmp_path / "a")[2]["knn_top1"] <= 100 and run.stdout.count("200-nearest-neighbour top-1") == 2
+    shutil.rmtree(data / "val")
+    run = run_script(PRETRAIN, *SMALL, "--epochs", 1, "--knn", "--ckpt_path", tmp_path / "b", data)
+    assert "--knn is skipped" in run.stdout and "knn_top1" not in log(tmp_path / "b")[0]
+
+
+def test_keep_removes_the_oldest_numbered_checkpoints(shared_data, tmp_path):
+    run_script(PRETRAIN, *SMALL, "--epochs", 3, "--save-freq", 1, "--keep", 2, "--ckpt_path", tmp_path, shared_data)
+    names = sorted(path.name for path in tmp_path.glob("*.tar"))
+    assert names == [f"checkpoint_{name}.pth.tar" for name in ("0001", "0002", "latest")]
+
+
+# What is printed at the start
+
+
+def shown(*options, dry_run=True):
+    """{setting: value} that the script prints at the start, and its other lines."""
+    lines = run_script(PRETRAIN, *options, *(["--dry-run"] if dry_run else [])).stdout.splitlines()
+    pairs = [line.strip().partition("  ")[::2] for line in lines]
+    return {name: value for name, value in pairs if value}
+
+
+DERIVED = {"processes", "images", "images per step", "steps per epoch", "chance loss", "memory", "dry run"}
+
+
+def test_only_changed_settings_are_printed_unless_verbose(shared_data):
+    short, long = shown(*SMALL, shared_data), shown(*SMALL, "--verbose", shared_data)
+    given = {"arch", "image size", "patch ratio", "batch size", "moco k", "workers", "seed", "data"}
+    assert short.keys() == given | DERIVED | {"dry run"}
+    assert (short["steps per epoch"], short["images"], short["patch ratio"]) == ("2", "16 in 2 classes", "4 12")
+    assert len(long) > 40 and long["momentum"] == "0.9" and long["dist url"].startswith("tcp://")
+    assert long.items() >= {name: value for name, value in short.items() if name != "dry run"}.items()
+
+
+def test_folders_are_listed_once(shared_data, tmp_path):
+    for options in (["--dry-run"], ["--epochs", 1]):
+        settings = [*SMALL, *options, "--knn", "--ckpt_path", tmp_path / "c", shared_data]
+        run = run_script(FAULTS, "report listings", PRETRAIN, *settings)
+        listed = [line for line in run.stdout.splitlines() if line.startswith("listed ")]
+        assert listed == [f"listed {shared_data / split}" for split in ("train", "val")]
+
+
+def test_what_has_no_effect_is_reported(shared_data, tmp_path):
+    settings = [*SMALL, "--epochs", 1, "--patch-size", 16, "--ckpt_path", tmp_path, shared_data]
+    run = run_script(FAULTS, "no fast JPEG decoder", PRETRAIN, *settings)
+    assert "--patch-size is ignored" in run.stdout
+    assert "PIL reads the JPEGs, which is slower" in run.stdout and len(log(tmp_path)) == 1
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--patch-ratio 0 16", "'0' is not an integer of 1 or more"),
+        ("--patch-ratio 72 16", "--patch-ratio 72 16"),
+        ("--patch-ratio 16 500", "224 px"),
+        ("--alpha -1", "'-1' is not a number of 0 or more"),
+        ("--alpha nan", "'nan'"),
+        ("--num-nonsem -1", "--num-nonsem"),
+        ("--moco-k 0", "--moco-k"),
+        ("--batch-size 0", "--batch-size"),
+        ("--lr 0", "'0' is not a number above 0"),
+        ("--robust shapes", "invalid choice"),
+        ("--arch resnet51", "resnet51"),
+        ("--resume nowhere.pth.tar", "no such file"),
+        (f"--resume {REPOSITORY}/README.md", "not a checkpoint"),
+        ("--robust texture", "ends in -texture"),
+        ("--robust texture --num-nonsem 2", "--num-nonsem 2"),
+        ("--gpu 99", "--gpu 99"),
+        ("--world-size 2 --rank 0 --multiprocessing-distributed --batch-size 4", "--dist-url"),
+        ("--batch-size 64", "16 training images do not fill one batch of 64"),
+        ("--start-epoch 5 --epochs 5", "--start-epoch 5"),
+        ("--unknown 3", "unrecognized arguments: --unknown"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_built(shared_data, tmp_path, options, message):
+    batch = () if "--batch-size" in options else ("-b", 8)
+    line = refused(PRETRAIN, *shlex.split(options), "--ckpt_path", tmp_path / "ckpt", *batch, shared_data)
+    assert message in line
+    assert not (tmp_path / "ckpt").exists()
+
+
+def test_a_refusal_is_one_line_and_exit_code_2_in_the_shell(tmp_path):
+    run = run_script(PRETRAIN, tmp_path / "nowhere", check=False)
+    assert (run.returncode, run.stdout) == (2, "") and run.stderr.count("\n") == 1, run.stderr
+
+
+def test_bad_data_are_refused(data, tmp_path):
+    assert "no such directory" in refused(PRETRAIN, tmp_path / "nowhere")
+    assert "no train/ folder" in refused(PRETRAIN, data / "train")
+    (data / "train" / "n03").mkdir()
+    assert "n03" in refused(PRETRAIN, "-b", 8, data)
+
+
+def test_a_batch_that_does_not_divide_is_refused(shared_data, tmp_path, monkeypatch):
+    environment = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    for name, value in environment.items():  # as torchrun sets it
+        monkeypatch.setenv(name, value)
+    line = refused(PRETRAIN, *SMALL, "-b", 7, "--ckpt_path", tmp_path / "c", shared_data)
+    assert "--batch-size 7 cannot be divided among the 2 processes" in line and "use 6 or 8" in line
+    assert not (tmp_path / "c").exists()
+    silent = run_script(PRETRAIN, *SMALL, "-b", 7, shared_data, env={**environment, "LOCAL_RANK": "1"}, check=False)
+    assert (silent.returncode, silent.stderr) == (2, "")  # the other process has said it
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(shared_data, tmp_path):
+    run_script(PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", tmp_path, shared_data)
+    path = tmp_path / "checkpoint_0000.pth.tar"
+    resume = [PRETRAIN, *SMALL, "--epochs", 9, "--resume", path]
+    for options, message in (
+        (["--aug-plus"], "--aug-plus False, this run has True"),
+        (["--image-size", 48], "--image-size 32, this run has 48"),
+        (["-a", "resnet18"], "--arch resnet10, this run has resnet18"),
+        (["--moco-dim", 64], "--moco-dim 128, this run has 64"),
+        (["--moco-k", 32], "--moco-k 64, this run has 32"),
+        (["--mlp"], "--mlp False, this run has True"),
+        (["--robust", "none"], "--robust patch, this run has none"),
+    ):
+        assert f"it was saved with {message}" in refused(*resume, *options, shared_data)
+    other = write_folder(tmp_path / "data", classes=("n01", "n07"))
+    assert "classes 2: n01, n02, this run has 2: n01, n07" in refused(*resume, other)
+    assert "already finished (1 epochs)" in refused(*resume, "--epochs", 1, shared_data)
+
+    saved = torch.load(path, weights_only=True)
+    torch.save(saved | {"epoch": 0, "step": 1}, path)  # within an epoch the order of the data must be the same
+    assert "--seed 1, this run has 2" in refused(*resume, "--seed", 2, shared_data)
+    assert "images per step: 8, this run has 4" in refused(*resume, "-b", 4, shared_data)
+    assert "training images: 16, this run has 20" in refused(*resume, write_folder(tmp_path / "more", train=10))
+
+    del saved["state_dict"]["module.queue"]
+    torch.save(saved, path)
+    assert "it has no queue" in refused(*resume, shared_data)

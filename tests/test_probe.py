@@ -1,0 +1,236 @@
+"""main_lincls.py as people type it."""
+
+import shutil
+
+import pytest
+import torch
+from helpers import (
+    FAULTS,
+    PRETRAIN,
+    PROBE,
+    REPOSITORY,
+    SMALL,
+    SMALL_PROBE,
+    TORCHRUN,
+    completed,
+    log,
+    refused,
+    run_script,
+    same,
+    started,
+    wait_for,
+    weights,
+    write_folder,
+)
+
+LAST, BEST = "checkpoint_robust_random.pth.tar", "model_best_random.pth.tar"
+LRS = ("--lr", 0.01, 0.1, 1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("probe") / "data", train=20)  # 5 steps of 8 images per epoch
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """Three heads trained for three epochs that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_script(PROBE, *SMALL_PROBE, *LRS, "--epochs", 3, "--ckpt_path", folder, data)
+    return folder
+
+
+def assert_equal_runs(one, other):
+    """Log, heads, momenta, best accuracies and the best head's file are the same."""
+    assert log(one) == log(other)
+    first, second = (torch.load(folder / LAST, weights_only=True) for folder in (one, other))
+    assert same(first["heads"], second["heads"]) and same(first["state_dict"], second["state_dict"])
+    momenta = [[state["momentum_buffer"] for state in run["optimizer"]["state"].values()] for run in (first, second)]
+    assert all(map(torch.equal, *momenta))
+    names = ("epoch", "step", "lrs", "best_acc1", "best_acc1s", "winner", "seed", "wnids", "image_size")
+    assert all(first[name] == second[name] for name in names)
+    assert same(weights(one / BEST), weights(other / BEST))
+
+
+def test_the_log_has_a_line_per_epoch_with_each_head(whole):
+    records = log(whole)
+    assert [record["epoch"] for record in records] == [0, 1, 2]
+    for record in records:
+        assert list(record) == ["epoch", "lr", "loss", "acc1", "bad_images", "val_acc1", "val_acc5"]
+        assert record["lr"] == [0.01, 0.1, 1] and record["bad_images"] == 0
+        assert all(len(record[name]) == 3 for name in ("loss", "acc1", "val_acc1", "val_acc5"))
+        assert len(set(record["loss"])) == 3 and record["val_acc5"] == [100, 100, 100]
+    saved = torch.load(whole / LAST, weights_only=True)
+    assert saved["best_acc1"] == pytest.approx(max(max(record["val_acc1"]) for record in records), abs=1e-3)
+
+
+def test_lr_drops_tenfold_at_the_schedule_in_the_log_too(data, tmp_path):
+    schedule = ["--epochs", 3, "--schedule", 1, 2, "--lr", 1, "--ckpt_path", tmp_path, data]
+    run = run_script(PROBE, *SMALL_PROBE, *schedule)
+    assert [record["lr"] for record in log(tmp_path)] == [[1], [0.1], [0.01]]  # lists, as with several heads
+    assert "epoch 1 [5/5]  loss " in run.stdout and "  lr 0.1  " in run.stdout
+
+
+def test_resumed_after_an_epoch_equals_uninterrupted(data, whole, tmp_path):
+    run_script(PROBE, *SMALL_PROBE, *LRS, "--epochs", 2, "--ckpt_path", tmp_path, data)
+    resume = ["--epochs", 3, "--resume", "auto", "--ckpt_path", tmp_path, data]
+    run = run_script(PROBE, *SMALL_PROBE, *LRS, *resume)
+    assert "starting at epoch 2 " in run.stdout
+    assert_equal_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    "fault, options, code", [("SIGTERM in step 8", [], 143), ("killed after step 9", ["--save-steps", 3], -9)]
+)
+def test_stopped_within_an_epoch_and_resumed_equals_whole(data, whole, tmp_path, fault, options, code):
+    settings = [PROBE, *SMALL_PROBE, *LRS, *options, "--epochs", 3, "--ckpt_path", tmp_path, data]
+    run = run_script(FAULTS, fault, *settings, check=False)
+    assert run.returncode == code and run.stderr == "", run.stderr
+    if code > 0:
+        assert "stopped by SIGTERM in epoch 1 after step 3, saved; continue with --resume auto" in run.stdout
+    saved = torch.load(tmp_path / LAST, weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (1, 3) and len(log(tmp_path)) == 1
+    again = run_script(*settings, "--resume", "auto")
+    assert "starting at epoch 1 step 3 " in again.stdout
+    assert_equal_runs(tmp_path, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_to_two_ranks_stops_and_resumes_the_probe(data, tmp_path):
+    launcher = [*TORCHRUN, "--nproc-per-node=2"]
+    settings = [*SMALL_PROBE, *LRS, "--print-freq", 1]
+    process = started(PROBE, *settings, "--epochs", 1000, "--ckpt_path", tmp_path / "cut", data, launcher=launcher)
+    wait_for(process, "epoch 1 [1/5]")
+    process.terminate()
+    stopped = completed(process)
+    assert "stopped by SIGTERM" in stopped.stdout and stopped.returncode != 0
+    epochs = torch.load(tmp_path / "cut" / LAST, weights_only=True)["epoch"] + 2
+    rest = ["--epochs", epochs, "--resume", "auto", data]
+    for name in ("cut", "whole"):
+        run_script(PROBE, *settings, *rest, "--ckpt_path", tmp_path / name, launcher=launcher)
+    assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_within_an_epoch_the_order_of_the_data_must_be_the_same(data, whole, tmp_path):
+    saved = torch.load(whole / LAST, weights_only=True)
+    torch.save(saved | {"step": 3}, tmp_path / LAST)
+    resume = [*LRS, "--epochs", 9, "--resume", tmp_path / LAST, data]
+    assert "--seed 1, this run has 2" in refused(PROBE, *SMALL_PROBE, "--seed", 2, *resume)
+    assert "images per step: 8, this run has 4" in refused(PROBE, *SMALL_PROBE, "-b", 4, *resume)
+
+
+def test_heads_side_by_side_learn_what_each_learns_alone(data, whole, tmp_path):
+    run = run_script(PROBE, *SMALL_PROBE, "--epochs", 3, "--ckpt_path", tmp_path, "--lr", 0.1, data)
+    assert "by lr" not in run.stdout
+    alone, three = (torch.load(folder / LAST, weights_only=True) for folder in (tmp_path, whole))
+    assert torch.equal(three["heads"]["1.weight"], alone["heads"]["0.weight"])
+    winners = [three["state_dict"]["module.fc.weight"].equal(three["heads"][f"{i}.weight"]) for i in range(3)]
+    assert sum(winners) == 1 and three["best_acc1s"][1] == alone["best_acc1"]
+    assert [record["loss"] for record in log(tmp_path)] == [record["loss"][1:2] for record in log(whole)]
+    resumed = run_script(
+        PROBE, *SMALL_PROBE, *LRS, "--epochs", 4, "--resume", whole / LAST, "--ckpt_path", tmp_path, data
+    )
+    assert "by lr  0.01: " in resumed.stdout.splitlines()[-1] and "  1: " in resumed.stdout.splitlines()[-1]
+    best = torch.load(whole / BEST, weights_only=True)
+    for lrs in ([], ["--lr", 3, 10]):  # whichever are given: one head is tested
+        tested = run_script(PROBE, *SMALL_PROBE, *lrs, "--evaluate", "--resume", whole / BEST, data)
+        assert f"top-1 {best['best_acc1']:.2f} %" in tested.stdout.splitlines()[-1]
+
+
+def test_evaluate_needs_no_training_images(data, whole, tmp_path):
+    settings = ["--evaluate", "--resume", whole / BEST]
+    expected = run_script(PROBE, *SMALL_PROBE, *settings, data).stdout.splitlines()[-1]
+    shutil.copytree(data / "val", tmp_path / "val")
+    assert "of 6 images" in expected
+    assert run_script(PROBE, *SMALL_PROBE, *settings, tmp_path).stdout.splitlines()[-1] == expected
+
+
+@pytest.mark.slow
+def test_accuracy_under_torchrun_counts_every_image_once(data, whole, tmp_path):
+    shutil.copytree(data / "val", tmp_path / "val")
+    (tmp_path / "val" / "n01" / "n01_0.JPEG").unlink()  # 5 images over 2 processes
+    command = [PROBE, *SMALL_PROBE, "--batch-size", 4, "--evaluate", "--resume", whole / BEST, tmp_path]
+    alone = run_script(*command).stdout.splitlines()[-1]
+    both = run_script(*command, launcher=[*TORCHRUN, "--nproc-per-node=2"]).stdout.splitlines()[-1]
+    assert "of 5 images" in alone and alone == both
+
+
+def test_folders_are_listed_once(data, whole, tmp_path):
+    for options, splits in (
+        (["--dry-run"], ("val", "train")),
+        (["--epochs", 1], ("val", "train")),
+        (["--evaluate", "--resume", whole / BEST], ("val",)),
+    ):
+        settings = [*SMALL_PROBE, *options, "--ckpt_path", tmp_path, data]
+        run = run_script(FAULTS, "report listings", PROBE, *settings)
+        listed = [line for line in run.stdout.splitlines() if line.startswith("listed ")]
+        assert listed == [f"listed {data / split}" for split in splits]
+
+
+def test_only_changed_settings_are_printed_unless_verbose(data):
+    short, long = (
+        run_script(PROBE, *SMALL_PROBE, "--dry-run", *options, data).stdout for options in ([], ["--verbose"])
+    )
+    assert "arch  resnet10" in short and "steps per epoch  5" in short and "validation  6 images in 2 classes" in short
+    assert "momentum" not in short and "momentum  0.9" in long and "schedule  30 40 50" in long
+    assert len(short.splitlines()) < 16 < 30 < len(long.splitlines())
+
+
+def test_a_probe_ends_once_no_head_is_finite(data, tmp_path):
+    settings = [PROBE, *SMALL_PROBE, "--epochs", 40, "--ckpt_path", tmp_path, data]
+    run = run_script(*settings, "--lr", 1e38, 9e37, check=False)
+    assert run.returncode == 1 and run.stderr.count("\n") == 1, run.stderr
+    assert "a smaller --lr, for example 9e+36" in run.stderr
+    run_script(*settings, "--lr", 1e38, 0.1)
+    best = torch.load(tmp_path / BEST, weights_only=True)
+    assert best["state_dict"]["module.fc.weight"].isfinite().all()
+    last = torch.load(tmp_path / LAST, weights_only=True)
+    assert last["epoch"] == 40 and not last["heads"]["0.weight"].isfinite().all()
+
+
+# Refusals
+
+
+def test_bad_data_are_refused(tmp_path):
+    data = write_folder(tmp_path / "data")
+    (data / "train" / "n03").mkdir()
+    assert "n03" in refused(PROBE, "-b", 8, data)
+    (data / "train" / "n03").rmdir()
+    (data / "val" / "n02").rename(data / "val" / "n04")
+    assert "different classes" in refused(PROBE, "-b", 8, data)
+    assert "no val/ folder" in refused(PROBE, "-b", 8, data / "val")
+
+
+def test_bad_checkpoints_are_refused(data, whole, tmp_path):
+    run_script(PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", tmp_path, data)
+    pretrained, linear = tmp_path / "checkpoint_0000.pth.tar", whole / BEST
+    missing, readme = tmp_path / "x.pth.tar", REPOSITORY / "README.md"
+    for options, message in (
+        (["--pretrained", missing], "no such file"),
+        (["--pretrained", readme], "not a checkpoint"),
+        (["-a", "resnet50", "--pretrained", pretrained], "resnet10, not --arch resnet50"),
+        (["-e", "--resume", pretrained], "no linear head"),
+        (["-e"], "--evaluate needs"),
+        (["--resume", linear, "--lr", 0.1, "--epochs", 9], "it has heads for 3 learning rates, --lr has 1"),
+        (["--resume", linear, *LRS, "--epochs", 3], "already finished (3 epochs)"),
+        (["--lr", 1, "x", 2], "is not one or more numbers above 0"),
+    ):
+        assert message in refused(PROBE, *SMALL_PROBE, *options, "--ckpt_path", tmp_path / "new", data)
+    assert not (tmp_path / "new").exists()
+    other = write_folder(tmp_path / "other", classes=("n01", "n07", "n08"))
+    line = refused(PROBE, *SMALL_PROBE, "-e", "--resume", linear, other)
+    assert "2 classes that differ from the 3 of this data (for example n02)" in line
+    assert "it has no queue" in refused(PRETRAIN, *SMALL, "--resume", linear, data)
+
+    saved = torch.load(pretrained, weights_only=True)
+    saved["state_dict"]["module.encoder_q.stages.0.conv1.weight"][0, 0, 0, 0] = float("inf")
+    torch.save(saved, pretrained)
+    assert "stages.0.conv1.weight holds" in refused(PROBE, *SMALL_PROBE, "--pretrained", pretrained, data)
+
+
+def test_an_export_without_its_inputs_is_refused(data, whole, tmp_path):
+    target = ["--export-backbone", tmp_path / "x.pth"]
+    assert "--export-backbone needs --pretrained" in refused(PROBE, *target)
+    assert "DIR" in refused(PROBE, "--pretrained", whole / BEST)
+    assert "not --arch resnet50" in refused(PROBE, "--pretrained", whole / BEST, *target)
+    assert not (tmp_path / "x.pth").exists()
