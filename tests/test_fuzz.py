@@ -1,4 +1,4 @@
-"""Random command lines with --dry-run: each ends in 0 with a plan, or in 2 with one line that says what is wrong."""
+"""Random command lines with --dry-run: each ends in 0 with the settings, or in 2 with one line on what is wrong."""
 
 import contextlib
 import io
@@ -9,11 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY, run_script, write_folder
-from test_cli import EVALUATE, PRETRAIN, PROBE, SMALL
+from helpers import EVALUATE, PRETRAIN, PROBE, REPOSITORY, SMALL, SMALL_PROBE, run_script, write_folder
 
 COMBINATIONS = 500
-NUMBERS = ["", "x", "-1", "1e3", "nan"]                              # none of them a whole number of 0 or more
+NUMBERS = ["", "x", "-1", "1e3", "nan"]  # none of them a whole number of 0 or more
 HUGE = "9" * 30
 FLOATS = ["", "x", "-1", "nan", "inf", "1e39"]
 
@@ -26,10 +25,11 @@ def files(tmp_path_factory):
     write_folder(root / "data-texture", train=8, suffix=".png")
     write_folder(root / "other", classes=("n01", "n07"))
     run_script(PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", out, data)
-    run_script(PROBE, "-a", "resnet10", "--image-size", 32, "-b", 8, "-j", 0, "--epochs", 1, "--ckpt_path", out, data,
-               "--pretrained", out / "checkpoint_0000.pth.tar")
+    run_script(
+        PROBE, *SMALL_PROBE, "--epochs", 1, "--ckpt_path", out, data, "--pretrained", out / "checkpoint_0000.pth.tar"
+    )
     good = (out / "checkpoint_0000.pth.tar").read_bytes()
-    (root / "cut.pth.tar").write_bytes(good[:len(good) // 2])
+    (root / "cut.pth.tar").write_bytes(good[: len(good) // 2])
     torch.save({"state_dict": {"fc.weight": 3}}, root / "foreign.pth.tar")
     torch.save({"features": torch.ones(3), "labels": [1, 2]}, root / "features.pth.tar")
     linear = torch.load(out / "model_best_0000.pth.tar", weights_only=True)
@@ -41,8 +41,14 @@ def files(tmp_path_factory):
     for severity in (1, 2):
         shutil.copytree(data / "val", root / "c" / "fog" / str(severity))
     names = {path.name: str(path) for path in root.iterdir()}
-    return names | {"pretrained": str(out / "checkpoint_0000.pth.tar"), "linear": str(out / "model_best_0000.pth.tar"),
-                    "nowhere": str(root / "nowhere"), "photo": str(data / "val" / "n01" / "n01_0.JPEG"), "readme": str(REPOSITORY / "README.md"), "new": str(root / "new")}
+    return names | {
+        "pretrained": str(out / "checkpoint_0000.pth.tar"),
+        "linear": str(out / "model_best_0000.pth.tar"),
+        "nowhere": str(root / "nowhere"),
+        "photo": str(data / "val" / "n01" / "n01_0.JPEG"),
+        "readme": str(REPOSITORY / "README.md"),
+        "new": str(root / "new"),
+    }
 
 
 def bad_checkpoints(f):
@@ -50,7 +56,10 @@ def bad_checkpoints(f):
 
 
 def shared(f):
-    """{flag: (values that are right where others fit, values that are wrong anywhere)}; a list stands for several words."""
+    """{flag: (values that are right where others fit, values that are wrong anywhere)}.
+
+    A list stands for several words.
+    """
     return {
         "-j": (["0", "1", "10000"], [HUGE, *NUMBERS]),
         "--epochs": (["5", "300"], ["0", HUGE, *NUMBERS]),
@@ -67,9 +76,14 @@ def shared(f):
         "--max-bad-images": (["0", "5"], NUMBERS),
         "--world-size": (["1", "-1"], ["0", "-2", "x"]),
         "--rank": (["0", "-1"], ["1", "-2", "x"]),
-        "--dist-url": (["tcp://localhost:10001"], ["localhost", "tcp://", "tcp://a:b", "tcp://a:99999", "http://a:1", ""]),
+        "--dist-url": (
+            ["tcp://localhost:10001"],
+            ["localhost", "tcp://", "tcp://a:b", "tcp://a:99999", "http://a:1", ""],
+        ),
         "--dist-backend": (["nccl", "gloo"], ["", "carrier_pigeon"]),
         "--multiprocessing-distributed": ([[]], []),
+        "--save-steps": (["1"], ["0", *NUMBERS]),
+        "--verbose": ([[]], []),
         "--gpu": ([], ["0", "99", HUGE, *NUMBERS]),
         "--nonsense": ([], [[], "1"]),
     }
@@ -83,22 +97,33 @@ def pretraining(f):
         "--moco-k": (["1", "64", "4096"], ["0", "2147483647", HUGE, *NUMBERS]),
         "--moco-m": (["0", "0.99", "1"], ["2", *FLOATS]),
         "--moco-t": (["0.07", "0.2"], ["0", *FLOATS]),
-        "--mlp": ([[]], []), "--cos": ([[]], []), "--aug-plus": ([[]], []), "--knn": ([[]], []), "--compile": ([[]], []),
-        "--robust": (["patch", "nonsem", "none"], ["texture", "texture_syn", "shapes", ""]),   # these data have no textures
+        "--mlp": ([[]], []),
+        "--cos": ([[]], []),
+        "--aug-plus": ([[]], []),
+        "--knn": ([[]], []),
+        "--compile": ([[]], []),
+        "--robust": (
+            ["patch", "nonsem", "none"],
+            ["texture", "texture_syn", "shapes", ""],
+        ),  # these data have no textures
         "--num-nonsem": (["0", "1", "3"], ["2147483647", HUGE, *NUMBERS]),
         "--alpha": (["0", "2"], FLOATS),
         "--patch-ratio": ([["4", "12"], ["8", "8"]], [["12", "4"], ["0", "8"], ["4", "900"], ["4"], ["a", "b"]]),
         "--patch-size": (["32", "1"], ["x"]),
         "--image-size": (["32", "64"], ["0", "2147483647", HUGE, *NUMBERS]),
         "--save-freq": (["1", "50"], ["0", *NUMBERS]),
-        "--save-steps": (["1"], ["0", *NUMBERS]),
         "--keep": (["1"], ["0", *NUMBERS]),
         "--knn-freq": (["1"], ["0", *NUMBERS]),
         "--preview": ([f["new"] + ".png"], [f["new"] + ".xyz", f["nowhere"] + "/x.png", f["data"]]),
         "--resume": ([f["pretrained"], "auto", ""], [*bad_checkpoints(f), f["linear"]]),
     }
     base = ["-a", "resnet10", "--image-size", "32", "--patch-ratio", "4", "12", "-b", "8", "--moco-k", "64"]
-    return PRETRAIN, base, options, ([f["data"]], [f["nowhere"], f["empty"], f["no_images"], f["readme"], f["data"] + "/train"])
+    return (
+        PRETRAIN,
+        base,
+        options,
+        ([f["data"]], [f["nowhere"], f["empty"], f["no_images"], f["readme"], f["data"] + "/train"]),
+    )
 
 
 def probe(f):
@@ -118,7 +143,8 @@ def probe(f):
 def evaluation(f):
     datasets = [f["nowhere"], f["empty"], f["readme"], f["no_images"] + "/train"]
     options = {
-        "--classes": ([f["list.txt"], f["photo"], f["readme"], f["nowhere"], f["data"]], []),  # unread if the head says its classes
+        # unread if the head says its classes
+        "--classes": ([f["list.txt"], f["photo"], f["readme"], f["nowhere"], f["data"]], []),
         "--corruption": ([f["c"]], [*datasets, f["data"] + "/val"]),
         "--sketch": ([f["data"] + "/train"], datasets),
         "--stylized": ([f["data"]], datasets),
@@ -129,13 +155,21 @@ def evaluation(f):
         "--gpu": ([], ["0", "99", HUGE, *NUMBERS]),
         "--json": ([f["new"] + ".json", f["list.txt"]], [f["nowhere"] + "/x.json", f["data"]]),
         "--plot": ([f["new"] + ".png"], [f["nowhere"] + "/x.png", f["new"] + ".xyz", f["data"]]),
-        "--compare": ([], ["paper", "me", ""]),                      # no row of these is the paper's
+        "--compare": ([], ["paper", "me", ""]),  # no row of these is the paper's
         "--allow-partial": ([[]], []),
+        "--verbose": ([[]], []),
         "--nonsense": ([], [[], "1"]),
     }
     base = ["--val", f["data"], "--pretrained"]
-    return EVALUATE, base, options, ([f["linear"], "a=" + f["linear"], f"a={f['linear']},{f['linear']}", f["unnamed.pth.tar"]],
-                                     [*bad_checkpoints(f), f["pretrained"], "a=" + f["nowhere"], ""])
+    return (
+        EVALUATE,
+        base,
+        options,
+        (
+            [f["linear"], "a=" + f["linear"], f"a={f['linear']},{f['linear']}", f["unnamed.pth.tar"]],
+            [*bad_checkpoints(f), f["pretrained"], "a=" + f["nowhere"], ""],
+        ),
+    )
 
 
 def words(value):
@@ -158,7 +192,7 @@ def command_lines(rng, base, options, positional):
 
 def outcome(script, arguments):
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    with (pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr)):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", [script, *arguments])
         try:
             runpy.run_path(str(REPOSITORY / script), run_name="__main__")
@@ -167,9 +201,11 @@ def outcome(script, arguments):
     return code, stdout.getvalue(), stderr.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grammar", [pretraining, probe, evaluation])
-def test_every_command_line_ends_in_a_plan_or_in_one_line(files, grammar):
+def test_every_command_line_ends_in_settings_or_one_line(files, grammar):
     script, base, options, positional = grammar(files)
+    before = sorted(REPOSITORY.glob("ckpts/*"))
     lines, codes = command_lines(random.Random(0), base, options, positional), []
     for _ in range(COMBINATIONS):
         arguments, wrong = next(lines)
@@ -178,6 +214,6 @@ def test_every_command_line_ends_in_a_plan_or_in_one_line(files, grammar):
         if code == 0:
             assert not wrong and "nothing was" in out and err == "", " ".join(arguments)
         else:
-            assert code == 2 and err.count("\n") == 1 and err.startswith(f"{script}: error: "), f"{' '.join(arguments)}\n{err}"
+            assert code == 2 and err.count("\n") == 1 and err.startswith(f"{script}: error: "), [*arguments, err]
     assert codes.count(0) > 50 and codes.count(2) > 50
-    assert not list((REPOSITORY / "ckpts").glob("*")) if (REPOSITORY / "ckpts").exists() else True
+    assert sorted(REPOSITORY.glob("ckpts/*")) == before

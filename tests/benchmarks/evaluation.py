@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from moco import classifier, loader, robustness
-from moco.builder import build_encoder
+from moco import classifier, datasets, loader, robustness
 from moco.distributed import DistContext
+from moco.encoders import build_encoder
 
 BATCH, SIZE = 32, 224
 
@@ -36,12 +36,13 @@ def main():
     models = [build_encoder("resnet18", 2).eval().to(memory_format=torch.channels_last) for _ in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "a").symlink_to(Path(sys.argv[1]).resolve())
-        (cell,) = robustness.list_test_sets({"val": folder}, ["a", "b"])
-        dataset = loader.StrictDataset(cell.paths, cell.labels, loader.eval_transform(SIZE))
+        (test_set,) = robustness.list_test_sets({"val": folder}, ["a", "b"])
+        images = datasets.ImageList(test_set.paths, test_set.labels, datasets.eval_transform(SIZE))
+        dataset = datasets.StrictDataset(images)
         batches = list(loader.eval_loader(dataset, BATCH, 0, DistContext()))
 
         def score(some):
-            return list(robustness.score([cell], some, ["a", "b"], SIZE, BATCH, 0, DistContext()))
+            return list(robustness.score([test_set], some, ["a", "b"], SIZE, BATCH, 0, DistContext()))
 
         def forward():
             with torch.inference_mode():
@@ -52,13 +53,14 @@ def main():
         def decode():
             for _ in loader.eval_loader(dataset, BATCH, 0, DistContext()):
                 pass
-        score(models)                                                 # warm
+
+        score(models)  # warm
         ratios, saved = [], []
         for _ in range(5):
             one_pass = seconds(lambda: score(models))
             ratios.append(one_pass / (seconds(forward) + seconds(decode)))
-            saved.append(sum(seconds(lambda: score([model])) for model in models) / one_pass)
-    print(f"{len(cell.paths)} photos, three ResNet-18, {SIZE} px, one thread, medians of 5")
+            saved.append(sum(seconds(lambda alone=model: score([alone])) for model in models) / one_pass)
+    print(f"{len(test_set.paths)} photos, three ResNet-18, {SIZE} px, one thread, medians of 5")
     print(f"one pass over (three forward passes + one decoding pass): {statistics.median(ratios):.3f}")
     print(f"three evaluations over one pass: {statistics.median(saved):.2f}")
 

@@ -1,11 +1,11 @@
-"""Pre-training as one writes it down: the baseline of the benchmarks.
+"""Pre-training written in the obvious way: the baseline of the benchmarks.
 
 PIL, torchvision's transforms one photo at a time, a Python loop for the patches, fp32 in PyTorch's default layout, a
 loop over the weights for the momentum update, SGD one weight at a time. Same method, same sizes. Also a script:
 
     python tests/benchmarks/plain.py ARCH BATCH WORKERS EPOCHS DIR
 
-prints the images a second of the last epoch.
+prints the images per second of the last epoch.
 """
 
 import random
@@ -31,15 +31,17 @@ class Blur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
 
-VIEW = transforms.Compose([
-    transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
-    transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-    transforms.RandomGrayscale(p=0.2),
-    transforms.RandomApply([Blur()], p=0.5),
-    transforms.RandomHorizontalFlip(),
-    transforms.ToTensor(),
-    transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-])
+VIEW = transforms.Compose(
+    [
+        transforms.RandomResizedCrop(SIZE, scale=(0.2, 1.0)),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        transforms.RandomGrayscale(p=0.2),
+        transforms.RandomApply([Blur()], p=0.5),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ]
+)
 
 
 def patch_negative(image):
@@ -49,7 +51,7 @@ def patch_negative(image):
         row = []
         for _ in range(SIZE // side + 1):
             top, left = random.randint(0, SIZE - side), random.randint(0, SIZE - side)
-            row.append(image[:, top:top + side, left:left + side])
+            row.append(image[:, top : top + side, left : left + side])
         rows.append(torch.cat(row, dim=2))
     return torch.cat(rows, dim=1)[:, :SIZE, :SIZE]
 
@@ -78,8 +80,9 @@ class Trainer:
         self.key_encoder.load_state_dict(self.query_encoder.state_dict())
         self.queue = F.normalize(torch.randn(128, K), dim=0)
         self.position = 0
-        self.optimizer = torch.optim.SGD(self.query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4,
-                                         foreach=False)
+        self.optimizer = torch.optim.SGD(
+            self.query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, foreach=False
+        )
 
     def step(self, query, key, negative):
         q = F.normalize(self.query_encoder(query), dim=1)
@@ -88,13 +91,22 @@ class Trainer:
                 slow.data = slow.data * M + fast.data * (1 - M)
             k = F.normalize(self.key_encoder(key), dim=1)
             t = F.normalize(self.key_encoder(negative), dim=1)
-        logits = torch.cat([torch.einsum("nc,nc->n", q, k).unsqueeze(1), torch.einsum("nc,ck->nk", q, self.queue.clone()),
-                            ALPHA * torch.einsum("nc,nc->n", q, t).unsqueeze(1)], dim=1) / T
+        logits = (
+            torch.cat(
+                [
+                    torch.einsum("nc,nc->n", q, k).unsqueeze(1),
+                    torch.einsum("nc,ck->nk", q, self.queue.clone()),
+                    ALPHA * torch.einsum("nc,nc->n", q, t).unsqueeze(1),
+                ],
+                dim=1,
+            )
+            / T
+        )
         loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        self.queue[:, self.position:self.position + len(k)] = k.T
+        self.queue[:, self.position : self.position + len(k)] = k.T
         self.position = (self.position + len(k)) % K
         return loss.item()
 

@@ -20,31 +20,41 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2] / "preprocess"))
 import files
 import quilting
-from imagenet_texture_syn import SIZE, cut_patches, read_photo
+from imagenet_texture_syn import cut_patches, read_photo
+
+PATCH, SIZE = 96, 224  # px
 
 
 def plain_quilting(patches, size, rng, block=40, overlap=8):
-    """Efros & Freeman as one writes it down: block after block, all positions in turn, no balance, no correction."""
+    """Efros & Freeman, written in the obvious way: block by block, all positions in turn, no balance, no correction."""
     step = block - overlap
     blocks = -(-(size - overlap) // step)
     canvas = np.zeros((blocks * step + overlap,) * 2 + (3,), np.float32)
     patches = patches.astype(np.float32)
-    positions = [(patch, y, x) for patch in range(len(patches)) for y in range(patches.shape[1] - block + 1)
-                 for x in range(patches.shape[2] - block + 1)]
+    positions = [
+        (patch, y, x)
+        for patch in range(len(patches))
+        for y in range(patches.shape[1] - block + 1)
+        for x in range(patches.shape[2] - block + 1)
+    ]
     for row in range(blocks):
         for column in range(blocks):
-            there = canvas[row * step:row * step + block, column * step:column * step + block]
+            there = canvas[row * step : row * step + block, column * step : column * step + block]
             mask = np.zeros((block, block, 1), np.float32)
             mask[:, :overlap] = column > 0
             mask[:overlap] = np.maximum(mask[:overlap], row > 0)
-            errors = np.array([np.sum(mask * (patches[p, y:y + block, x:x + block] - there) ** 2) for p, y, x in positions])
+            errors = np.array(
+                [np.sum(mask * (patches[p, y : y + block, x : x + block] - there) ** 2) for p, y, x in positions]
+            )
             good = np.flatnonzero(errors <= 1.1 * errors.min())
             patch, y, x = positions[rng.choice(good)]
-            new = patches[patch, y:y + block, x:x + block]
+            new = patches[patch, y : y + block, x : x + block]
             difference = np.square(new - there).sum(2)
             keep = np.zeros((block, block), bool)
-            for exists, strip, part in ((column, difference[:, :overlap], keep[:, :overlap]),
-                                        (row, difference[:overlap].T, keep[:overlap].T)):
+            for exists, strip, part in (
+                (column, difference[:, :overlap], keep[:, :overlap]),
+                (row, difference[:overlap].T, keep[:overlap].T),
+            ):
                 if exists:
                     part |= plain_cut(strip)
             there[:] = np.where(keep[..., None], there, new)
@@ -56,13 +66,13 @@ def plain_cut(difference):
     total = difference.copy()
     for i in range(1, length):
         for j in range(width):
-            total[i, j] += total[i - 1, max(j - 1, 0):j + 2].min()
+            total[i, j] += total[i - 1, max(j - 1, 0) : j + 2].min()
     keep = np.zeros((length, width), bool)
     j = int(total[-1].argmin())
     for i in range(length - 1, -1, -1):
         if i < length - 1:
             first = max(j - 1, 0)
-            j = first + int(total[i, first:j + 2].argmin())
+            j = first + int(total[i, first : j + 2].argmin())
         keep[i, :j] = True
     return keep
 
@@ -79,10 +89,15 @@ def measures(patches, sources, texture):
     side = 1
     while any_constant_window(offset, side + 1):
         side += 1
-    return {"step across cuts": np.concatenate(across).mean(), "step within blocks": np.concatenate(within).mean(),
-            "share of the first patch": np.mean(sources < pixels), "share of pixels used": len(np.unique(sources)) / (2 * pixels),
-            "largest verbatim square": side, "colours: texture to patches": distance(texture, patches),
-            "colours: patch to patch": distance(*patches)}
+    return {
+        "step across cuts": np.concatenate(across).mean(),
+        "step within blocks": np.concatenate(within).mean(),
+        "share of the first patch": np.mean(sources < pixels),
+        "share of pixels used": len(np.unique(sources)) / (2 * pixels),
+        "largest verbatim square": side,
+        "colours: texture to patches": distance(texture, patches),
+        "colours: patch to patch": distance(*patches),
+    }
 
 
 def any_constant_window(values, side):
@@ -92,7 +107,10 @@ def any_constant_window(values, side):
 
 def distance(one, other):
     """Total variation between colour histograms of 8×8×8 bins: 0 alike, 1 nothing in common."""
-    shares = [np.histogramdd(image.reshape(-1, 3), bins=8, range=[(0, 256)] * 3)[0] / (image.size / 3) for image in (one, other)]
+    shares = [
+        np.histogramdd(image.reshape(-1, 3), bins=8, range=[(0, 256)] * 3)[0] / (image.size / 3)
+        for image in (one, other)
+    ]
     return np.abs(shares[0] - shares[1]).sum() / 2
 
 
@@ -109,14 +127,15 @@ def texture_of(seed_and_patches):
 
 def throughput(jobs, workers):
     with ProcessPoolExecutor(workers) as pool:
-        list(pool.map(texture_of, jobs[:2 * workers]))                # started
+        list(pool.map(texture_of, jobs[: 2 * workers]))  # started
         return len(jobs) / seconds(lambda: list(pool.map(texture_of, jobs, chunksize=4)))
 
 
 def main():
     folder = Path(sys.argv[1])
     rngs = np.random.default_rng(0).spawn(len(files.images_in(folder)))
-    jobs = list(enumerate(cut_patches(read_photo(folder / name)[0], rng) for name, rng in zip(files.images_in(folder), rngs)))
+    photos = [read_photo(folder / name, PATCH)[0] for name in files.images_in(folder)]
+    jobs = [(seed, cut_patches(photo, PATCH, rng)) for seed, (photo, rng) in enumerate(zip(photos, rngs))]
     for job in jobs[:3]:
         texture_of(job)
     ours = [seconds(texture_of, job) for job in jobs for _ in range(3)]
@@ -131,15 +150,21 @@ def main():
         for name, value in measures(patches, sources, texture).items():
             parts.setdefault(name, []).append(value)
     plain = [seconds(plain_quilting, patches, SIZE, np.random.default_rng(seed)) for seed, patches in jobs[::9]]
-    print(f"{len(jobs)} photos, two 96×96 patches to one {SIZE}×{SIZE} texture, one thread")
-    print(f"ours {statistics.median(ours):.4f} s, in loops {statistics.median(plain):.2f} s:"
-          f" {statistics.median(plain) / statistics.median(ours):.0f} times faster (medians)")
+    print(f"{len(jobs)} photos, two {PATCH}×{PATCH} patches to one {SIZE}×{SIZE} texture, one thread")
+    print(
+        f"ours {statistics.median(ours):.4f} s, in loops {statistics.median(plain):.2f} s:"
+        f" {statistics.median(plain) / statistics.median(ours):.0f} times faster (medians)"
+    )
     ratios = [throughput(8 * jobs, 2) / throughput(4 * jobs, 1) for _ in range(3)]
     print(f"two processes against one: {statistics.median(ratios):.2f} times the throughput")
-    print(f"step across cuts over step within blocks, all photos together:"
-          f" {sum(parts['step across cuts']) / sum(parts['step within blocks']):.3f}")
-    print(f"colours no farther from the patches than these from each other:"
-          f" {sum(a <= b for a, b in zip(parts['colours: texture to patches'], parts['colours: patch to patch']))} photos")
+    print(
+        f"step across cuts over step within blocks, all photos together:"
+        f" {sum(parts['step across cuts']) / sum(parts['step within blocks']):.3f}"
+    )
+    print(
+        f"colours no farther from the patches than these from each other:"
+        f" {sum(a <= b for a, b in zip(parts['colours: texture to patches'], parts['colours: patch to patch']))} photos"
+    )
     for name, values in parts.items():
         print(f"{name:28} median {np.median(values):8.4f}  least {min(values):8.4f}  most {max(values):8.4f}")
 

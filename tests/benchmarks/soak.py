@@ -45,7 +45,12 @@ def observe(pid):
     """(name, resident kB, file descriptors, threads) of a process; None once it is gone."""
     try:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return status["Name"].strip(), int(status["VmRSS"].split()[0]), len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"])
+        return (
+            status["Name"].strip(),
+            int(status["VmRSS"].split()[0]),
+            len(os.listdir(f"/proc/{pid}/fd")),
+            int(status["Threads"]),
+        )
     except (FileNotFoundError, KeyError, ProcessLookupError):
         return None
 
@@ -55,12 +60,45 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         write_data(folder)
         run = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "moco-non-sem-neg.py", "-a", "resnet10",
-             "--image-size", "32", "--patch-ratio", "4", "12", "-b", "32", "--moco-k", "512", "-j", "2", "--epochs", "1000000", "--knn",
-             "--knn-freq", "20", "--save-freq", "50", "--keep", "2", "--ckpt_path", f"{folder}/run", folder],
-            cwd=REPOSITORY, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node=2",
+                "moco-non-sem-neg.py",
+                "-a",
+                "resnet10",
+                "--image-size",
+                "32",
+                "--patch-ratio",
+                "4",
+                "12",
+                "-b",
+                "32",
+                "--moco-k",
+                "512",
+                "-j",
+                "2",
+                "--epochs",
+                "1000000",
+                "--knn",
+                "--knn-freq",
+                "20",
+                "--save-freq",
+                "50",
+                "--keep",
+                "2",
+                "--ckpt_path",
+                f"{folder}/run",
+                folder,
+            ],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
         log, seen, epochs = Path(folder, "run", "log.jsonl"), {}, []
-        while not log.exists() or not log.read_text():                # imports and the first epoch are not part of it
+        while not log.exists() or not log.read_text():  # imports and the first epoch are not part of it
             time.sleep(0.5)
         start = time.monotonic()
         while time.monotonic() - start < seconds:
@@ -78,22 +116,35 @@ def main():
 
 def report(seen, epochs):
     good = True
-    print("| process | resident, MB, 2nd quarter | last quarter | change | file descriptors | threads |\n|---|---|---|---|---|---|")
+    print(
+        "| process | resident, MB, 2nd quarter | last quarter | change | file descriptors | threads |\n"
+        "|---|---|---|---|---|---|"
+    )
     longest = max(map(len, seen.values()))
     for pid, observations in seen.items():
-        if len(observations) < longest / 2:                           # the ps of this script, knn's loading processes
+        if len(observations) < longest / 2:  # the ps of this script, knn's loading processes
             continue
         names, memory, descriptors, threads = zip(*observations)
         quarter = len(memory) // 4
-        before, after = (statistics.mean(memory[part * quarter:(part + 1) * quarter]) / 1024 for part in (1, 3))
-        counts = [set(values[quarter:2 * quarter]) | set(values[3 * quarter:]) for values in (descriptors, threads)]
-        ends = [statistics.mode(values[quarter:2 * quarter]) == statistics.mode(values[3 * quarter:]) for values in (descriptors, threads)]
+        before, after = (statistics.mean(memory[part * quarter : (part + 1) * quarter]) / 1024 for part in (1, 3))
+        counts = [set(values[quarter : 2 * quarter]) | set(values[3 * quarter :]) for values in (descriptors, threads)]
+        ends = [
+            statistics.mode(values[quarter : 2 * quarter]) == statistics.mode(values[3 * quarter :])
+            for values in (descriptors, threads)
+        ]
         good &= after < 1.02 * before and all(ends)
-        print(f"| {names[0]} {pid} | {before:.1f} | {after:.1f} | {after / before - 1:+.2%} |"
-              f" {min(counts[0])}–{max(counts[0])} | {min(counts[1])}–{max(counts[1])} |")
+        print(
+            f"| {names[0]} {pid} | {before:.1f} | {after:.1f} | {after / before - 1:+.2%} |"
+            f" {min(counts[0])}–{max(counts[0])} | {min(counts[1])}–{max(counts[1])} |"
+        )
     tenth = len(epochs) // 10
-    first, last = ((part[-1][1] - part[0][1]) / (part[-1][0] - part[0][0]) for part in (epochs[:tenth], epochs[-tenth:]))
-    print(f"\n{epochs[-1][1]} epochs; in the first tenth {first:.2f} a second, in the last {last:.2f}, {last / first:.3f} times")
+    first, last = (
+        (part[-1][1] - part[0][1]) / (part[-1][0] - part[0][0]) for part in (epochs[:tenth], epochs[-tenth:])
+    )
+    print(
+        f"\n{epochs[-1][1]} epochs; per second {first:.2f} in the first tenth, {last:.2f} in the last,"
+        f" {last / first:.3f} times"
+    )
     return good and last > 0.9 * first
 
 
