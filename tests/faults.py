@@ -105,6 +105,7 @@ FAULTS = {
     "wrong in a step": lambda: in_step(2, fail),
     "slow in a step": lambda: in_step(0, pause),
     "killed after step 9": lambda: after_step(die, 9),
+    "SIGTERM in step 3": lambda: after_step(lambda: os.kill(os.getpid(), signal.SIGTERM), 3),
     "SIGTERM in step 8": lambda: after_step(lambda: os.kill(os.getpid(), signal.SIGTERM), 8),
     "impatient": impatient,
     "workers as asked": workers_as_asked,

@@ -69,9 +69,8 @@ def one_epoch(folder, data, seed, workers):
 
 
 def test_same_seed_same_run_another_seed_another_run(data, tmp_path):
-    first, again, other = (
-        one_epoch(tmp_path / str(seed), data, seed, workers) for seed, workers in ((1, 0), (1, 2), (2, 0))
-    )
+    runs = ((1, 0), (1, 2), (2, 0))  # seed, workers
+    first, again, other = (one_epoch(tmp_path / f"{seed} {workers}", data, seed, workers) for seed, workers in runs)
     assert first[0] == again[0] and same(first[1], again[1])
     assert first[0] != other[0] and not same(first[1], other[1])
 
@@ -238,7 +237,7 @@ def test_a_batch_that_does_not_divide_is_refused(shared_data, tmp_path, monkeypa
 def test_a_checkpoint_that_does_not_fit_is_refused(shared_data, tmp_path):
     run_script(PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", tmp_path, shared_data)
     path = tmp_path / "checkpoint_0000.pth.tar"
-    resume = [PRETRAIN, *SMALL, "--epochs", 9, "--resume", path]
+    resume = [PRETRAIN, *SMALL, "--epochs", 9, "--resume", path, "--ckpt_path", tmp_path / "new"]
     for options, message in (
         (["--aug-plus"], "--aug-plus False, this run has True"),
         (["--image-size", 48], "--image-size 32, this run has 48"),
@@ -252,13 +251,29 @@ def test_a_checkpoint_that_does_not_fit_is_refused(shared_data, tmp_path):
     other = write_folder(tmp_path / "data", classes=("n01", "n07"))
     assert "classes 2: n01, n02, this run has 2: n01, n07" in refused(*resume, other)
     assert "already finished (1 epochs)" in refused(*resume, "--epochs", 1, shared_data)
-
     saved = torch.load(path, weights_only=True)
-    torch.save(saved | {"epoch": 0, "step": 1}, path)  # within an epoch the order of the data must be the same
-    assert "--seed 1, this run has 2" in refused(*resume, "--seed", 2, shared_data)
-    assert "images per step: 8, this run has 4" in refused(*resume, "-b", 4, shared_data)
-    assert "training images: 16, this run has 20" in refused(*resume, write_folder(tmp_path / "more", train=10))
-
     del saved["state_dict"]["module.queue"]
     torch.save(saved, path)
     assert "it has no queue" in refused(*resume, shared_data)
+
+
+def test_within_an_epoch_the_data_order_must_be_the_same(shared_data, tmp_path):
+    settings = [*SMALL, "--epochs", 2, "--ckpt_path", tmp_path, shared_data]
+    run_script(FAULTS, "SIGTERM in step 3", PRETRAIN, *settings, check=False)
+    resume = [PRETRAIN, *SMALL, "--resume", tmp_path / "checkpoint_latest.pth.tar", "--ckpt_path", tmp_path / "new"]
+    assert "--seed 1, this run has 2" in refused(*resume, "--seed", 2, shared_data)
+    assert "images per step: 8, this run has 4" in refused(*resume, "-b", 4, shared_data)
+    more = write_folder(tmp_path / "more", train=10)
+    assert "training images: 16, this run has 20" in refused(*resume, more)
+
+
+def test_a_folder_with_another_run_is_refused(shared_data, tmp_path):
+    settings = [PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", tmp_path, shared_data]
+    run_script(*settings)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    line = refused(*settings)
+    assert "it holds another run (checkpoint_latest.pth.tar)" in line and "--resume auto" in line
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    assert "it holds another run (1 epochs in log.jsonl)" in refused(*settings)

@@ -56,12 +56,12 @@ def test_the_log_has_a_line_per_epoch_with_each_head(whole):
     records = log(whole)
     assert [record["epoch"] for record in records] == [0, 1, 2]
     for record in records:
-        assert list(record) == ["epoch", "lr", "loss", "acc1", "bad_images", "val_acc1", "val_acc5"]
-        assert record["lr"] == [0.01, 0.1, 1] and record["bad_images"] == 0
+        assert list(record) == ["probe", "epoch", "lr", "loss", "acc1", "bad_images", "val_acc1", "val_acc5"]
+        assert (record["probe"], record["lr"], record["bad_images"]) == ("random", [0.01, 0.1, 1], 0)
         assert all(len(record[name]) == 3 for name in ("loss", "acc1", "val_acc1", "val_acc5"))
         assert len(set(record["loss"])) == 3 and record["val_acc5"] == [100, 100, 100]
     saved = torch.load(whole / LAST, weights_only=True)
-    assert saved["best_acc1"] == pytest.approx(max(max(record["val_acc1"]) for record in records), abs=1e-3)
+    assert float(saved["best_acc1"]) == pytest.approx(max(max(record["val_acc1"]) for record in records), abs=1e-3)
 
 
 def test_lr_drops_tenfold_at_the_schedule_in_the_log_too(data, tmp_path):
@@ -111,12 +111,24 @@ def test_a_signal_to_two_ranks_stops_and_resumes_the_probe(data, tmp_path):
     assert_equal_runs(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_within_an_epoch_the_order_of_the_data_must_be_the_same(data, whole, tmp_path):
-    saved = torch.load(whole / LAST, weights_only=True)
-    torch.save(saved | {"step": 3}, tmp_path / LAST)
-    resume = [*LRS, "--epochs", 9, "--resume", tmp_path / LAST, data]
-    assert "--seed 1, this run has 2" in refused(PROBE, *SMALL_PROBE, "--seed", 2, *resume)
-    assert "images per step: 8, this run has 4" in refused(PROBE, *SMALL_PROBE, "-b", 4, *resume)
+def test_within_an_epoch_the_data_order_must_be_the_same(data, tmp_path):
+    settings = [*SMALL_PROBE, *LRS, "--ckpt_path", tmp_path, data]
+    run_script(FAULTS, "SIGTERM in step 3", PROBE, *settings, check=False)
+    resume = [PROBE, *SMALL_PROBE, *LRS, "--resume", "auto", "--ckpt_path", tmp_path, data]
+    assert "--seed 1, this run has 2" in refused(*resume, "--seed", 2)
+    assert "images per step: 8, this run has 4" in refused(*resume, "-b", 4)
+
+
+def test_a_probe_shares_the_folder_of_its_pretraining_only(data, tmp_path):
+    run_script(PRETRAIN, *SMALL, "--epochs", 2, "--save-freq", 1, "--ckpt_path", tmp_path, data)
+    settings = [PROBE, *SMALL_PROBE, "--epochs", 1, "--ckpt_path", tmp_path, data, "--pretrained"]
+    first, second = (tmp_path / f"checkpoint_000{epoch}.pth.tar" for epoch in (0, 1))
+    run_script(*settings, first)
+    run_script(*settings, second)
+    assert [record.get("probe") for record in log(tmp_path)] == [None, None, "0000", "0001"]
+    assert "it holds another run (checkpoint_robust_0001.pth.tar)" in refused(*settings, second)
+    run_script(*settings, second, "--epochs", 2, "--resume", "auto")
+    assert [record.get("probe") for record in log(tmp_path)] == [None, None, "0000", "0001", "0001"]
 
 
 def test_heads_side_by_side_learn_what_each_learns_alone(data, whole, tmp_path):
@@ -125,11 +137,10 @@ def test_heads_side_by_side_learn_what_each_learns_alone(data, whole, tmp_path):
     alone, three = (torch.load(folder / LAST, weights_only=True) for folder in (tmp_path, whole))
     assert torch.equal(three["heads"]["1.weight"], alone["heads"]["0.weight"])
     winners = [three["state_dict"]["module.fc.weight"].equal(three["heads"][f"{i}.weight"]) for i in range(3)]
-    assert sum(winners) == 1 and three["best_acc1s"][1] == alone["best_acc1"]
+    assert sum(winners) == 1 and three["best_acc1s"][1] == alone["best_acc1s"][0]
     assert [record["loss"] for record in log(tmp_path)] == [record["loss"][1:2] for record in log(whole)]
-    resumed = run_script(
-        PROBE, *SMALL_PROBE, *LRS, "--epochs", 4, "--resume", whole / LAST, "--ckpt_path", tmp_path, data
-    )
+    resume = ["--epochs", 4, "--resume", whole / LAST, "--ckpt_path", tmp_path / "more", data]
+    resumed = run_script(PROBE, *SMALL_PROBE, *LRS, *resume)
     assert "by lr  0.01: " in resumed.stdout.splitlines()[-1] and "  1: " in resumed.stdout.splitlines()[-1]
     best = torch.load(whole / BEST, weights_only=True)
     for lrs in ([], ["--lr", 3, 10]):  # whichever are given: one head is tested
@@ -212,7 +223,7 @@ def test_bad_checkpoints_are_refused(data, whole, tmp_path):
         (["-e", "--resume", pretrained], "no linear head"),
         (["-e"], "--evaluate needs"),
         (["--resume", linear, "--lr", 0.1, "--epochs", 9], "it has heads for 3 learning rates, --lr has 1"),
-        (["--resume", linear, *LRS, "--epochs", 3], "already finished (3 epochs)"),
+        (["--resume", whole / LAST, *LRS, "--epochs", 3], "already finished (3 epochs)"),
         (["--lr", 1, "x", 2], "is not one or more numbers above 0"),
     ):
         assert message in refused(PROBE, *SMALL_PROBE, *options, "--ckpt_path", tmp_path / "new", data)
@@ -232,5 +243,5 @@ def test_an_export_without_its_inputs_is_refused(data, whole, tmp_path):
     target = ["--export-backbone", tmp_path / "x.pth"]
     assert "--export-backbone needs --pretrained" in refused(PROBE, *target)
     assert "DIR" in refused(PROBE, "--pretrained", whole / BEST)
-    assert "not --arch resnet50" in refused(PROBE, "--pretrained", whole / BEST, *target)
+    assert "not --arch resnet50" in refused(PROBE, "-a", "resnet50", "--pretrained", whole / BEST, *target)
     assert not (tmp_path / "x.pth").exists()
