@@ -18,7 +18,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
 from PIL import Image
+
+from moco import augment, launch
+from moco.distributed import DistContext
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # of the scripts
@@ -67,6 +72,30 @@ def write_folder(root, classes=("n01", "n02"), train=8, val=3, suffix=".JPEG"):
                 seed = 1000 * label + 10 * i + (split == "val")
                 write_photo(root / split / name / f"{name}_{i}{suffix}", seed=seed)
     return root
+
+
+def unit(*shape, seed=0):
+    """Random vectors of unit length."""
+    return F.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def paint(path, decision, size=32):
+    """A picture that GrayLevels classifies as `decision`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (size, size), (20 * decision,) * 3).save(path)
+
+
+class GrayLevels(torch.nn.Module):
+    """Classifies an image by its gray level: 20 * c is class c, and class c + 1 is its second choice."""
+
+    def __init__(self, outputs=4):
+        super().__init__()
+        self.outputs = outputs
+
+    def forward(self, images):
+        level = (augment.denormalize(images).mean(dim=(1, 2, 3)) * 255 / 20).round().long()
+        first = F.one_hot(level, self.outputs + 1)[:, : self.outputs]
+        return first + 0.5 * F.one_hot((level + 1) % self.outputs, self.outputs)
 
 
 # Results
@@ -198,3 +227,24 @@ def assert_one_line(result, *expected):
 def completed(process, timeout=120):
     """As `ended`, in the form of run_script's result."""
     return subprocess.CompletedProcess(process.args, *ended(process, timeout))
+
+
+# Ranks
+
+
+def run_ranks(world, folder, *functions):
+    """{name of function: [what function(ctx) returned on each rank]}, in one gloo group of `world` processes."""
+    arguments = (world, launch.free_port(), str(folder), functions)
+    mp.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
+    ranks = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
+    return {function.__name__: [rank[function.__name__] for rank in ranks] for function in functions}
+
+
+def _rank(rank, world, port, folder, functions):
+    torch.set_num_threads(1)
+    ctx = DistContext(rank, world, rank, world)
+    launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", "nccl", _save_results, (functions, folder))
+
+
+def _save_results(ctx, functions, folder):
+    torch.save({function.__name__: function(ctx) for function in functions}, Path(folder, f"{ctx.rank}.pt"))

@@ -16,26 +16,27 @@ def images():
     return torch.randint(256, (12, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def slow(recipe, draws, images):
+def slow(recipe, params, images):
     """The same recipe, image by image, through torchvision's functional operations."""
+
     def jitter(x, i):
         operations = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]
-        sequence = [(operations[j], draws.factors[i, j].item()) for j in draws.order[i].tolist()]
-        sequence.insert(draws.hue_slot[i].item(), (TF.adjust_hue, draws.hue_shift[i].item()))
-        for operation, parameter in sequence if draws.jittered[i] else []:
+        sequence = [(operations[j], params.factors[i, j].item()) for j in params.order[i].tolist()]
+        sequence.insert(params.hue_slot[i].item(), (TF.adjust_hue, params.hue_shift[i].item()))
+        for operation, parameter in sequence if params.jittered[i] else []:
             x = operation(x, parameter)
         return x
 
     results = []
     for i, x in enumerate(images.float() / 255):
-        if recipe.gray_first and draws.gray[i]:
+        if recipe.gray_first and params.gray[i]:
             x = TF.rgb_to_grayscale(x, 3)
         x = jitter(x, i)
-        if not recipe.gray_first and draws.gray[i]:
+        if not recipe.gray_first and params.gray[i]:
             x = TF.rgb_to_grayscale(x, 3)
-        if draws.sigma[i] > 0:
-            x = TF.gaussian_blur(x, 2 * math.ceil(4 * recipe.blur_sigma[1]) + 1, draws.sigma[i].item())
-        if draws.flip[i]:
+        if params.sigma[i] > 0:
+            x = TF.gaussian_blur(x, 2 * math.ceil(4 * recipe.blur_sigma[1]) + 1, params.sigma[i].item())
+        if params.flip[i]:
             x = TF.hflip(x)
         results.append(TF.normalize(x, augment.MEAN, augment.STD))
     return torch.stack(results)
@@ -43,63 +44,69 @@ def slow(recipe, draws, images):
 
 @pytest.mark.parametrize("recipe", [augment.V1, augment.V2], ids=["v1", "v2"])
 def test_recipes_equal_torchvision_image_by_image(recipe, images):
-    draws = augment.draw(recipe, len(images), np.random.default_rng(1))
-    torch.testing.assert_close(augment.apply(recipe, draws, images), slow(recipe, draws, images), atol=2e-5, rtol=0)
+    params = augment.draw(recipe, len(images), np.random.default_rng(1))
+    torch.testing.assert_close(augment.apply(recipe, params, images), slow(recipe, params, images), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.03, 0.1, 0.5])
 def test_hue_equals_torchvision(images, shift):
     x = images.float() / 255
-    x[0] = 0.5                                                        # gray: no hue
-    x[1, 1:] = 0                                                      # pure red of every brightness
-    torch.testing.assert_close(augment.shift_hue(x, torch.full((12,), shift)), TF.adjust_hue(x, shift), atol=1e-5, rtol=0)
+    x[0] = 0.5  # gray: no hue
+    x[1, 1:] = 0  # pure red of every brightness
+    torch.testing.assert_close(
+        augment.shift_hue(x, np.full(12, shift, dtype=np.float32)), TF.adjust_hue(x, shift), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("size", [20, 48, 224])
 def test_blur_equals_torchvision(sigma, size):
     x = torch.rand(2, 3, size, size)
-    blurred = augment.gaussian_blur(x, torch.full((2,), sigma), 2.0)
+    blurred = augment.gaussian_blur(x, np.full(2, sigma, dtype=np.float32), 2.0)
     torch.testing.assert_close(blurred, TF.gaussian_blur(x, 17, sigma), atol=1e-5, rtol=0)
 
 
 def test_images_that_are_not_blurred_stay_exactly_as_they_are():
     x = torch.rand(2, 3, 32, 32)
-    blurred = augment.gaussian_blur(x, torch.tensor([0.0, 1.0]), 2.0)
+    blurred = augment.gaussian_blur(x, np.array([0.0, 1.0], dtype=np.float32), 2.0)
     assert torch.equal(blurred[0], x[0]) and not torch.allclose(blurred[1], x[1], atol=1e-3)
 
 
 def test_images_without_jitter_stay_exactly_as_they_are(images):
-    draws = augment.draw(augment.V2, len(images), np.random.default_rng(1))._replace(jittered=np.zeros(12, dtype=bool))
+    params = augment.draw(augment.V2, len(images), np.random.default_rng(1))._replace(jittered=np.zeros(12, dtype=bool))
     x = images.float() / 255
-    assert torch.equal(augment.color_jitter(x, draws), x)
+    assert torch.equal(augment.color_jitter(x, params), x)
 
 
 def test_draws_have_torchvisions_distribution():
     n, recipe = 40000, augment.V2
-    draws = augment.AugParams(*map(torch.from_numpy, augment.draw(recipe, n, np.random.default_rng(2))))
+    params = augment.AugParams(*map(torch.from_numpy, augment.draw(recipe, n, np.random.default_rng(2))))
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
-    reference = [transforms.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
-                 for _ in range(4000)]
+    reference = [
+        transforms.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+        for _ in range(4000)
+    ]
     quantiles = torch.linspace(0.02, 0.98, 9)
     for j in range(3):
         theirs = torch.tensor([parameters[1 + j] for parameters in reference])
-        torch.testing.assert_close(draws.factors[:, j].quantile(quantiles), theirs.quantile(quantiles), atol=0.03, rtol=0)
+        torch.testing.assert_close(
+            params.factors[:, j].quantile(quantiles), theirs.quantile(quantiles), atol=0.03, rtol=0
+        )
     theirs = torch.tensor([parameters[4] for parameters in reference])
-    torch.testing.assert_close(draws.hue_shift.quantile(quantiles), theirs.quantile(quantiles), atol=0.01, rtol=0)
+    torch.testing.assert_close(params.hue_shift.quantile(quantiles), theirs.quantile(quantiles), atol=0.01, rtol=0)
 
-    for share, p in ((draws.jittered, 0.8), (draws.gray, 0.2), (draws.flip, 0.5), (draws.sigma > 0, 0.5)):
+    for share, p in ((params.jittered, 0.8), (params.gray, 0.2), (params.flip, 0.5), (params.sigma > 0, 0.5)):
         assert share.float().mean().item() == pytest.approx(p, abs=0.015)
-    sigma = draws.sigma[draws.sigma > 0]
+    sigma = params.sigma[params.sigma > 0]
     assert 0.1 <= sigma.min() < 0.11 and 1.99 < sigma.max() <= 2.0
     assert sigma.mean().item() == pytest.approx(1.05, abs=0.02)
 
 
 def test_all_24_orders_of_the_colour_operations_are_equally_likely():
     n = 24000
-    draws = augment.draw(augment.V2, n, np.random.default_rng(3))
+    params = augment.draw(augment.V2, n, np.random.default_rng(3))
     orders = {}
-    for order, slot in zip(draws.order.tolist(), draws.hue_slot.tolist()):
+    for order, slot in zip(params.order.tolist(), params.hue_slot.tolist()):
         order.insert(slot, "hue")
         orders[tuple(order)] = orders.get(tuple(order), 0) + 1
     assert len(orders) == 24
@@ -107,8 +114,8 @@ def test_all_24_orders_of_the_colour_operations_are_equally_likely():
 
 
 def test_draws_are_independent_of_one_another():
-    draws = augment.draw(augment.V2, 20000, np.random.default_rng(4))
-    table = np.stack([*draws.factors.T, draws.hue_shift, draws.jittered, draws.gray, draws.sigma, draws.flip])
+    params = augment.draw(augment.V2, 20000, np.random.default_rng(4))
+    table = np.stack([*params.factors.T, params.hue_shift, params.jittered, params.gray, params.sigma, params.flip])
     correlation = np.corrcoef(table) - np.eye(len(table))
     assert np.abs(correlation).max() < 0.04
 
@@ -125,7 +132,7 @@ def test_denormalize_is_the_inverse_of_normalize():
 
 def test_a_batch_in_one_piece_equals_image_by_image(images, monkeypatch):
     """A GPU works on the whole batch, a CPU on single images."""
-    draws = augment.draw(augment.V2, len(images), np.random.default_rng(5))
-    one_by_one = augment.apply(augment.V2, draws, images)
+    params = augment.draw(augment.V2, len(images), np.random.default_rng(5))
+    one_by_one = augment.apply(augment.V2, params, images)
     monkeypatch.setattr(augment, "chunks", lambda images: [slice(None)])
-    torch.testing.assert_close(augment.apply(augment.V2, draws, images), one_by_one, atol=2e-5, rtol=0)
+    torch.testing.assert_close(augment.apply(augment.V2, params, images), one_by_one, atol=2e-5, rtol=0)

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco import augment
-from moco.negatives import patch_negatives, training_views
+from moco.negatives import patch_negatives
 
 SIZE = 40
 
@@ -17,7 +16,7 @@ def labelled_pixels(n=1, size=SIZE):
 def tiles(negative, side):
     for top in range(0, SIZE, side):
         for left in range(0, SIZE, side):
-            yield negative[:, top:top + side, left:left + side]
+            yield negative[:, top : top + side, left : left + side]
 
 
 @pytest.mark.parametrize("side", [1, 7, 8, 13, 20, 39, 40])
@@ -34,23 +33,25 @@ def test_every_tile_is_an_exact_window_of_its_own_image(side):
                 assert (tile[1] == left + torch.arange(tile.shape[2])).all()
 
 
-def side_of(negative):
+def patch_size_of(negative):
     """The patch side, read off the picture: where the row number stops growing by one along each column."""
     breaks = (negative[0].diff(dim=0) != 1).any(dim=1).nonzero()
     return breaks[0].item() + 1 if len(breaks) else SIZE
 
 
-def test_sides_are_uniform_from_low_to_high_both_included_and_independent():
+def test_patch_sizes_are_uniform_with_both_ends():
     negatives = patch_negatives(labelled_pixels(), 5, 8, np.random.default_rng(1), count=2000)[0]
-    sides = torch.tensor([side_of(negative) for negative in negatives])
-    shares = sides.bincount(minlength=9)[5:9] / 2000
-    assert sides.min() == 5 and sides.max() == 8
+    sizes = torch.tensor([patch_size_of(negative) for negative in negatives])
+    shares = sizes.bincount(minlength=9)[5:9] / 2000
+    assert sizes.min() == 5 and sizes.max() == 8
     assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.04)
 
 
-def test_images_of_a_batch_draw_their_own_sides():
-    sides = [side_of(negative[0]) for negative in patch_negatives(labelled_pixels(200), 5, 8, np.random.default_rng(2))]
-    assert set(sides) == {5, 6, 7, 8}
+def test_every_image_of_a_batch_draws_its_own_patch_size():
+    sizes = [
+        patch_size_of(negative[0]) for negative in patch_negatives(labelled_pixels(200), 5, 8, np.random.default_rng(2))
+    ]
+    assert set(sizes) == {5, 6, 7, 8}
 
 
 def test_positions_are_uniform_up_to_the_last_one():
@@ -62,7 +63,7 @@ def test_positions_are_uniform_up_to_the_last_one():
         assert len(counts) == SIZE - side + 1
         assert counts.float().div(len(corners)).tolist() == pytest.approx([1 / 21] * 21, abs=0.012)
     correlation = torch.corrcoef(corners.T.float())[0, 1]
-    assert abs(correlation) < 0.05                                    # rows and columns are drawn apart
+    assert abs(correlation) < 0.05  # rows and columns are drawn apart
 
 
 def test_a_patch_as_large_as_the_image_gives_the_image():
@@ -71,33 +72,11 @@ def test_a_patch_as_large_as_the_image_gives_the_image():
 
 
 @pytest.mark.parametrize("low, high", [(0, 16), (20, 10), (16, SIZE + 1)])
-def test_sides_that_do_not_fit_are_refused(low, high):
+def test_patch_sizes_that_do_not_fit_are_refused(low, high):
     with pytest.raises(ValueError, match="patch sizes"):
         patch_negatives(labelled_pixels(), low, high, np.random.default_rng(0))
 
 
-def test_patch_negatives_come_from_the_augmented_query():
-    torch.manual_seed(4)
-    crops = torch.randint(256, (4, 2, 3, 32, 32), dtype=torch.uint8)
-    query, key, negatives = training_views(crops, augment.V2, "patch", 2, (4, 8), np.random.default_rng(4))
-    assert negatives.shape == (4, 2, 3, 32, 32)
-    for i in range(4):
-        of_query = {tuple(pixel) for pixel in query[i].flatten(1).T.tolist()}
-        for negative in negatives[i]:
-            assert {tuple(pixel) for pixel in negative.flatten(1).T.tolist()} <= of_query
-
-
-def test_texture_negative_gets_the_draws_of_the_query():
-    torch.manual_seed(5)
-    crops = torch.randint(256, (16, 3, 3, 32, 32), dtype=torch.uint8)
-    crops[:, 2] = crops[:, 0]                                         # then the same draws give the same picture
-    query, key, negatives = training_views(crops, augment.V2, "texture", 1, (4, 8), np.random.default_rng(5))
-    torch.testing.assert_close(negatives[:, 0], query)
-
-
-def test_query_and_key_of_the_same_crop_are_augmented_independently():
-    torch.manual_seed(6)
-    crops = torch.randint(256, (8, 1, 3, 32, 32), dtype=torch.uint8).expand(-1, 2, -1, -1, -1)
-    query, key, negatives = training_views(crops, augment.V2, "none", 0, (4, 8), np.random.default_rng(6))
-    assert negatives.shape == (8, 0, 3, 32, 32)
-    assert (query - key).abs().flatten(1).amax(1).gt(0.1).all()
+def test_images_that_are_not_square_are_refused():
+    with pytest.raises(ValueError, match="square images, got 40×39"):
+        patch_negatives(labelled_pixels()[:, :, :, :-1], 4, 8, np.random.default_rng(0))

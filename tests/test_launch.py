@@ -1,0 +1,116 @@
+import functools
+import pickle
+import signal
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from moco import launch
+from moco.distributed import DistContext
+from moco.errors import UsageError
+from moco.signals import STOP_SIGNALS
+
+
+def launched(ctx, *args):
+    return ctx, args
+
+
+def test_plain_launch_is_this_process_alone():
+    ctx, args = launch.launch(launched, (1, 2))
+    assert args == (1, 2) and ctx.world_size == 1 and not dist.is_initialized()
+
+
+def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
+    calls = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: calls.update(backend=backend, **more))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.update(ended=True))
+    ctx = DistContext(3, 4, 1, 2, torch.device("cuda", 1))
+    assert launch._join_and_run(ctx, "env://", "nccl", launched, (5,)) == (ctx, (5,))
+    assert calls == {
+        "device": ctx.device,
+        "backend": "cpu:gloo,cuda:nccl",
+        "world_size": 4,
+        "rank": 3,
+        "init_method": "env://",
+        "ended": True,
+    }
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="this machine has 4 GPUs"):
+        launch.resolve_world_size()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"world_size": 2, "rank": 2, "dist_url": "tcp://127.0.0.1:1"}, "--rank 2"),
+        ({"world_size": 2}, "--rank -1"),
+        ({"world_size": 2, "rank": 0}, "--dist-url"),
+        ({"world_size": 2, "rank": 0, "dist_url": "tcp://localhost:nowhere"}, "tcp://10.0.0.1:10001"),
+        ({"world_size": 0}, "--world-size 0"),
+        ({"rank": 1}, "--rank 1"),
+        ({"backend": "smoke"}, "--dist-backend smoke"),
+        ({"gpu": 99}, "--gpu 99"),
+    ],
+)
+def test_launch_options_that_contradict_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        launch.launch(launched, (), **options)
+
+
+@pytest.fixture
+def spawned(monkeypatch):
+    """The jobs that launch hands to its processes, which are forked from a server that has imported PyTorch."""
+    jobs, start = [], functools.partial(launch.mp.start_processes, start_method="forkserver")
+
+    def recorded(function, args, **settings):
+        jobs.append(args[-1])
+        return start(function, args, **settings)
+
+    monkeypatch.setattr(launch.mp, "start_processes", recorded)
+    handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    yield jobs
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+def save_what_arrived(ctx, path, tensor):
+    torch.save({"ctx": ctx[:4], "tensor": tensor}, path)
+
+
+def test_a_spawned_process_gets_its_arguments_by_pickle(spawned, tmp_path, capfd):
+    tensor = torch.arange(5)
+    settings = {"multiprocessing": True, "dist_url": launch.MULTICAST_DEFAULT}
+    launch.launch(save_what_arrived, (tmp_path / "arrived.pt", tensor), **settings)
+    arrived = torch.load(tmp_path / "arrived.pt", weights_only=False)
+    assert arrived["ctx"] == (0, 1, 0, 1) and torch.equal(arrived["tensor"], tensor)
+    # As bytes: a tensor would be sent through /dev/shm.
+    (job,) = spawned
+    assert pickle.loads(job)[0] is save_what_arrived
+    assert "no GPU found" in capfd.readouterr().out
+
+
+def refuse(ctx):
+    raise UsageError("--lr: too large")
+
+
+def test_a_spawned_process_ends_the_launcher_with_its_code(spawned):
+    with pytest.raises(SystemExit) as stop:
+        launch.launch(refuse, (), multiprocessing=True, dist_url=launch.MULTICAST_DEFAULT)
+    assert stop.value.code == 2
+
+
+def test_world_size_counts_the_processes_of_all_nodes(monkeypatch):
+    several = {"multiprocessing": True, "world_size": 3, "rank": 1, "dist_url": "tcp://10.0.0.1:1"}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert launch.resolve_world_size(**several) == (8, 24)
+    assert launch.resolve_world_size(multiprocessing=True) == (8, 8)
+    assert launch.resolve_world_size() == (1, 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert launch.resolve_world_size(**several) == (1, 3)
