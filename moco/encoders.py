@@ -23,7 +23,11 @@ def build_encoder(arch: str, num_classes: int) -> nn.Module:
     """The randomly initialised network `arch` (one of ARCHS), whose `fc` has `num_classes` outputs."""
     if arch == "resnet10":
         return ResNet10(num_classes)
-    return torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+    device = torch.get_default_device()
+    # torchvision computes a regnet's widths with tensors, which have no values on the meta device.
+    with torch.device("cpu" if arch.startswith("regnet") else device):
+        model = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
+    return model.to(device)
 
 
 class ResNet10(nn.Module):
