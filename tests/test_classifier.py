@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
-from conftest import write_folder
+from helpers import unit, write_folder
 
 from moco import checkpoint, classifier, datasets, loader
-from moco.builder import build_encoder
 from moco.distributed import DistContext
+from moco.encoders import build_encoder
 from moco.errors import UsageError
 
 
@@ -18,7 +20,7 @@ def backbone():
 def test_probe_has_the_given_backbone_frozen_and_a_new_head(backbone):
     torch.manual_seed(1)
     model = classifier.build_probe("resnet10", 400, backbone)
-    assert classifier.changed_entries(model, backbone) == []
+    classifier.check_frozen(model, backbone)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
     assert model.fc.weight.shape == (400, 256) and not model.fc.bias.any()
     assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
@@ -28,7 +30,8 @@ def test_probe_has_the_given_backbone_frozen_and_a_new_head(backbone):
 def test_a_changed_weight_or_statistic_is_noticed(backbone, name):
     model = classifier.build_probe("resnet10", 4, backbone)
     model.state_dict()[name].add_(1)
-    assert classifier.changed_entries(model, backbone) == [name]
+    with pytest.raises(RuntimeError, match=f"backbone changed during training: {name}$"):
+        classifier.check_frozen(model, backbone)
 
 
 def test_a_backbone_of_another_architecture_is_refused(backbone):
@@ -37,17 +40,23 @@ def test_a_backbone_of_another_architecture_is_refused(backbone):
 
 
 def linear_checkpoint(width, **extra):
-    return {"arch": "resnet10", "state_dict": checkpoint.add_prefix(build_encoder("resnet10", width).state_dict()), **extra}
+    return {
+        "arch": "resnet10",
+        "state_dict": checkpoint.add_prefix(build_encoder("resnet10", width).state_dict()),
+        **extra,
+    }
 
 
 def test_a_head_is_scored_only_on_its_own_classes():
     data = ["a", "b", "c"]
     classifier.check_classes(linear_checkpoint(3, wnids=data), data, "file")
-    classifier.check_classes(linear_checkpoint(1000), data, "file")   # published: 1000 outputs, classes unsaid
-    for saved, fault in ((linear_checkpoint(3, wnids=["a", "b", "x"]), "3 other classes than the 3"),
-                         (linear_checkpoint(1000, wnids=["a", "b"]), "2 other classes"),
-                         (linear_checkpoint(2), "2 outputs, the data 3 classes"),
-                         ({"arch": "resnet10", "state_dict": {"queue": torch.ones(1)}}, "no linear head")):
+    classifier.check_classes(linear_checkpoint(1000), data, "file")  # published: 1000 outputs, classes unsaid
+    for saved, fault in (
+        (linear_checkpoint(3, wnids=["a", "b", "x"]), "3 classes that differ from the 3"),
+        (linear_checkpoint(1000, wnids=["a", "b"]), "2 classes that differ from the 3"),
+        (linear_checkpoint(2), "2 outputs, the data 3 classes"),
+        ({"arch": "resnet10", "state_dict": {"queue": torch.ones(1)}}, "no linear head"),
+    ):
         with pytest.raises(UsageError, match=fault):
             classifier.check_classes(saved, data, "file")
 
@@ -70,10 +79,92 @@ class ByBrightness(torch.nn.Module):
 
 def test_evaluate_counts_every_image_once(tmp_path):
     paths, labels, _ = datasets.list_images(write_folder(tmp_path) / "train")
-    dataset = loader.StrictDataset(paths, labels, loader.eval_transform(16))
+    dataset = datasets.StrictDataset(datasets.ImageList(paths, labels, datasets.eval_transform(16)))
     batches = loader.eval_loader(dataset, 5, 0, DistContext())
     model = ByBrightness()
     (result,) = classifier.evaluate(lambda images: [model(images)], batches, torch.device("cpu"))
     bright = [classifier.to_input(dataset[i][0][None], torch.device("cpu")).mean().item() > 0 for i in range(16)]
     correct = sum(guess == label for guess, label in zip(bright, labels))
     assert result == {"acc1": 100 * correct / 16, "acc5": 100.0, "n": 16}
+
+
+def test_heads_side_by_side_give_each_heads_logits():
+    heads = classifier.LinearHeads(torch.nn.Linear(3, 2) for _ in range(3))
+    features = torch.randn(4, 3)
+    logits = heads(features)
+    assert logits.shape == (3, 4, 2)
+    assert all(torch.equal(own, head(features)) for own, head in zip(logits, heads))
+
+
+def test_the_best_head_wins_and_one_with_nan_never_does():
+    heads = classifier.LinearHeads(torch.nn.Linear(3, 2) for _ in range(3))
+    best = classifier.BestHead([0.0, 0.0, 0.0], winner=0)
+
+    def update(*acc1s):
+        return best.update(heads, [{"acc1": acc1} for acc1 in acc1s])
+
+    assert update(10.0, 30.0, 20.0) and best.winner == 1 and best.acc1s == [10.0, 30.0, 20.0]
+    assert not update(25.0, 20.0, 20.0) and best.winner == 0 and best.acc1s == [25.0, 30.0, 20.0]
+    assert update(0.0, 0.0, 30.0) and best.winner == 2  # as good as the best
+    heads[1].weight.data[0, 0] = math.nan
+    assert not update(5.0, 99.0, 0.0) and best.winner == 0 and best.acc1s == [25.0, 30.0, 30.0]
+
+
+def test_an_image_size_that_does_not_suit_is_refused():
+    with torch.device("meta"):
+        model = build_encoder("shufflenet_v2_x0_5", 2).eval()
+    classifier.check_image_size(model, "shufflenet_v2_x0_5", 32)
+    model.conv1[0].padding = 0  # no network of ours refuses a size in eval mode
+    with pytest.raises(UsageError, match="--image-size 1 does not suit --arch shufflenet_v2_x0_5"):
+        classifier.check_image_size(model, "shufflenet_v2_x0_5", 1)
+
+
+# k-nearest neighbours
+
+
+@pytest.mark.parametrize("k", [1, 5, 200])
+def test_votes_equal_the_definition_in_loops(k):
+    queries, bank = unit(6, 8), unit(30, 8, seed=1)
+    labels = torch.arange(30) % 3
+    expected = []
+    for query in queries:
+        cosines = sorted(((query @ feature).item(), label.item()) for feature, label in zip(bank, labels))[::-1][:k]
+        votes = [sum(math.exp(cosine / 0.07) for cosine, label in cosines if label == c) for c in range(3)]
+        expected.append(votes.index(max(votes)))
+    assert classifier.knn_predict(queries, bank, labels, 3, k).tolist() == expected
+
+
+class Sign(torch.nn.Module):
+    """A network whose features before fc are an image's mean colours; in training mode it would fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+
+    def forward(self, images):
+        assert not self.training
+        return self.fc(images.mean(dim=(2, 3)))
+
+
+def test_accuracy_by_the_features_before_fc():
+    def batch(reds, labels):
+        images = torch.zeros(len(reds), 3, 4, 4, dtype=torch.uint8)
+        images[:, 0] = torch.tensor(reds).view(-1, 1, 1)
+        images[:, 2] = 255 - images[:, 0]
+        return images, torch.tensor(labels)
+
+    encoder = Sign().train()
+    train = [batch([250, 240], [0, 0]), batch([10, 20, 15], [1, 1, 1])]
+    val = [batch([245, 5], [0, 1]), batch([230], [1])]
+    assert classifier.knn_accuracy(encoder, train, val, 2, torch.device("cpu")) == pytest.approx(100 * 2 / 3)
+    assert encoder.training and not encoder.fc._forward_pre_hooks
+
+
+def test_knn_replaces_an_unreadable_image_by_one_of_its_class(tmp_path, monkeypatch):
+    monkeypatch.setattr("moco.images.RETRY_SECONDS", 0)
+    folder = datasets.list_images(write_folder(tmp_path, train=2) / "train")
+    with open(folder.paths[0], "wb") as file:
+        file.write(b"broken")
+    (batches,) = classifier.knn_loaders([folder], 16, 4, 0, DistContext())
+    ((images, labels),) = list(batches)
+    assert labels.tolist() == [0, 0, 1, 1] and torch.equal(images[0], images[1])

@@ -49,3 +49,12 @@ def test_a_model_has_the_same_weights_in_every_precision():
     for state in states[1:]:
         assert state.keys() == states[0].keys()
         assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("arch", ["resnet10", "resnet18", "regnet_y_400mf", "shufflenet_v2_x0_5"])
+def test_every_family_can_be_built_on_the_meta_device(arch):
+    """The checks before a run build it there."""
+    with torch.device("meta"):
+        encoder = build_encoder(arch, 7)
+    assert {value.device.type for value in encoder.state_dict().values()} == {"meta"}
+    assert encoder.eval()(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)

@@ -1,9 +1,10 @@
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from moco import memory
 from moco.builder import MoCo
@@ -20,7 +21,7 @@ def parts(batch=4, size=32, itemsize=4, **model):
         return memory.estimate(build(**model), torch.empty(batch, 3, size, size), 3, itemsize)
 
 
-def test_the_estimate_counts_weights_queue_and_what_backward_needs():
+def test_the_estimate_counts_what_backward_needs():
     one = parts()
     weights = 4 * sum(weight.numel() for weight in build().encoder_q.parameters())
     assert one["weights, gradients, momenta, key encoder"] == 4 * weights
@@ -32,18 +33,25 @@ def test_the_estimate_counts_weights_queue_and_what_backward_needs():
     assert parts(size=64)["activations"] == pytest.approx(4 * one["activations"], rel=0.1)
 
 
-@pytest.mark.parametrize("settings, told", [
-    ({"K": 10**10}, "queue 640 GB"), ({"K": 2**31, "dim": 2**31}, "cannot be built"), ({"size": 1, "batch": 1}, "1 images of 1 px"),
-    ({"arch": "resnet18", "size": 32, "batch": 1}, "1 images of 32 px"), ({"size": 10**6}, "would take")])
-def test_what_does_not_fit_is_refused(settings, told):
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"K": 10**10}, "queue 640 GB"),
+        ({"K": 2**31, "dim": 2**31}, "cannot be built"),
+        ({"size": 1, "batch": 1}, "1 images of 1 px"),
+        ({"arch": "resnet18", "size": 32, "batch": 1}, "1 images of 32 px"),
+        ({"size": 10**6}, "would need"),
+    ],
+)
+def test_what_does_not_fit_is_refused(settings, message):
     size, batch = settings.pop("size", 32), settings.pop("batch", 4)
-    with pytest.raises(UsageError, match=told):
+    with pytest.raises(UsageError, match=message):
         memory.check_memory(lambda: build(**settings), "some", batch, size, 3, 4, torch.device("cpu"), 1)
 
 
-def test_what_fits_is_told():
-    told = memory.check_memory(build, "resnet10", 4, 32, 3, 4, torch.device("cpu"), 1)
-    assert " GB of " in told and "queue" in told and "activations" in told
+def test_what_fits_is_a_short_line():
+    message = memory.check_memory(build, "resnet10", 4, 32, 3, 4, torch.device("cpu"), 1)
+    assert re.fullmatch(r"\S+ GB of \S+ GB per process, estimated", message)
 
 
 FREED = """
@@ -61,8 +69,20 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or not hasattr(memory.ctypes.CDLL(None), "mallopt"), reason="for glibc only")
-def test_freed_memory_is_kept_by_a_process_that_trains_on_the_cpu():
-    kept, returned = (int(subprocess.run([sys.executable, "-c", FREED.format(kept=kept)], cwd=REPOSITORY, check=True,
-                                         capture_output=True, text=True).stdout) for kept in (True, False))
-    assert kept > 90 > 10 > returned                                  # MB, of 100 allocated and freed
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(memory.ctypes.CDLL(None), "mallopt"), reason="for glibc only"
+)
+def test_a_cpu_process_keeps_freed_memory():
+    kept, returned = (
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FREED.format(kept=kept)],
+                cwd=REPOSITORY,
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+        )
+        for kept in (True, False)
+    )
+    assert kept > 90 > 10 > returned  # MB, of 100 allocated and freed

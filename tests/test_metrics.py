@@ -60,6 +60,7 @@ def test_progress_measures_the_wait_for_data(monkeypatch):
 
         def __len__(self):
             return 4
+
     progress = metrics.Progress(Loader(), "", images=8, print_freq=100)
     for _ in progress:
         clock[0] += 1

@@ -26,16 +26,24 @@ def make(tmp_path, rows, cells, limit=None):
     pretraining = [{"plain": plain, "patch": patch}.get(name, {}) for name, paths in files.items() for _ in paths]
     made = report.new(files, pretraining, WNIDS, 28, limit)
     for key, values in cells.items():
-        report.add(made, TestSet(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]),
-                   [value if isinstance(value, dict) else result(value) for value in values], 28, WNIDS)
+        report.add(
+            made,
+            TestSet(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]),
+            [value if isinstance(value, dict) else result(value) for value in values],
+            28,
+            WNIDS,
+        )
     return made
 
 
 def test_rows_are_the_mean_and_sample_std_of_their_runs(tmp_path):
     made = make(tmp_path, {"a": 3, "b": 1}, {"val": [70.0, 71.0, 75.0, 60.0], "sketch": [1.0, 2.0, 3.0, 4.0]})
     assert report.table(made).splitlines() == [
-        "| model | K | alpha | val | Sketch |", "|---|---|---|---|---|",
-        f"| a | – | – | 72.00±{statistics.stdev([70, 71, 75]):.2f} | 2.00±1.00 |", "| b | – | – | 60.00 | 4.00 |"]
+        "| model | K | alpha | val | Sketch |",
+        "|---|---|---|---|---|",
+        f"| a | – | – | 72.00±{statistics.stdev([70, 71, 75]):.2f} | 2.00±1.00 |",
+        "| b | – | – | 60.00 | 4.00 |",
+    ]
     assert report.differences(made) == ["b against a: val -12.00, Sketch +2.00"]
 
 
@@ -46,26 +54,43 @@ def test_rows_tell_the_queue_and_alpha_of_their_pretraining(tmp_path):
 
 def test_columns_are_in_the_published_order_and_the_others_follow(tmp_path):
     bias = result(5.0, shape_bias=30.0)
-    cells = {"stylized": [bias], "rendition": [8.0], f"corruption/{STANDARD[0]}/1": [7.0], "corruption/spatter/1": [50.0], "val": [9.0]}
+    cells = {
+        "stylized": [bias],
+        "rendition": [8.0],
+        f"corruption/{STANDARD[0]}/1": [7.0],
+        "corruption/spatter/1": [50.0],
+        "val": [9.0],
+    }
     made = make(tmp_path, {"a": 1}, cells)
     assert list(report.figures(made, 0).items()) == [
-        ("val", 9.0), ("Corruption", 7.0), ("Stylized", 5.0), ("Rendition", 8.0), ("Rendition, shared classes", 9.0),
-        ("Corruption, extra four", 50.0), ("Shape bias", 30.0)]
+        ("val", 9.0),
+        ("Corruption", 7.0),
+        ("Stylized", 5.0),
+        ("Rendition", 8.0),
+        ("Rendition, shared classes", 9.0),
+        ("Corruption, extra four", 50.0),
+        ("Shape bias", 30.0),
+    ]
 
 
 def test_a_partial_corruption_mean_says_so(tmp_path):
     some = {f"corruption/{name}/{severity}": [50.0] for name in STANDARD for severity in range(1, 6)}
-    assert "partial" not in report.table(make(tmp_path, {"a": 1}, some)) + str(report.notes(make(tmp_path, {"a": 1}, some)))
+    assert "partial" not in report.table(make(tmp_path, {"a": 1}, some)) + str(
+        report.notes(make(tmp_path, {"a": 1}, some))
+    )
     del some["corruption/fog/3"]
     made = make(tmp_path, {"a": 1}, some)
     assert "Corruption (partial)" in report.table(made)
     (note,) = report.notes(made)
-    assert "1 of 75 cells are missing (fog/3" in note and "296 images, CenterCrop(28), 74 cells" in note
+    assert "1 of 75 are missing (fog/3" in note and "296 images, CenterCrop(28), 74 corruptions × severities" in note
 
 
-def test_notes_tell_preprocessing_and_a_quick_look(tmp_path):
+def test_notes_tell_preprocessing_and_a_limit(tmp_path):
     notes = report.notes(make(tmp_path, {"a": 1}, {"val": [5.0]}, limit=2))
-    assert notes == ["val: 4 images, Resize(32), CenterCrop(28)", "a quick look: only the first 2 images of each class were tested"]
+    assert notes == [
+        "val: 4 images, Resize(32), CenterCrop(28)",
+        "partial evaluation: only the first 2 images of each class (--limit)",
+    ]
 
 
 def test_comparison_is_in_the_papers_standard_deviations(tmp_path):
@@ -73,18 +98,77 @@ def test_comparison_is_in_the_papers_standard_deviations(tmp_path):
     rows = report.comparison(made).splitlines()
     assert rows[3] == "| patch-k16384-a2, paper | 79.35±0.12 | 31.76±0.88 |"
     assert rows[4] == "| difference in the paper's std | +1.0 | -1.0 |"
-    with pytest.raises(UsageError, match="mine is no row of the paper's table.*patch-k8192-a2"):
+    with pytest.raises(UsageError, match="mine is not a row of the published table.*patch-k8192-a2"):
         report.check_published(["patch-k16384-a3", "mine"])
 
 
 def test_published_figures_are_those_of_the_readme():
     readme = (report.PUBLISHED.parents[2] / "README.md").read_text()
+    assert len(report.published()) == 9
     for row in report.published().values():
-        cells = [row["model"], row["moco_k"], row["alpha"] or "–", *("{:.2f}±{:.2f}".format(*row[suite]) for suite in report.TITLES)]
-        assert f"| {' | '.join(cells)} |" in readme
+        figures = ["{:.2f}±{:.2f}".format(*row[suite]) for suite in report.TITLES]
+        if "rendition" in row["note"]:
+            figures[-1] += " (?)"
+        assert f"| {' | '.join([row['model'], row['moco_k'], row['alpha'] or '–', *figures])} |" in readme
 
 
-def test_an_interrupted_report_is_continued_and_another_is_not(tmp_path):
+def test_a_comparison_repeats_the_note_on_a_published_row(tmp_path):
+    noted, plain = "mocov2-later-k65536", "patch-k16384-a2"
+    lines = report.comparison(make(tmp_path, {noted: 1, plain: 1}, {"rendition": [30.0, 30.0]})).splitlines()
+    assert lines[-1] == f"{noted}: {report.published()[noted]['note']}" and "copying error" in lines[-1]
+    assert lines[-2].startswith("| difference")
+
+
+NAMES = ["patch-k16384-a2", "texture-k16384-a2", "mocov2-k16384"]
+
+
+def wide_report(tmp_path, runs=3):
+    values = [70.0 + run for run in range(len(NAMES) * runs)]
+    sets = {"val": values, "sketch": values, "stylized": values, "rendition": values}
+    return make(tmp_path, dict.fromkeys(NAMES, runs), sets)
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_table_wider_than_the_terminal_is_transposed(tmp_path, width):
+    made = wide_report(tmp_path)
+    plain = report.table(made).splitlines()
+    assert max(map(len, plain)) > width
+    narrow = report.table(made, width).splitlines()
+    assert max(map(len, narrow)) <= width
+    rule = [number for number, line in enumerate(narrow) if line.startswith("|---")]
+    parts = [narrow[start - 1 : end] for start, end in zip(rule, [*(number - 1 for number in rule[1:]), None])]
+    assert len(parts) == {80: 1, 60: 2}[width]
+    models = []  # the columns of the narrow tables are the rows of the wide one
+    for part in parts:
+        grid = [cells_of(line) for number, line in enumerate(part) if number != 1]
+        header, *columns = zip(*grid)
+        assert list(header) == cells_of(plain[0])
+        models += [list(column) for column in columns]
+    assert models == [cells_of(line) for line in plain[2:]]
+
+
+def test_a_table_that_fits_the_terminal_is_left_as_it_is(tmp_path):
+    made = wide_report(tmp_path)
+    widest = max(map(len, report.table(made).splitlines()))
+    assert report.table(made, widest) == report.table(made) != report.table(made, widest - 1)
+
+
+def test_shared_classes_are_a_column_only_where_they_differ(tmp_path):
+    same, other = result(8.0, top1_shared_classes=8.0), result(9.0, top1_shared_classes=9.5)
+    dropped = report.by_row(make(tmp_path, {"a": 1, "b": 1}, {"rendition": [same, same]}))
+    assert dropped == {"a": {"Rendition": [8.0]}, "b": {"Rendition": [8.0]}}
+    kept = report.by_row(make(tmp_path, {"a": 1, "b": 1}, {"rendition": [same, other]}))
+    assert kept == {
+        name: {"Rendition": [figures[0]], "Rendition, shared classes": [figures[1]]}
+        for name, figures in {"a": (8.0, 8.0), "b": (9.0, 9.5)}.items()
+    }
+
+
+def test_an_interrupted_report_is_continued_and_no_other_is(tmp_path):
     path = tmp_path / "r.json"
     whole = make(tmp_path, {"a": 1}, {"val": [5.0], "sketch": [6.0]})
     report.save(path, whole)
@@ -94,13 +178,14 @@ def test_an_interrupted_report_is_continued_and_another_is_not(tmp_path):
         fresh = make(tmp_path, {"a": 1}, {}, **settings)
         report.reuse_results(path, fresh, cells)
         return fresh["cells"]
+
     assert continued() == json.loads(json.dumps(whole["cells"]))
-    assert continued(limit=1) == {}                                   # another setting
+    assert continued(limit=1) == {}  # another setting
     assert continued([cells[0]._replace(folder="/elsewhere")]) == {} == continued([cells[0]._replace(labels=[0])])
     (tmp_path / "a0.pth").write_text("trained on")
     changed = report.new({"a": [str(tmp_path / "a0.pth")]}, [{}], WNIDS, 28, None)
     report.reuse_results(path, changed, cells)
-    assert changed["cells"] == {}                                     # another checkpoint of the same name
+    assert changed["cells"] == {}  # another checkpoint of the same name
     path.write_text("half a fi")
     assert continued() == {}
     report.reuse_results(tmp_path / "nowhere.json", changed, cells)
@@ -108,6 +193,10 @@ def test_an_interrupted_report_is_continued_and_another_is_not(tmp_path):
 
 def test_plot_draws_every_corruption(tmp_path):
     pytest.importorskip("matplotlib")
-    cells = {f"corruption/{name}/{severity}": [90 - 10.0 * severity, 80.0, 50.0] for name in STANDARD[:7] for severity in (1, 5)}
+    cells = {
+        f"corruption/{name}/{severity}": [90 - 10.0 * severity, 80.0, 50.0]
+        for name in STANDARD[:7]
+        for severity in (1, 5)
+    }
     report.plot(make(tmp_path, {"a": 2, "b": 1}, cells), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000

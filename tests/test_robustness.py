@@ -2,56 +2,43 @@
 
 import pytest
 import torch
-from conftest import write_photo
+from helpers import GrayLevels, paint, write_photo
 from PIL import Image
-from torchvision import datasets, transforms
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
 
-from moco import loader, robustness
-from moco.augment import MEAN, STD, denormalize
-from moco.builder import build_encoder
+from moco import robustness
+from moco.augment import MEAN, STD
 from moco.distributed import DistContext
+from moco.encoders import build_encoder
 from moco.errors import UsageError
 
 WNIDS = ["n01", "n02", "n03", "n04"]
 
 
-class Oracle(torch.nn.Module):
-    """Decides for the class that an image's gray level names: level 20 * c for output c, second best output c + 1."""
-
-    def __init__(self, outputs=4):
-        super().__init__()
-        self.outputs = outputs
-
-    def forward(self, images):
-        level = (denormalize(images).mean(dim=(1, 2, 3)) * 255 / 20).round().long()
-        first = torch.nn.functional.one_hot(level, self.outputs + 1)[:, :self.outputs]
-        second = torch.nn.functional.one_hot((level + 1) % self.outputs, self.outputs)
-        return first + 0.5 * second
-
-
-def paint(path, decision, size=32):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (size, size), (20 * decision,) * 3).save(path)
-
-
 def score(folder, *models, wnids=WNIDS, suite="val", limit=None):
-    """[results of each model] of the suite's only cell."""
-    (cell,) = robustness.list_test_sets({suite: str(folder)}, wnids, limit)
-    ((_, results),) = robustness.score([cell], models or [Oracle()], wnids, image_size=28, batch_size=3, workers=0, ctx=DistContext())
+    """[results of each model] of the suite's only test_set."""
+    (test_set,) = robustness.list_test_sets({suite: str(folder)}, wnids, limit)
+    ((_, results),) = robustness.score(
+        [test_set], models or [GrayLevels()], wnids, image_size=28, batch_size=3, workers=0, ctx=DistContext()
+    )
     return results
 
 
 def score_corruptions(folder, model):
-    """The figures over all cells of an ImageNet-C folder, and the top-1 of each."""
-    cells = robustness.list_test_sets({"corruption": str(folder)}, WNIDS)
-    top1 = {cell.key: result["top1"] for cell, (result,) in robustness.score(cells, [model], WNIDS, 28, 3, 0, DistContext())}
+    """The figures over all test_sets of an ImageNet-C folder, and the top-1 of each."""
+    test_sets = robustness.list_test_sets({"corruption": str(folder)}, WNIDS)
+    top1 = {
+        test_set.key: result["top1"]
+        for test_set, (result,) in robustness.score(test_sets, [model], WNIDS, 28, 3, 0, DistContext())
+    }
     return robustness.corruption_figures(top1, len(WNIDS)), top1
 
 
 def test_classes_are_matched_by_name_never_by_folder_order(tmp_path):
-    for decision in (2, 2, 0):                                        # n03 is folder 2 here, output 2 of the head
+    for decision in (2, 2, 0):  # n03 is folder 2 here, output 2 of the head
         paint(tmp_path / "n03" / f"{len(list(tmp_path.rglob('*.png')))}.png", decision)
-    paint(tmp_path / "n00" / "a.png", 0)                              # extra classes, before and after
+    paint(tmp_path / "n00" / "a.png", 0)  # extra classes, before and after
     paint(tmp_path / "n99" / "a.png", 3)
     paint(tmp_path / "n04" / "a.png", 3)
     (result,) = score(tmp_path)
@@ -59,11 +46,11 @@ def test_classes_are_matched_by_name_never_by_folder_order(tmp_path):
     assert result["classes"] == {"n03": {"n": 3, "correct": 2}, "n04": {"n": 1, "correct": 1}}
 
 
-def test_shared_classes_only_leaves_out_decisions_for_absent_ones(tmp_path):
-    paint(tmp_path / "n02" / "a.png", 0)                              # first choice n01 is absent, second n02 is right
+def test_shared_classes_leave_out_decisions_for_absent_ones(tmp_path):
+    paint(tmp_path / "n02" / "a.png", 0)  # first choice n01 is absent, second n02 is right
     paint(tmp_path / "n02" / "b.png", 1)
-    paint(tmp_path / "n04" / "a.png", 1)                              # wrong either way
-    paint(tmp_path / "n04" / "b.png", 2)                              # first choice n03 absent, second n04 right
+    paint(tmp_path / "n04" / "a.png", 1)  # wrong either way
+    paint(tmp_path / "n04" / "b.png", 2)  # first choice n03 absent, second n04 right
     (result,) = score(tmp_path)
     assert result["top1"] == 25.0 and result["top1_shared_classes"] == 75.0
 
@@ -71,39 +58,40 @@ def test_shared_classes_only_leaves_out_decisions_for_absent_ones(tmp_path):
 def test_outputs_beyond_the_class_list_count_as_wrong(tmp_path):
     paint(tmp_path / "n01" / "a.png", 7)
     paint(tmp_path / "n01" / "b.png", 0)
-    (result,) = score(tmp_path, Oracle(outputs=10))
+    (result,) = score(tmp_path, GrayLevels(outputs=10))
     assert result["top1"] == 50.0 and result["top1_shared_classes"] == 100.0
 
 
 def test_several_models_are_scored_on_the_same_images(tmp_path):
-    class Never(Oracle):
+    class Never(GrayLevels):
         def forward(self, images):
             return -super().forward(images)
+
     paint(tmp_path / "n01" / "a.png", 0)
-    right, wrong = score(tmp_path, Oracle(), Never())
+    right, wrong = score(tmp_path, GrayLevels(), Never())
     assert right["top1"] == 100.0 and wrong["top1"] == 0.0
 
 
 def test_no_common_class_is_refused(tmp_path):
     paint(tmp_path / "cat" / "a.png", 0)
-    with pytest.raises(UsageError, match="none of its 1 class datasets"):
+    with pytest.raises(UsageError, match="none of its 1 class folders"):
         score(tmp_path)
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "as the archives unpack"])
-def test_corruption_is_the_plain_mean_over_15_by_5_cells_without_the_extra_four(tmp_path, grouped):
+def test_corruption_is_the_plain_mean_of_15_by_5(tmp_path, grouped):
     expected, level = [], 0
     for group, names in robustness.CORRUPTIONS.items():
         for name in names:
             for severity in range(1, 6):
                 folder = tmp_path / (group if grouped else "") / name / str(severity)
-                total, right = 1 + level % 3, level % 2               # cells of unequal size weigh the same
+                total, right = 1 + level % 3, level % 2  # test_sets of unequal size weigh the same
                 for i in range(total):
                     paint(folder / "n02" / f"{i}.png", 1 if i < right else 0, size=28)
                 if group != "extra":
                     expected.append(100 * right / total)
                 level += 1
-    figures, top1 = score_corruptions(tmp_path, Oracle())
+    figures, top1 = score_corruptions(tmp_path, GrayLevels())
     assert len(expected) == 75 and len(top1) == 95
     assert figures["Corruption"] == pytest.approx(sum(expected) / 75)
     extra = [value for key, value in top1.items() if key.split("/")[1] in robustness.CORRUPTIONS["extra"]]
@@ -112,9 +100,12 @@ def test_corruption_is_the_plain_mean_over_15_by_5_cells_without_the_extra_four(
 
 
 def test_mce_divides_the_errors_of_1000_classes_by_alexnets():
-    top1 = {f"corruption/{name}/{severity}": 100 - error + (severity - 3) for name, error in robustness.ALEXNET_ERRORS.items()
-            for severity in range(1, 6)}
-    assert robustness.corruption_figures(top1, 1000)["mCE"] == pytest.approx(100)   # AlexNet itself
+    top1 = {
+        f"corruption/{name}/{severity}": 100 - error + (severity - 3)
+        for name, error in robustness.ALEXNET_ERRORS.items()
+        for severity in range(1, 6)
+    }
+    assert robustness.corruption_figures(top1, 1000)["mCE"] == pytest.approx(100)  # AlexNet itself
     halved = {key: 100 - (100 - value) / 2 for key, value in top1.items()}
     assert robustness.corruption_figures(halved, 1000)["mCE"] == pytest.approx(50)
     assert "mCE" not in robustness.corruption_figures(top1, 100)
@@ -124,13 +115,13 @@ def test_mce_divides_the_errors_of_1000_classes_by_alexnets():
     assert sum(robustness.ALEXNET_ERRORS.values()) / 15 == pytest.approx(78.9, abs=0.1)
 
 
-def test_missing_corruption_cells_are_named(tmp_path):
+def test_missing_corruptions_are_named(tmp_path):
     paint(tmp_path / "fog" / "1" / "n01" / "a.png", 0)
-    figures, top1 = score_corruptions(tmp_path, Oracle())
+    figures, top1 = score_corruptions(tmp_path, GrayLevels())
     assert figures == {"Corruption": 100.0}
     assert len(robustness.missing_corruptions(top1)) == 74 and "fog/2" in robustness.missing_corruptions(top1)
     with pytest.raises(UsageError, match="no <corruption>"):
-        score_corruptions(tmp_path / "fog", Oracle())
+        score_corruptions(tmp_path / "fog", GrayLevels())
 
 
 def test_a_limit_takes_the_first_images_of_each_class(tmp_path):
@@ -141,16 +132,20 @@ def test_a_limit_takes_the_first_images_of_each_class(tmp_path):
     assert score(tmp_path)[0]["classes"]["n01"] == {"n": 4, "correct": 2}
 
 
-def test_unexpected_numbers_of_images_are_told_for_imagenets_classes_only():
+def test_unexpected_numbers_of_images_get_a_warning():
     wnids = ["n01440764", "n01443537"]
-    cell = robustness.TestSet("val", "", [""] * 99, [0] * 50 + [1] * 49)
-    assert "1 of 2 classes have not 50 images (n01443537 49)" in cell.warning(wnids)
-    assert cell.warning(["disc", "ring"]) == "" and cell._replace(labels=[0] * 50 + [1] * 50).warning(wnids) == ""
-    assert cell._replace(key="rendition").warning(wnids) == ""        # whose classes have from 51 to 430
-    assert cell._replace(key="corruption/fog/3").warning(wnids) and not cell._replace(key="sketch").warning(wnids)
+    test_set = robustness.TestSet("val", "", [""] * 99, [0] * 50 + [1] * 49)
+    assert "1 of 2 classes do not have 50 images (n01443537 49)" in test_set.warning(wnids)
+    assert (
+        test_set.warning(["disc", "ring"]) == "" and test_set._replace(labels=[0] * 50 + [1] * 50).warning(wnids) == ""
+    )
+    assert test_set._replace(key="rendition").warning(wnids) == ""  # whose classes have from 51 to 430
+    assert test_set._replace(key="corruption/fog/3").warning(wnids) and not test_set._replace(key="sketch").warning(
+        wnids
+    )
 
 
-def test_corrupted_images_are_cropped_only_and_all_others_resized_first(tmp_path):
+def test_corrupted_images_are_cropped_but_never_resized(tmp_path):
     """White in the centre 28 px, black around: only a crop without a resize shows white alone."""
     image = Image.new("RGB", (64, 64), (0, 0, 0))
     image.paste((255, 255, 255), (18, 18, 46, 46))
@@ -163,21 +158,22 @@ def test_corrupted_images_are_cropped_only_and_all_others_resized_first(tmp_path
         def forward(self, images):
             darkest.append(images.amin().item())
             return torch.zeros(len(images), 4)
+
     score_corruptions(tmp_path, Watch())
     score(tmp_path, Watch())
     assert darkest[0] > 2 and darkest[1] < -1.7
 
 
 def test_shape_bias_is_read_where_file_names_tell_both_cues(tmp_path):
-    paint(tmp_path / "n01" / "n02-0.png", 0)                          # shape
-    paint(tmp_path / "n01" / "n02-1.png", 1)                          # texture
-    paint(tmp_path / "n01" / "n03-0.png", 0)                          # shape
-    paint(tmp_path / "n03" / "n04-0.png", 3)                          # texture
-    paint(tmp_path / "n03" / "n04-1.png", 2)                          # shape
-    paint(tmp_path / "n03" / "n04-2.png", 1)                          # neither
+    paint(tmp_path / "n01" / "n02-0.png", 0)  # shape
+    paint(tmp_path / "n01" / "n02-1.png", 1)  # texture
+    paint(tmp_path / "n01" / "n03-0.png", 0)  # shape
+    paint(tmp_path / "n03" / "n04-0.png", 3)  # texture
+    paint(tmp_path / "n03" / "n04-1.png", 2)  # shape
+    paint(tmp_path / "n03" / "n04-2.png", 1)  # neither
     (result,) = score(tmp_path)
     assert (result["shape_decisions"], result["texture_decisions"]) == (3, 2) and result["shape_bias"] == 60.0
-    paint(tmp_path / "n03" / "n03-0.png", 2)                          # no conflict: not a cue-conflict set
+    paint(tmp_path / "n03" / "n03-0.png", 2)  # no conflict: not a cue-conflict set
     assert "shape_bias" not in score(tmp_path)[0]
 
 
@@ -186,11 +182,12 @@ def test_scores_equal_a_plain_loop_over_imagefolder(tmp_path):
         write_photo(tmp_path / WNIDS[i % 4] / f"{i}.JPEG", size=(90 + i, 70), seed=i)
     torch.manual_seed(0)
     model = build_encoder("resnet10", 4).eval()
-    preset = transforms.Compose([transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(),
-                                 transforms.Normalize(MEAN, STD)])
+    preset = transforms.Compose(
+        [transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    )
     decisions = []
     with torch.no_grad():
-        for image, label in datasets.ImageFolder(tmp_path, preset):
+        for image, label in ImageFolder(tmp_path, preset):
             decisions.append((model(image[None]).argmax().item(), label))
     (result,) = score(tmp_path, model)
     assert result["top1"] == 100 * sum(guess == label for guess, label in decisions) / 12
@@ -198,8 +195,8 @@ def test_scores_equal_a_plain_loop_over_imagefolder(tmp_path):
         assert result["classes"][wnid]["correct"] == sum(g == y == label for g, y in decisions)
 
 
-def test_evaluation_loader_and_scorer_see_the_same_order(tmp_path):
+def test_images_are_listed_in_the_order_of_their_folders(tmp_path):
     paint(tmp_path / "n02" / "b.png", 1)
     paint(tmp_path / "n01" / "a.png", 0)
     paths, labels = robustness.list_by_wnid(tmp_path, WNIDS)
-    assert labels == [0, 1] and [label for _, label in loader.StrictDataset(paths, labels, loader.eval_transform(28))] == [0, 1]
+    assert labels == [0, 1] and [path.rsplit("/", 1)[1] for path in paths] == ["a.png", "b.png"]
