@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from moco import metrics
+from moco.errors import RunError
 
 
 def test_correct_counts_are_exact_for_every_k_and_few_classes():
@@ -16,63 +17,77 @@ def test_correct_counts_are_exact_for_every_k_and_few_classes():
 def test_means_are_those_of_the_steps_added():
     means = metrics.RunningMeans()
     for loss in (1.0, 2.0, 6.0):
-        means.add({"loss": torch.tensor(loss), "acc": torch.tensor(10 * loss)})
-    assert means.read() == {"loss": 3.0, "acc": 30.0} == means.read(over_ranks=True)
+        means.add({"loss": torch.tensor(loss), "acc": torch.tensor([10 * loss, loss]), "one": torch.tensor([loss])})
+    expected = {"loss": 3.0, "acc": [30.0, 3.0], "one": [3.0]}
+    assert means.compute() == expected == means.compute(over_ranks=True)
+    assert means.steps == 3
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_means_know_the_first_step_that_was_not_finite(bad):
+def test_finite_steps_end_before_the_first_bad_value(bad):
     means = metrics.RunningMeans()
-    assert means.finite_steps() == means.steps == 0
     for loss in (1.0, 2.0, bad, 4.0, -bad):
         means.add({"loss": torch.tensor(loss), "acc": torch.tensor(1.0)})
-    assert means.finite_steps() == 2 and means.steps == 5
-    fine = metrics.RunningMeans()
-    fine.add({"loss": torch.tensor(1.0)})
-    again = metrics.RunningMeans.restored(fine.state(), torch.device("cpu"))
-    again.add({"loss": torch.tensor(1.0)})
-    assert again.finite_steps() == again.steps == 2
+    assert means.finite_steps("loss") == 2 and means.finite_steps("acc") == means.steps == 5
 
 
-def test_progress_reports_every_print_freq_steps_and_at_the_end(capsys):
-    progress = metrics.Progress(list(range(7)), "epoch 1/2", images=4, print_freq=3, remaining_epochs=1)
-    for _ in progress:
-        if progress.due():
-            progress.report("loss 1.0")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == [f"epoch 1/2 [{step}/7]" for step in (3, 6, 7)]
-    for wanted in ("loss 1.0", "images/s", "data", "ETA"):
-        assert all(wanted in line for line in lines)
+def test_finite_steps_are_counted_by_name():
+    means = metrics.RunningMeans()
+    for step in range(4):
+        early, late = (math.nan if step >= first else 1.0 for first in (1, 3))
+        means.add(
+            {
+                "some": torch.tensor([early, 1.0]),  # a head that diverged beside one that did not
+                "all": torch.tensor([early, late]),
+                "scalar": torch.tensor(late),
+            }
+        )
+    assert [means.finite_steps(name) for name in ("some", "all", "scalar")] == [4, 3, 3]
 
 
-def test_progress_measures_the_wait_for_data(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
-
-    def slow_loader():
-        for _ in range(4):
-            clock[0] += 3
-            yield None
-
-    class Loader:
-        def __iter__(self):
-            return slow_loader()
-
-        def __len__(self):
-            return 4
-
-    progress = metrics.Progress(Loader(), "", images=8, print_freq=100)
-    for _ in progress:
-        clock[0] += 1
-    assert progress.speed() == {"images_per_s": 4 * 8 / 16, "data_share": 0.75}
+def test_a_restored_mean_continues_with_sizes_and_steps():
+    first = metrics.RunningMeans()
+    first.add({"loss": torch.tensor([1.0, 3.0]), "acc": torch.tensor(5.0)})
+    again = metrics.RunningMeans()
+    again.load_state_dict(first.state_dict(), torch.device("cpu"))
+    again.add({"loss": torch.tensor([2.0, math.inf]), "acc": torch.tensor(7.0)})
+    assert again.compute() == {"loss": [1.5, math.inf], "acc": 6.0}
+    assert again.finite_steps("acc") == again.finite_steps("loss") == again.steps == 2
+    again.add({"loss": torch.tensor([math.nan, 0.0]), "acc": torch.tensor(7.0)})
+    assert again.finite_steps("loss") == 2 and again.finite_steps("acc") == 3
 
 
-def test_log_holds_one_json_object_a_line_and_drops_what_a_resumed_run_repeats(tmp_path):
+def test_a_state_saved_before_means_had_sizes_is_restored():
+    old = {"names": ["loss", "q_k"], "sums": torch.tensor([[6.0, 3.0]]), "steps": 3}
+    means = metrics.RunningMeans()
+    means.load_state_dict(old, torch.device("cpu"))
+    assert means.compute() == {"loss": 2.0, "q_k": 1.0} and means.finite_steps("loss") == 3
+
+
+def test_another_number_of_ranks_takes_the_mean_of_their_sums():
+    saved = {"names": ["loss"], "sizes": [None], "sums": torch.tensor([[6.0], [2.0]]), "steps": 2}
+    means = metrics.RunningMeans()
+    means.load_state_dict(saved, torch.device("cpu"))
+    assert means.compute() == {"loss": 2.0}
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_run_drops_the_log_lines_it_repeats(tmp_path):
     path = tmp_path / "log.jsonl"
     for epoch in range(4):
-        metrics.append_jsonl(path, {"epoch": epoch, "loss": math.pi})
-    metrics.truncate_jsonl(path, before_epoch=2)
-    metrics.truncate_jsonl(tmp_path / "none.jsonl", before_epoch=2)
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [record["epoch"] for record in records] == [0, 1]
-    assert records[0]["loss"] == pytest.approx(math.pi, rel=1e-5)
+        metrics.append_jsonl(path, {"epoch": epoch, "loss": math.pi, "by_head": [math.pi, 1]})
+    with open(path, "a") as file:
+        file.write('{"epoch": 1')  # a killed process may leave half a line
+    metrics.truncate_jsonl(path, 2)
+    metrics.truncate_jsonl(tmp_path / "none.jsonl", 2)
+    assert [record["epoch"] for record in records(path)] == [0, 1]
+    assert records(path)[0] == {"epoch": 0, "loss": 3.14159, "by_head": [3.14159, 1]}
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tmp_path):
+    with pytest.raises(RunError, match="log.jsonl could not be written.*--resume auto"):
+        metrics.append_jsonl(tmp_path / "nowhere" / "log.jsonl", {"epoch": 0})

@@ -1,0 +1,135 @@
+import argparse
+
+import pytest
+
+from moco import options
+from moco.errors import UsageError
+
+
+def parser():
+    made = options.OptionParser("Train.")
+    options.add_data_options(made)
+    options.add_training_options(made, epochs=5, batch_size=8, lr=0.03, schedule=[3, 4], weight_decay=0)
+    options.add_precision_options(made)
+    options.add_output_options(made, "ckpts")
+    options.add_launch_options(made)
+    return made
+
+
+DERIVED = {"steps_per_epoch": 12, "memory": "1 GB"}
+
+
+def printed(capsys, *arguments, verbose=False):
+    options.print_config(parser().parse_args(list(arguments)), DERIVED, verbose)
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.rindex(line.lstrip()) + len(line.lstrip().split("  ")[0]) for line in lines}) == 1  # aligned
+    return dict(line.split("  ", 1) for line in map(str.lstrip, lines))
+
+
+def test_only_what_differs_from_the_defaults_is_printed(capsys):
+    settings = printed(capsys, "DIR", "--lr", "0.03", "--schedule", "1", "2", "--strict-fp32", "--save-steps", "7")
+    assert settings == {
+        "data": "DIR",
+        "save steps": "7",
+        "schedule": "1 2",
+        "strict fp32": "True",
+        "steps per epoch": "12",
+        "memory": "1 GB",
+    }
+
+
+def test_verbose_prints_all_settings(capsys):
+    args = parser().parse_args(["DIR"])
+    settings = printed(capsys, "DIR", verbose=True)
+    assert settings.keys() == {name.replace("_", " ") for name in {**vars(args), **DERIVED} if name != "defaults"}
+    assert settings["schedule"] == "3 4" and settings["lr"] == "0.03" and settings["seed"] == "None"
+
+
+def test_the_help_shows_defaults_but_no_empty_ones(monkeypatch):
+    for columns in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        text = parser().format_help()
+        assert max(map(len, text.splitlines())) <= columns
+        words = " ".join(text.split())
+        assert "(default: None)" not in words and "(default: False)" not in words and "(default: )" not in words
+        for default in ("(default: 0.03)", "(default: 3 4)", "(default: ckpts)", "(default: 32)"):
+            assert default in words
+
+
+def test_an_option_error_is_one_line_of_the_first_process(capsys, monkeypatch):
+    for local_rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit) as stop:
+            parser().parse_args(["DIR", "--lr", "-1"])
+        assert stop.value.code == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == lines == message.count("'-1' is not a number above 0")
+
+
+def test_options_are_not_guessed_from_their_beginning(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["DIR", "--epoch", "3"])
+    assert "--epoch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (options.positive_int, {"1": 1, "2147483647": 2**31 - 1}, ["0", "-1", "1.5", "x", "", "2147483648"]),
+        (options.nonnegative_int, {"0": 0}, ["-1", "nan"]),
+        (options.seed_int, {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63)]),
+        (options.positive_float, {"1e-3": 0.001}, ["0", "nan", "inf", "1e39", "x"]),
+        (options.nonnegative_float, {"0": 0.0}, ["-0.1", "nan"]),
+        (options.unit_float, {"0": 0.0, "1": 1.0}, ["1.01", "-0.01", "nan"]),
+    ],
+)
+def test_numbers_out_of_range_are_refused(kind, good, bad):
+    assert {text: kind(text) for text in good} == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a"):
+            kind(text)
+
+
+def test_a_batch_is_divided_among_the_ranks_or_refused():
+    assert options.per_rank(128, 8) == 16
+    with pytest.raises(UsageError, match="--batch-size 12 cannot be divided among the 8 .* use 8 or 16"):
+        options.per_rank(12, 8)
+    with pytest.raises(UsageError, match="--batch-size 3 .* use 8$"):
+        options.per_rank(3, 8)
+
+
+def test_workers_are_shared_and_limited_to_the_cores(monkeypatch):
+    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: range(16), raising=False)
+    assert [options.workers_per_rank(total, ranks) for total, ranks in ((32, 8), (10, 4), (0, 4), (4, 1))] == [
+        2,
+        3,
+        0,
+        4,
+    ]
+    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: range(2), raising=False)
+    assert options.workers_per_rank(32, 4) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
+    options.check_folder("--ckpt_path", str(tmp_path / "new" / "deeper"))
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UsageError, match=f"--ckpt_path {path}: .*file is a file; name a folder"):
+            options.check_folder("--ckpt_path", str(path))
+    monkeypatch.setattr(options.os, "access", lambda path, mode: False)
+    with pytest.raises(UsageError, match="cannot be written to"):
+        options.check_folder("--ckpt_path", str(tmp_path / "new"))
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path):
+    options.check_file("--plot", str(tmp_path / "a.PNG"), endings=(".png", ".pdf"))
+    (tmp_path / "b.png").mkdir()
+    for name, why in {"a.txt": "must end in .png or .pdf", "b.png": "it is a folder", "no/a.png": "no folder"}.items():
+        with pytest.raises(UsageError, match=f"--plot {tmp_path}/{name}: .*{why}"):
+            options.check_file("--plot", str(tmp_path / name), endings=(".png", ".pdf"))
+
+
+def test_a_start_epoch_beyond_the_last_is_refused():
+    options.check_epochs(parser().parse_args(["DIR", "--start-epoch", "4"]))
+    with pytest.raises(UsageError, match="--start-epoch 5: it must be below --epochs 5"):
+        options.check_epochs(parser().parse_args(["DIR", "--start-epoch", "5"]))

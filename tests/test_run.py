@@ -1,0 +1,226 @@
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn as nn
+from helpers import log
+
+from moco import checkpoint, distributed, loader
+from moco.distributed import DistContext
+from moco.errors import RunError, UsageError
+from moco.run import Run, UnreadableFiles
+
+CPU, IMAGES, BATCH, STEPS, LATEST = torch.device("cpu"), 12, 2, 6, "latest.pth.tar"
+
+
+class Numbers(torch.utils.data.Dataset):
+    """(number, its unreadable files) as RetryDataset gives them."""
+
+    def __init__(self, unreadable=()):
+        self.unreadable = unreadable
+
+    def __len__(self):
+        return IMAGES
+
+    def __getitem__(self, key):
+        index, _ = key
+        return torch.tensor([float(index)]), [(f"{index}.png", "empty")] if index in self.unreadable else []
+
+
+class Training:
+    """A small model with its run: what a script builds around the loop. options: of Run."""
+
+    def __init__(self, folder, resume=True, heads=1, unreadable=(), saved=None, **options):
+        torch.manual_seed(0)
+        distributed.seed_everything(0)
+        self.model = nn.ModuleList(nn.Linear(1, 1) for _ in range(heads))
+        groups = [{"params": head.parameters(), "lr": 0.001 / 10**i} for i, head in enumerate(self.model)]
+        optimizer = torch.optim.SGD(groups, momentum=0.9)
+        sampler = loader.GlobalBatchSampler(IMAGES, BATCH, 0, DistContext())
+        self.loader = loader.train_loader(Numbers(unreadable), sampler, 0, CPU)
+        self.stop = SimpleNamespace(signum=0)
+        if saved is None:
+            path = checkpoint.resume_path("auto" if resume else "", folder, LATEST)
+            saved = checkpoint.load(path) if path else {}
+        if saved:
+            self.model.load_state_dict(saved["state_dict"])
+        self.run = Run(
+            DistContext(), str(folder), latest=LATEST, state=lambda: {"state_dict": self.model.state_dict()},
+            stop=self.stop, sampler=sampler, optimizer=optimizer, modules=list(self.model),
+            paths=[f"{i}.png" for i in range(IMAGES)], seed=0, **{"epochs": 2, "print_freq": 100, **options},
+        )  # fmt: skip
+        self.optimizer = optimizer
+        self.run.resume(saved)
+
+    def train(self, on_step=lambda epoch, step: None):
+        """The loop of a script. on_step(epoch, steps done of it) is called before run.after_step."""
+        for epoch in range(self.run.epoch, self.run.epochs):
+            for batch in self.run.steps(self.loader, lambda batch, rng: (batch, rng.random()), epoch):
+                numbers, noise = batch
+                losses = torch.stack([(head(numbers) - noise).square().mean() for head in self.model])
+                self.optimizer.zero_grad()
+                losses.sum().backward()
+                self.optimizer.step()
+                on_step(epoch, self.run.step)
+                self.run.after_step(loss=losses if len(self.model) > 1 else losses[0])
+            self.run.end_epoch(self.run.epoch_stats(), [f"checkpoint_{epoch:04d}.pth.tar"])
+        return self
+
+
+def final(folder):
+    return checkpoint.load(folder / LATEST)
+
+
+def assert_same_training(folder, whole):
+    for name, value in final(whole)["state_dict"].items():
+        assert torch.equal(value, final(folder)["state_dict"][name])
+    assert log(folder) == log(whole)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("epoch, step", [(0, 2), (1, 5), (0, STEPS)])
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(tmp_path, capsys, heads, epoch, step):
+    Training(tmp_path / "whole", heads=heads).train()
+    stopped = Training(tmp_path / "parts", heads=heads)
+
+    def on_step(*now):
+        if now == (epoch, step):
+            stopped.stop.signum = signal.SIGTERM
+
+    with pytest.raises(SystemExit) as end:
+        stopped.train(on_step)
+    assert end.value.code == 128 + signal.SIGTERM
+    where = f"in epoch {epoch} after step {step}" if step < STEPS else f"after epoch {epoch}"
+    assert f"stopped by SIGTERM {where}, saved" in capsys.readouterr().out
+    Training(tmp_path / "parts", heads=heads).train()
+    start = f"epoch {epoch} step {step}" if step < STEPS else f"epoch {epoch + 1}"
+    assert f"starting at {start} (" in capsys.readouterr().out
+    assert_same_training(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_killed_run_continues_from_its_last_saved_step(tmp_path):
+    Training(tmp_path / "whole").train()
+
+    def killed(epoch, step):
+        if (epoch, step) == (1, 5):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Training(tmp_path / "parts", save_steps=2).train(killed)
+    saved = final(tmp_path / "parts")
+    assert (saved["epoch"], saved["step"]) == (1, 4)
+    Training(tmp_path / "parts", save_steps=2).train()
+    assert_same_training(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_numbered_epoch_can_be_resumed_again(tmp_path):
+    Training(tmp_path / "whole").train()
+    first = checkpoint.load(tmp_path / "whole" / "checkpoint_0000.pth.tar")
+    assert (first["epoch"], first["step"], first["means"]) == (1, 0, None)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "log.jsonl").write_text((tmp_path / "whole" / "log.jsonl").read_text())
+    Training(tmp_path / "parts", saved=first).train()
+    assert_same_training(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_the_log_has_a_line_per_epoch(tmp_path):
+    Training(tmp_path, heads=2).train()
+    lines = log(tmp_path)
+    assert [line.keys() for line in lines] == [{"epoch", "lr", "loss", "bad_images"}] * 2
+    assert [line["epoch"] for line in lines] == [0, 1] and lines[0]["lr"] == [0.001, 0.0001]
+    assert len(lines[0]["loss"]) == 2
+    Training(tmp_path / "one").train()
+    assert log(tmp_path / "one")[0]["lr"] == 0.001 and isinstance(log(tmp_path / "one")[0]["loss"], float)
+
+
+def break_head(training, number, at=(1, 3)):
+    def on_step(*now):
+        if now == at:
+            training.model[number].weight.data[0, 0] = math.nan
+
+    return on_step
+
+
+@pytest.mark.parametrize("print_freq, found_at", [(1, 4), (100, 4)])
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, print_freq, found_at):
+    training = Training(tmp_path, print_freq=print_freq)
+    with pytest.raises(RunError, match=f"the loss is not finite in epoch 1 step {found_at}; .*a smaller --lr"):
+        training.train(break_head(training, 0))
+    assert final(tmp_path)["epoch"] == 1 and not checkpoint.nonfinite(final(tmp_path)["state_dict"])
+    assert [line["epoch"] for line in log(tmp_path)] == [0]
+    diagnosis = json.loads((tmp_path / f"nonfinite_0001_{found_at}.json").read_text())
+    training.run.sampler.epoch = 1
+    images = [f"{index}.png" for index in training.run.sampler.global_batch(found_at - 1)]
+    assert diagnosis["images"] == images and "weight" in diagnosis["nonfinite_weights"]
+    assert diagnosis["largest_weights"].keys() == {"weight", "bias"}
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    training = Training(tmp_path, save_steps=3)
+    with pytest.raises(RunError, match="weights are not finite in epoch 1 step 3"):
+        training.train(break_head(training, 0))  # the loss of this step was still finite
+    assert (final(tmp_path)["epoch"], final(tmp_path)["step"]) == (1, 0)
+
+
+def test_the_run_continues_while_one_head_is_finite(tmp_path):
+    training = Training(tmp_path, heads=2, save_steps=1)
+    training.train(break_head(training, 0))
+    assert math.isnan(log(tmp_path)[1]["loss"][0]) and math.isfinite(log(tmp_path)[1]["loss"][1])
+    training = Training(tmp_path / "all", heads=2, save_steps=1)
+
+    def on_step(*now):
+        break_head(training, 0)(*now)
+        break_head(training, 1, at=(1, 4))(*now)
+
+    with pytest.raises(RunError, match="weights are not finite in epoch 1 step 4"):
+        training.train(on_step)
+
+
+def test_fp16_is_advised_to_use_bf16(tmp_path):
+    training = Training(tmp_path, precision="fp16")
+    with pytest.raises(RunError, match="use --precision bf16"):
+        training.train(break_head(training, 0))
+
+
+def test_too_many_unreadable_images_end_the_run_resumably(tmp_path, capsys):
+    Training(tmp_path, unreadable={3}, max_bad_images=1).train()
+    assert [line["bad_images"] for line in log(tmp_path)] == [1, 1]
+    assert capsys.readouterr().err.count("3.png: empty") == 1
+    with pytest.raises(RunError, match="2 images could not be read, more than --max-bad-images 1.*3.png, 5.png"):
+        Training(tmp_path, unreadable={3, 5}, max_bad_images=1, epochs=4).train()
+    assert "3.png" not in capsys.readouterr().err  # it was reported by the run before
+    saved = final(tmp_path)
+    assert saved["epoch"] == 2 and saved["step"] > 0 and saved["bad_images"].keys() == {"3.png", "5.png"}
+    Training(tmp_path, epochs=4).train()  # they were repaired
+    assert [line["epoch"] for line in log(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_a_resumed_run_takes_another_learning_rate(tmp_path):
+    Training(tmp_path).train()
+    resumed = Training(tmp_path, epochs=3)
+    resumed.optimizer.param_groups[0]["lr"] = 0.5
+    resumed.train()
+    assert [line["lr"] for line in log(tmp_path)] == [0.001, 0.001, 0.5]
+
+
+def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="--ckpt_path .*file: cannot be created"):
+        Training(tmp_path / "file", saved={})
+
+
+def test_unreadable_files_are_reported_once_and_counted(capsys):
+    files = UnreadableFiles(limit=1)
+    for _ in range(3):
+        files.add([("a.png", "no image")])
+    assert capsys.readouterr().err.count("a.png: no image") == 1
+    assert files.in_epoch == 3 and not files.too_many()
+    known, files = files.known, UnreadableFiles(limit=1)
+    files.known = known
+    files.add([("a.png", "no image"), ("b.png", "empty")])
+    assert "a.png" not in capsys.readouterr().err and files.in_epoch == 2 and files.too_many()
+    with pytest.raises(RunError, match="2 images could not be read, more than --max-bad-images 1.*a.png, b.png"):
+        files.give_up()
