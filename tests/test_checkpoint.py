@@ -190,3 +190,13 @@ def test_momenta_are_loaded_and_the_runs_options_kept():
     checkpoint.load_optimizer(optimizer, saved.state_dict())
     assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.ones(2))
     assert optimizer.param_groups[0]["lr"] == 0.1 and optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_momenta_get_the_memory_layout_of_their_weights():
+    layer = torch.nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    buffers = [torch.randn(4, 4, 3, 3), torch.randn(4)]  # contiguous, as in published files
+    state = {number: {"momentum_buffer": buffer} for number, buffer in enumerate(buffers)}
+    checkpoint.load_optimizer(optimizer, {"state": state, "param_groups": [{"lr": 1.0, "params": [0, 1]}]})
+    loaded = optimizer.state[layer.weight]["momentum_buffer"]
+    assert torch.equal(loaded, buffers[0]) and loaded.stride() == layer.weight.stride() != buffers[0].stride()

@@ -50,7 +50,8 @@ class Training:
         self.run = Run(
             DistContext(), str(folder), latest=LATEST, state=lambda: {"state_dict": self.model.state_dict()},
             stop=self.stop, sampler=sampler, optimizer=optimizer, modules=list(self.model),
-            paths=[f"{i}.png" for i in range(IMAGES)], seed=0, **{"epochs": 2, "print_freq": 100, **options},
+            paths=[f"{i}.png" for i in range(IMAGES)], seed=0, probe="0199" if heads > 1 else None,
+            **{"epochs": 2, "print_freq": 100, **options},
         )  # fmt: skip
         self.optimizer = optimizer
         self.run.resume(saved)
@@ -127,13 +128,23 @@ def test_a_numbered_epoch_can_be_resumed_again(tmp_path):
 
 
 def test_the_log_has_a_line_per_epoch(tmp_path):
-    Training(tmp_path, heads=2).train()
+    Training(tmp_path).train()
+    first, second = log(tmp_path)
+    assert first.keys() == second.keys() == {"epoch", "lr", "loss", "bad_images"}
+    assert (first["epoch"], second["epoch"]) == (0, 1) and first["lr"] == 0.001 and isinstance(first["loss"], float)
+
+
+def test_a_probe_shares_the_log_of_its_pretraining(tmp_path):
+    Training(tmp_path).train()
+    before = log(tmp_path)
+    for _ in range(2):  # from its start again: its own lines are replaced, and no others
+        Training(tmp_path, heads=2, resume=False).train()
     lines = log(tmp_path)
-    assert [line.keys() for line in lines] == [{"epoch", "lr", "loss", "bad_images"}] * 2
-    assert [line["epoch"] for line in lines] == [0, 1] and lines[0]["lr"] == [0.001, 0.0001]
-    assert len(lines[0]["loss"]) == 2
-    Training(tmp_path / "one").train()
-    assert log(tmp_path / "one")[0]["lr"] == 0.001 and isinstance(log(tmp_path / "one")[0]["loss"], float)
+    assert lines[:2] == before and len(lines) == 4
+    assert lines[2].keys() == {"probe", "epoch", "lr", "loss", "bad_images"} and lines[2]["probe"] == "0199"
+    assert lines[2]["lr"] == [0.001, 0.0001] and len(lines[2]["loss"]) == 2
+    Training(tmp_path, resume=False).train()  # and a pre-training leaves a probe's
+    assert log(tmp_path) == [*lines[2:], *before]
 
 
 def break_head(training, number, at=(1, 3)):
