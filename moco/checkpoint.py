@@ -4,7 +4,6 @@ Pre-training files hold `module.encoder_q.*`, linear ones `module.conv1.*` … `
 saved models wrapped for distributed training. The prefix is added on saving and stripped, if present, on loading.
 """
 
-import contextlib
 import os
 import pickle
 import re
@@ -15,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 
-from moco import contents
+from moco import contents, files
 from moco.errors import RunError, UsageError, first_line
 
 PREFIX = "module."
@@ -25,16 +24,10 @@ COUNTER = "num_batches_tracked"
 
 def save(path: str, state: Mapping) -> None:
     """Write `state` to `path` so that neither a reader nor a crash ever leaves half a file. RunError if it cannot."""
-    partial = f"{path}.partial"
     try:
-        with open(partial, "wb") as file:
+        with files.atomic_write(path, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns an OSError into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(partial)
         if "DataLoader worker" in str(error):  # a loading process died just now: not about this file
             raise
         cause = error

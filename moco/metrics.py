@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from moco import distributed
+from moco import distributed, files
 from moco.errors import RunError
 
 
@@ -111,11 +111,8 @@ def truncate_jsonl(path: str, epoch: int, probe: str | None = None) -> int:
     records, damaged = read_jsonl(path)
     kept = [record for record in records if record.get("probe") != probe or record["epoch"] < epoch]
     if len(kept) < len(records) or damaged:
-        partial = f"{path}.partial"
-        with _log_errors(path):
-            with open(partial, "w") as file:
-                file.writelines(json.dumps(record) + "\n" for record in kept)
-            os.replace(partial, path)
+        with _log_errors(path), files.atomic_write(path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
     return damaged
 
 
