@@ -14,8 +14,12 @@ import functools
 import math
 import os
 import shutil
+import signal
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
+
+if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends silently; cli_main restores it
 
 import torch
 import torch.nn as nn

@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import os
 import random
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,6 +12,8 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moco.errors import under_torchrun as under_torchrun
+
 
 class DistContext(NamedTuple):
     """A process's rank among all processes of the run, and the device it trains on."""
@@ -22,10 +23,6 @@ class DistContext(NamedTuple):
     local_rank: int = 0
     local_world_size: int = 1  # processes on this node
     device: torch.device = torch.device("cpu")
-
-
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def restarted() -> bool:

@@ -3,12 +3,18 @@
 Exit codes: 2 for bad input, before anything is built; 1 for a run that cannot continue; 128 + N for signal N.
 """
 
+import contextlib
 import errno
+import multiprocessing
 import os
 import re
+import select
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,6 +27,13 @@ SHARED_MEMORY_FULL = (
     "the data loading processes have no shared memory left: /dev/shm is full; make it larger (docker: --shm-size),"
     " use a smaller -j, or -j 0; continue with --resume auto"
 )
+NO_PROCESS_LEFT = (
+    "the system allows no further process or thread (ulimit -u, or the limit of the container or job); use a smaller"
+    " -j, or -j 0; continue with --resume auto"
+)
+NO_PROCESS_SIGNS = ("can't start new thread", "Resource temporarily unavailable", "std::system_error")
+TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+SECONDS_TO_END = 5  # for the loading processes, when a script ends
 SHARED_MEMORY_SIGNS = ("Bus error", "shared memory", "No space left", "unable to write", "unable to resize")
 
 
@@ -38,25 +51,107 @@ class PeerError(RunError):
 
 def cli_main(main: Callable[[], object]) -> None:
     """Call main(), and turn what it raises into one line on stderr and an exit code."""
+    _repair_streams()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts changed it while they imported
     try:
         main()
-    except UsageError as error:
+        sys.stdout.flush()
+        code = 0
+    except BaseException as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+    _end_loading(code)
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(error: BaseException) -> int | str | None:
+    """The exit code for what ended a script, once its one line is printed. None if it may be a bug of ours."""
+    if isinstance(error, SystemExit):
+        return error.code or 0
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    # PyTorch reports a dead loading process from its SIGCHLD handler, which could fire again during this one.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if isinstance(error, BrokenPipeError) and (broken := [each for each in (sys.stdout, sys.stderr) if _unread(each)]):
+        for stream in broken:
+            _discard(stream)
+        return 128 + signal.SIGPIPE  # silent, like a program that SIGPIPE ends
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk, say: Python would try again when it exits
+        _discard(sys.stdout)
+    if isinstance(error, UsageError):
         if is_local_main():
             _print_error(error)
-        sys.exit(2)
-    except RunError as error:
-        _print_error(error)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (RuntimeError, MemoryError, OSError, EOFError) as error:
-        # PyTorch reports a dead loading process from its SIGCHLD handler, which could fire again during this one.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        translated = translate_error(error)
-        if translated is None:
-            raise
-        _print_error(translated)
-        sys.exit(1)
+        return 2
+    known = error if isinstance(error, RunError) else translate_error(error)
+    if known is None:
+        return None
+    _print_error(known)
+    return 1
+
+
+def _repair_streams() -> None:
+    """Make print() work whatever the streams are: closed ones are discarded, and what they cannot encode is escaped.
+
+    A closed stdout or stderr would otherwise be replaced by the next file that is opened, a checkpoint for example.
+    """
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _unread(stream) -> bool:
+    """Whether the stream is a pipe whose reader has ended, as in `… | head -1`."""
+    try:
+        polled = select.poll()
+        polled.register(stream.fileno(), 0)
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in polled.poll(0))
+    except (OSError, ValueError):  # no descriptor behind it
+        return False
+
+
+def _discard(stream) -> None:
+    """Let what the stream still holds go nowhere, so that Python does not complain about it when it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _end_loading(code: int | str | None) -> None:
+    """End the loading processes of this one, also stopped ones; Python would wait for them without a limit.
+
+    If one does not end, because it waits for a file system that does not answer, this process exits nevertheless.
+    """
+    loading = _kill_loading()
+    deadline = time.monotonic() + SECONDS_TO_END
+    for process in loading:
+        process.join(max(0.0, deadline - time.monotonic()))
+    if any(process.is_alive() for process in loading):
+        exit_now(code if isinstance(code, int) else 1)
+
+
+def _kill_loading() -> list[multiprocessing.Process]:
+    loading = [process for process in multiprocessing.active_children() if process.daemon]
+    if loading and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error for each
+    for process in loading:
+        process.kill()
+    return loading
+
+
+def exit_now(code: int) -> NoReturn:
+    """Exit without waiting for anything, the loading processes neither: they may never end."""
+    _kill_loading()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 def translate_error(error: BaseException) -> RunError | None:
@@ -75,6 +170,8 @@ def translate_error(error: BaseException) -> RunError | None:
             f"the processes can no longer reach each other ({first_line(text)}); look for the first message of the"
             " others, then continue with --resume auto"
         )
+    if getattr(error, "errno", None) == errno.EAGAIN or any(sign in text for sign in NO_PROCESS_SIGNS):
+        return RunError(NO_PROCESS_LEFT)
     if getattr(error, "errno", None) == errno.ENOSPC:
         return RunError(
             f"no space left ({error}): on /dev/shm or on the disk; free some, or use -j 0 if it is /dev/shm"
@@ -105,9 +202,29 @@ def one_line(message: str) -> str:
 def _print_error(error: Exception) -> None:
     # An error from a loading process arrives with that process's traceback before the message.
     message = str(error).split(f"{type(error).__name__}: ")[-1]
-    sys.stderr.write(one_line(f"{os.path.basename(sys.argv[0])}: error: {message}"))
+    try:
+        sys.stderr.write(one_line(f"{os.path.basename(sys.argv[0])}: error: {message}"))
+        sys.stderr.flush()
+    except OSError:  # its reader has ended
+        _discard(sys.stderr)
+
+
+# Which process this is, as far as its launch tells
+
+
+_spawned_rank = 0  # on this node, of a process that this program spawned
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun started this process: single variables of it may be left over in an environment."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and all(os.environ.get(name, "").isdecimal() for name in TORCHRUN_RANKS)
+
+
+def set_spawned_rank(local_rank: int) -> None:
+    global _spawned_rank
+    _spawned_rank = local_rank
 
 
 def is_local_main() -> bool:
     """Whether this is the first process of its node. All of them find the same bad input; one reports it."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
+    return int(os.environ["LOCAL_RANK"] if under_torchrun() else _spawned_rank) == 0

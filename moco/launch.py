@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moco.distributed import DistContext, under_torchrun
-from moco.errors import PeerError, RunError, UsageError, cli_main, first_line, translate_error
+from moco.errors import PeerError, RunError, UsageError, cli_main, first_line, set_spawned_rank, translate_error
 from moco.signals import STOP_SIGNALS
 
 MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch no longer supports multicast
@@ -96,7 +96,7 @@ def _spawned(
 ) -> None:
     rank, world_size = node * local_world_size + local_rank, nodes * local_world_size
     ctx = DistContext(rank, world_size, local_rank, local_world_size, device_of(local_rank))
-    os.environ["LOCAL_RANK"] = str(local_rank)  # as under torchrun: one process per node prints errors
+    set_spawned_rank(local_rank)  # one process per node prints errors
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     os.setpgrp()  # a terminal's signals arrive once, through the parent
     try:
