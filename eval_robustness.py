@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from moco import classifier, datasets, distributed, images, launch, options, released, report, robustness
 from moco.distributed import DistContext
-from moco.errors import UsageError, cli_main
+from moco.errors import UsageError, cli_main, is_local_main
 from moco.robustness import TestSet
 
 IMAGENET_100 = Path(__file__).parent / "preprocess" / "imagenet_100.txt"
@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--gpu", type=options.nonnegative_int, metavar="N", help="the GPU of a single process")
     output = parser.add_argument_group("output")
     output.add_argument("--json", default="robustness.json", metavar="FILE",
-                        help="all results; an interrupted evaluation resumes from it")
+                        help="results of all models and test sets; what is in it is not repeated")
     output.add_argument("--compare", choices=["paper"], help="compare with the published rows of the same NAME")
     output.add_argument("--plot", metavar="FILE.png", help="accuracy by corruption and severity; needs matplotlib")
     output.add_argument("--verbose", action="store_true", help="print all settings with --dry-run")
@@ -181,7 +181,8 @@ def evaluate(
     models = [model.to(ctx.device, memory_format=torch.channels_last) for model in models]
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     distributed.barrier()  # all ranks have read the file before one writes it
-    todo = [test_set for test_set in test_sets if test_set.key not in result["cells"]]
+    chosen = {test_set.key: report.unfinished(result, test_set) for test_set in test_sets}
+    todo = [test_set for test_set in test_sets if chosen[test_set.key]]
     if distributed.is_main() and len(todo) < len(test_sets):
         done = len(test_sets) - len(todo)
         print(f"{done} of {len(test_sets)} test sets are already in {args.json}; evaluating the rest", file=sys.stderr)
@@ -192,12 +193,14 @@ def evaluate(
     total = sum(len(test_set.labels) for test_set in todo)
     with tqdm(total=total, unit="image", disable=not distributed.is_main(), mininterval=interval) as bar:
         for test_set, scores in robustness.score(
-            todo, models, wnids, image_size, args.batch_size, workers, ctx, bar.update
+            todo, models, wnids, image_size, args.batch_size, workers, ctx, bar.update, chosen
         ):
             bar.set_description(test_set.key, refresh=False)
             report.add(result, test_set, scores, image_size, wnids)
             if distributed.is_main():
                 report.save(args.json, result)
+                if warning := report.unusual_preprocessing(result, test_set, image_size):
+                    bar.write(warning, file=sys.stderr)
     if distributed.is_main():
         # In the order of the suites, also after a resumed evaluation.
         result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
@@ -229,7 +232,8 @@ def main() -> None:
     # Listing all test sets first finds a wrong folder before hours of evaluation, and tells the bar its length.
     directories = {suite: getattr(args, suite) for suite in robustness.SUITES if getattr(args, suite)}
     test_sets = robustness.list_test_sets(directories, wnids, args.limit)
-    result = report.new(rows, pretraining, wnids, image_size, args.limit)
+    unknown = robustness.unknown_corruptions(args.corruption) if args.corruption else []
+    result = report.new(rows, pretraining, wnids, image_size, args.limit, unknown)
     report.reuse_results(args.json, result, test_sets)
     if args.dry_run:
         derived = {
@@ -238,9 +242,12 @@ def main() -> None:
             "crops": f"{image_size} px",
             "test_sets": f"{len(test_sets)}, of which {len(result['cells'])} are done",
             "images": sum(len(test_set.labels) for test_set in test_sets),
+            **({"corruptions": report.not_evaluated(unknown)} if unknown else {}),
             "dry run": "nothing was started",
         }
         return options.print_config(args, derived, args.verbose)
+    if unknown and is_local_main():
+        print(report.not_evaluated(unknown), file=sys.stderr)
     launch.launch(evaluate, (args, models, wnids, image_size, test_sets, result), gpu=args.gpu)
     keys = [test_set.key for test_set in test_sets]
     if args.corruption and robustness.missing_corruptions(keys) and not args.allow_partial:

@@ -5,10 +5,10 @@ import hashlib
 import json
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from moco import robustness
+from moco import files, robustness
 from moco.errors import RunError, UsageError
 from moco.robustness import TestSet
 
@@ -21,8 +21,15 @@ TITLES = {
 }
 SHARED = "Rendition, shared classes"
 PUBLISHED = Path(__file__).parent / "data" / "published.csv"  # the published table, as in README.md
+PUBLISHED_CLASSES, PUBLISHED_SIZE = 100, 224
+RENDITION_CLASSES, RENDITION_COUNTS = 19, range(40, 500)  # those in ImageNet-100; roughly how many images each has
+IMAGENET_100_SHA256 = "d61d354b64beb3ce2c2c9cf04a874298362dc9fcd589e15ee34c5e4592145746"  # of the sorted wnids
+VERSION = 2  # of the JSON file; the first, which has no number, resized Stylized-ImageNet and never corrupted images
 
-# The JSON file
+# The JSON file: `cells` are the results of the last command, for its `checkpoints`; `earlier` holds all others by the
+# checkpoint's SHA-256 and the test set. A result is known by what was scored, on what and how, never by its row's name.
+
+SETTINGS = ("image_size", "limit", "wnids_sha256")
 
 
 def sha256(data: bytes) -> str:
@@ -35,17 +42,21 @@ def new(
     wnids: Sequence[str],
     image_size: int,
     limit: int | None,
+    not_evaluated: Sequence[str] = (),
 ) -> dict:
-    """An empty report on {row name: checkpoint files}; everything but `cells` identifies what was evaluated, and how.
+    """An empty report on {row name: checkpoint files}.
 
-    pretraining: the pre-training options of each file, {} if the file does not store them.
+    pretraining: the pre-training options of each file, {} if the file does not store them; not_evaluated: folders that
+    are among the corruptions, and none.
     """
     entries = [(name, file) for name, files in rows.items() for file in files]
     return {
+        "version": VERSION,
         "image_size": image_size,
         "limit": limit,
         "wnids": wnids,
         "wnids_sha256": sha256("\n".join(wnids).encode()),
+        "not_evaluated": list(not_evaluated),
         "checkpoints": [
             {
                 "row": name,
@@ -57,45 +68,215 @@ def new(
             for (name, file), known in zip(entries, pretraining)
         ],
         "cells": {},
+        "earlier": {},
     }
 
 
 def reuse_results(path: str, report: dict, test_sets: Sequence[TestSet]) -> None:
-    """Take the results of unchanged test sets from an earlier report on the same checkpoints."""
-    try:
-        with open(path) as file:
-            earlier = json.load(file)
-        same = all(earlier[name] == value for name, value in report.items() if name != "cells")
-        found = earlier["cells"] if same else {}
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or another kind of file
-        return
+    """Take from the file at `path`, if there is one, what this report would repeat; the rest stays in its `earlier`.
+
+    Raises UsageError if the file is anything else than a report, which is not to be replaced.
+    """
+    report["earlier"] = _read(path)
     for test_set in test_sets:
-        known = found.get(test_set.key)
-        if known and (known["folder"], known["n"]) == (test_set.folder, len(test_set.labels)):
-            report["cells"][test_set.key] = known
+        if not unfinished(report, test_set):
+            add(report, test_set, [], report["image_size"], report["wnids"])
+
+
+def unfinished(report: Mapping, test_set: TestSet) -> list[int]:
+    """The indices of the checkpoints that have no result on this test set yet."""
+    if test_set.key in report["cells"]:
+        return []
+    found = [_find(report, checkpoint, test_set) for checkpoint in report["checkpoints"]]
+    return [index for index, entry in enumerate(found) if entry is None]
 
 
 def add(report: dict, test_set: TestSet, results: list[dict], image_size: int, wnids: Sequence[str]) -> None:
+    """Complete the test set's cell with the results of its `unfinished` checkpoints, in their order."""
+    missing = unfinished(report, test_set)
+    known = [_find(report, checkpoint, test_set) for checkpoint in report["checkpoints"]]
+    fresh = dict(zip(missing, results))
+    merged = [entry["result"] if entry else dict(fresh[index]) for index, entry in enumerate(known)]
+    usual = next((entry["preprocessing"] for entry in known if entry), test_set.preprocessing(image_size))
+    preprocessing = [result.pop("preprocessing", usual) for result in merged]
     report["cells"][test_set.key] = {
-        "folder": test_set.folder,
+        "folder": os.path.abspath(test_set.folder),
         "n": len(test_set.labels),
-        "preprocessing": test_set.preprocessing(image_size),
+        "images_sha256": _names(test_set),
+        "preprocessing": preprocessing[-1],
         "warning": test_set.warning(wnids),
-        "results": results,
+        "results": merged,
     }
+    for checkpoint, entry in zip(report["checkpoints"], known):
+        if entry:
+            same = report["earlier"][checkpoint["sha256"]]
+            same[test_set.key] = [each for each in same[test_set.key] if each is not entry]
+    report["earlier"] = _without_empty(report["earlier"])
 
 
 def save(path: str, report: Mapping) -> None:
     """Write the report atomically. Raises RunError if it cannot be written."""
-    partial = f"{path}.partial"
     try:
-        with open(partial, "w") as file:
+        with files.atomic_write(path) as file:
             json.dump(report, file, indent=1)
-        os.replace(partial, path)
     except OSError as error:
         raise RunError(
             f"{path} could not be written ({error}); free some space, then run the same command again to resume"
         ) from error
+
+
+def _names(test_set: TestSet) -> str:
+    """A hash of the images' names and labels: a folder may hold other images another day."""
+    names = ("/".join(path.split(os.sep)[-2:]) for path in test_set.paths)
+    lines = (f"{label} {name}" for label, name in zip(test_set.labels, names))
+    return sha256("\n".join(lines).encode(errors="surrogateescape"))
+
+
+def _find(report: Mapping, checkpoint: Mapping, test_set: TestSet) -> dict | None:
+    """The earlier result of a checkpoint on a test set, with the report's settings."""
+    wanted = {name: report[name] for name in SETTINGS} | {"n": len(test_set.labels)}
+    for entry in report["earlier"].get(checkpoint["sha256"], {}).get(test_set.key, []):
+        if (
+            all(entry[name] == value for name, value in wanted.items())
+            and entry["folder"] in (test_set.folder, os.path.abspath(test_set.folder))
+            and entry["images_sha256"] in (None, _names(test_set))
+            and _has_this_protocol(entry, test_set)
+        ):
+            return entry
+    return None
+
+
+def _has_this_protocol(entry: Mapping, test_set: TestSet) -> bool:
+    return (
+        entry["version"] == VERSION
+        or test_set.suite not in robustness.GENERATED
+        or entry["preprocessing"] == test_set.preprocessing_of_images(entry["image_size"])
+    )
+
+
+def _without_empty(earlier: Mapping) -> dict:
+    kept = {sha: {key: entries for key, entries in sets.items() if entries} for sha, sets in earlier.items()}
+    return {sha: sets for sha, sets in kept.items() if sets}
+
+
+# Reading a file that anybody may have changed
+
+KINDS: dict[str, tuple[Callable, str]] = {
+    "text": (lambda v: isinstance(v, str), "a text"),
+    "text or null": (lambda v: v is None or isinstance(v, str), "a text or null"),
+    "list": (lambda v: isinstance(v, list), "a list"),
+    "object": (lambda v: isinstance(v, dict), "an object"),
+    "count": (lambda v: _is_int(v) and 0 < v < 2**31, "a whole number above 0"),
+    "count or null": (lambda v: v is None or KINDS["count"][0](v), "a whole number above 0 or null"),
+    "number of hits": (lambda v: _is_int(v) and 0 <= v < 2**31, "a whole number of 0 or more"),
+    "percent": (lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= 100, "a percentage"),
+    "percent or null": (lambda v: v is None or KINDS["percent"][0](v), "a percentage or null"),
+    "version": (lambda v: v in (1, VERSION) and _is_int(v), f"1 or {VERSION}, those that this program can read"),
+}
+REPORT = {
+    "image_size": "count", "limit": "count or null", "wnids_sha256": "text", "checkpoints": "list", "cells": "object",
+}  # fmt: skip
+CELL = {"folder": "text", "n": "count", "preprocessing": "text"}
+RESULT = {"top1": "percent", "top1_shared_classes": "percent", "n": "count", "classes": "object"}
+SHAPE_BIAS = {
+    "shape_decisions": "number of hits", "texture_decisions": "number of hits", "shape_bias": "percent or null",
+}  # fmt: skip
+ENTRY = {
+    "version": "version", "image_size": "count", "limit": "count or null", "wnids_sha256": "text",
+    "images_sha256": "text or null", **CELL, "result": "object",
+}  # fmt: skip
+
+
+class _Odd(Exception):
+    """What is wrong with the content of a file."""
+
+
+def _read(path: str) -> dict[str, dict[str, list[dict]]]:
+    """All results in a report's file, {checkpoint's SHA-256: {key of the test set: [result and how it was made]}}."""
+    if not os.path.lexists(path) or os.path.isfile(path) and os.path.getsize(path) == 0:
+        return {}
+    try:
+        if not os.path.isfile(path):
+            raise _Odd("it is not a regular file")
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        return _results(content)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = f"it cannot be read as JSON ({type(error).__name__}: {error})"
+    except _Odd as error:
+        reason = str(error)
+    raise UsageError(
+        f"--json {path}: {reason[:300]}; results are only added to what this script wrote: name another file, or repair"
+        " or remove this one"
+    )
+
+
+def _results(content: object) -> dict[str, dict[str, list[dict]]]:
+    if not isinstance(content, dict) or not {"checkpoints", "cells"} <= content.keys():
+        raise _Odd("it is JSON of another program, without the keys checkpoints and cells")
+    _check("the file", content, REPORT)
+    version = content.get("version", 1)
+    _check("the file", {"version": version}, {"version": "version"})
+    for index, checkpoint in enumerate(content["checkpoints"]):
+        _check(f"checkpoints[{index}]", checkpoint, {"sha256": "text"})
+    settings = {"version": version, **{name: content[name] for name in SETTINGS}}
+    found: dict[str, dict[str, list[dict]]] = {}
+    for key, cell in content["cells"].items():
+        where = f"cells.{key}"
+        _check(where, cell, CELL | {"results": "list"})
+        if len(cell["results"]) != len(content["checkpoints"]):
+            raise _Odd(f"{where} has {len(cell['results'])} results for {len(content['checkpoints'])} checkpoints")
+        shared = {**settings, "images_sha256": cell.get("images_sha256"), **{name: cell[name] for name in CELL}}
+        for index, (checkpoint, result) in enumerate(zip(content["checkpoints"], cell["results"])):
+            entry = shared | {"result": result}
+            _check_entry(f"{where}.results[{index}]", entry)
+            _keep(found, checkpoint["sha256"], key, entry)
+    _check("the file", {"earlier": content.get("earlier", {})}, {"earlier": "object"})
+    for sha, sets in content.get("earlier", {}).items():
+        _check("earlier", {sha: sets}, {sha: "object"})
+        for key, entries in sets.items():
+            _check(f"earlier.{sha}", {key: entries}, {key: "list"})
+            for index, entry in enumerate(entries):
+                _check_entry(f"earlier.{sha}.{key}[{index}]", entry)
+                _keep(found, sha, key, {name: entry[name] for name in ENTRY})
+    return found
+
+
+def _keep(found: dict, sha: str, key: str, entry: dict) -> None:
+    """Add a result, once: two rows may have had the same checkpoint."""
+    entries = found.setdefault(sha, {}).setdefault(key, [])
+    if entry not in entries:
+        entries.append(entry)
+
+
+def _check_entry(where: str, entry: object) -> None:
+    _check(where, entry, ENTRY)
+    result = entry["result"]
+    _check(where, result, RESULT)
+    if SHAPE_BIAS.keys() & result.keys():
+        _check(where, result, SHAPE_BIAS)
+    for wnid, counts in result["classes"].items():
+        _check(f"{where}.classes.{wnid}", counts, {"n": "count", "correct": "number of hits"})
+        if counts["correct"] > counts["n"]:
+            raise _Odd(f"{where}.classes.{wnid}: {counts['correct']} of {counts['n']} images are correct")
+    if result["n"] != entry["n"]:
+        raise _Odd(f"{where}: n is {result['n']} here and {entry['n']} for the test set")
+
+
+def _check(where: str, value: object, kinds: Mapping[str, str]) -> None:
+    """Raise _Odd unless `value` is an object that has these keys with values of these KINDS."""
+    if not isinstance(value, dict):
+        raise _Odd(f"{where} is not an object")
+    for name, kind in kinds.items():
+        holds, wanted = KINDS[kind]
+        if name not in value:
+            raise _Odd(f"{where} has no {name}")
+        if not holds(value[name]):
+            raise _Odd(f"{where}: {name} is {str(value[name])[:40]!r}, not {wanted}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # Figures
@@ -161,7 +342,7 @@ def table(report: Mapping, width: int | None = None) -> str:
     """
     rows = by_row(report)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    titles = [f"{column} (partial)" if column == "Corruption" and missing(report) else column for column in columns]
+    titles = [_title(report, column) for column in columns]
     grid = [["model", "K", "alpha", *titles]] + [
         [
             name,
@@ -172,6 +353,22 @@ def table(report: Mapping, width: int | None = None) -> str:
         for name, row in rows.items()
     ]
     return "\n".join(_markdown(part) for part in _fit(grid, width))
+
+
+def _title(report: Mapping, column: str) -> str:
+    marks = []
+    if column == TITLES["corruption"]:
+        marks = ["partial"] * bool(missing(report)) + ["resized"] * bool(_resized(report))
+    return f"{column} ({', '.join(marks)})" if marks else column
+
+
+def _resized(report: Mapping) -> list[str]:
+    """The corruptions and severities whose images do not have the size of the crop, as published ones do."""
+    return [
+        key.removeprefix("corruption/")
+        for key, cell in report["cells"].items()
+        if key.startswith("corruption/") and "Resize" in cell["preprocessing"]
+    ]
 
 
 def _fit(grid: list[list[str]], width: int | None) -> list[list[list[str]]]:
@@ -215,16 +412,37 @@ def notes(report: Mapping) -> list[str]:
         cells = [cell for key, cell in report["cells"].items() if key.split("/")[0] == suite]
         if not cells:
             continue
-        line = f"{title}: {sum(cell['n'] for cell in cells)} images, {cells[0]['preprocessing']}"
+        preprocessing = "; ".join(dict.fromkeys(cell["preprocessing"] for cell in cells))
+        line = f"{title}: {sum(cell['n'] for cell in cells)} images, {preprocessing}"
         if suite == "corruption":
             line += f", {len(cells)} corruptions × severities"
             if missing(report):
                 line += f"; partial, {len(missing(report))} of 75 are missing ({', '.join(missing(report)[:3])}, …)"
+            if _resized(report):
+                line += (
+                    f"; RESIZED: images of {len(_resized(report))} of these do not have the crop's"
+                    f" {report['image_size']} px, so the figure is not comparable with ImageNet-C's"
+                )
+        if suite == "stylized" and "Resize" not in preprocessing:
+            line += " (not resized: the images have the crop's size already)"
         odd = next((cell["warning"] for cell in cells if cell["warning"]), "")
         lines.append(line + (f"; unexpected: {odd}" if odd and not report["limit"] else ""))
+    if report.get("not_evaluated"):
+        lines.append(not_evaluated(report["not_evaluated"]))
     if report["limit"]:
         lines.append(f"partial evaluation: only the first {report['limit']} images of each class (--limit)")
     return lines
+
+
+def unusual_preprocessing(report: Mapping, test_set: TestSet, image_size: int) -> str:
+    """A line on a finished set whose images do not have the published size; "" if they do."""
+    used, usual = report["cells"][test_set.key]["preprocessing"], test_set.preprocessing(image_size)
+    return "" if used == usual else f"{test_set.key}: images of another size than the published {usual} takes: {used}"
+
+
+def not_evaluated(folders: Sequence[str], count: int = 20) -> str:
+    more = f" and {len(folders) - count} more" if len(folders) > count else ""
+    return f"not evaluated, since ImageNet-C has no such corruption or severity: {', '.join(folders[:count])}{more}"
 
 
 # The paper
@@ -232,7 +450,7 @@ def notes(report: Mapping) -> list[str]:
 
 def published() -> dict[str, dict]:
     """The published rows {name: {"model", "moco_k", "alpha", "note", suite: (mean, std)}}, top-1 in percent."""
-    with open(PUBLISHED, newline="") as file:
+    with open(PUBLISHED, newline="", encoding="utf-8") as file:
         return {
             line["name"]: {
                 **{name: line[name] for name in ("model", "moco_k", "alpha")},
@@ -253,12 +471,45 @@ def check_published(rows: Iterable[str]) -> None:
             )
 
 
+def incomplete(report: Mapping, suite: str) -> str:
+    """Why the figure of a suite cannot be compared with the published one; "" if it can."""
+    cells = [cell for key, cell in report["cells"].items() if key.split("/")[0] == suite]
+    if not cells:
+        return "not tested"
+    if report["limit"]:
+        return f"--limit {report['limit']}"
+    if report["image_size"] != PUBLISHED_SIZE:
+        return f"crops of {report['image_size']} px, published: {PUBLISHED_SIZE}"
+    if len(report["wnids"]) != PUBLISHED_CLASSES:
+        return f"the head has {len(report['wnids'])} classes, published: {PUBLISHED_CLASSES}"
+    if suite == "corruption" and missing(report):
+        return f"{len(missing(report))} of 75 corruptions × severities are missing"
+    if suite == "corruption" and _resized(report):
+        return f"images of another size than {PUBLISHED_SIZE} px, for example in {_resized(report)[0]}"
+    classes = RENDITION_CLASSES if suite == "rendition" else PUBLISHED_CLASSES
+    expected = robustness.EXPECTED_COUNTS.get(suite, RENDITION_COUNTS)
+    for cell in cells:
+        counts = {wnid: count["n"] for wnid, count in cell["results"][0]["classes"].items()}
+        if len(counts) != classes:
+            return f"{cell['n']} images of {len(counts)} classes, published: {classes} classes"
+        if odd := [f"{wnid} has {n}" for wnid, n in counts.items() if n not in expected]:
+            usual = f"{expected[0]} to {expected[-1]}" if len(expected) > 1 else expected[0]
+            return f"{len(odd)} classes do not have {usual} images, for example {odd[0]}"
+    return ""
+
+
 def comparison(report: Mapping) -> str:
-    """A Markdown table: for each row ours, the paper's, and the difference in the paper's standard deviations."""
-    rows = by_row(report)
-    suites = [suite for suite, title in TITLES.items() if any(title in row for row in rows.values())]
-    grid, remarks = [["", *(TITLES[suite] for suite in suites)]], []
-    for name, row in rows.items():
+    """A Markdown table: for each row ours, the paper's, and the difference in the paper's standard deviations.
+
+    It has the columns whose test sets are complete; lines below it say what the others lack.
+    """
+    reasons = {suite: incomplete(report, suite) for suite in TITLES}
+    suites = [suite for suite, reason in reasons.items() if not reason]
+    remarks = [f"{TITLES[suite]} is not compared: {reason}" for suite, reason in reasons.items() if reason]
+    if not suites:
+        return "\n".join(["--compare paper: no column is complete", *remarks])
+    grid = [["", *(TITLES[suite] for suite in suites)]]
+    for name, row in by_row(report).items():
         paper, ours = published()[name], {suite: row[TITLES[suite]] for suite in suites}
         grid.append([f"{name}, measured here", *(mean_std(ours[suite]) for suite in suites)])
         grid.append([f"{name}, paper", *("{:.2f}±{:.2f}".format(*paper[suite]) for suite in suites)])
@@ -266,6 +517,11 @@ def comparison(report: Mapping) -> str:
         grid.append(["difference in the paper's std", *(f"{distance:+.1f}" for distance in distances)])
         if paper["note"]:
             remarks.append(f"{name}: {paper['note']}")
+    if "stylized" in suites:
+        used = report["cells"]["stylized"]["preprocessing"]
+        remarks.append(f"Stylized: measured here with {used}; the paper does not tell which preprocessing it used")
+    if report["wnids_sha256"] != IMAGENET_100_SHA256:
+        remarks.append("the classes are not those of preprocess/imagenet_100.txt, which the paper's are taken to be")
     return "\n".join([_markdown(grid), *remarks])
 
 

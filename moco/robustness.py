@@ -12,11 +12,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+import torchvision.transforms as transforms
+from PIL import Image
 
 from moco import datasets, distributed, loader
 from moco.classifier import predictions
 from moco.distributed import DistContext
 from moco.errors import UsageError
+from moco.images import open_rgb
 
 SUITES = ("val", "corruption", "sketch", "stylized", "rendition")
 CORRUPTIONS = {
@@ -69,13 +72,15 @@ class TestSet(NamedTuple):
         return self.key.split("/")[0]
 
     def preprocessing(self, size: int) -> str:
-        """Corrupted images already have their final size: resizing them first is a known mistake."""
-        if self.suite == "corruption":
-            return f"CenterCrop({size})"
-        return f"Resize({round(size * 256 / 224)}), CenterCrop({size})"
+        """What is done to images of the published size, for crops of `size` px."""
+        name, _ = presets(size)[preset_index(self.suite, size if self.suite in GENERATED else 2 * size, size)]
+        return name
 
-    def transform(self, size: int) -> Callable[[str], torch.Tensor]:
-        return (datasets.center_crop_transform if self.suite == "corruption" else datasets.eval_transform)(size)
+    def preprocessing_of_images(self, size: int) -> str:
+        """What is done to the first image of each class, read from their headers."""
+        first = dict(zip(reversed(self.labels), reversed(self.paths))).values()
+        used = [preset_index(self.suite, side, size) for side in map(_shorter_side, first) if side]
+        return describe_preprocessing([used.count(index) for index in range(len(presets(size)))], size)
 
     def warning(self, wnids: Sequence[str]) -> str:
         """How the images per class differ from the published set, if the classes are ImageNet's; "" if they do not."""
@@ -86,6 +91,66 @@ class TestSet(NamedTuple):
         odd = [f"{wnid} {n}" for wnid, n in zip(wnids, counts) if n not in expected]
         usual = f"{expected[0]} to {expected[-1]}" if len(expected) > 1 else expected[0]
         return f"{len(odd)} of {len(wnids)} classes do not have {usual} images ({', '.join(odd[:3])})" if odd else ""
+
+
+# Preprocessing: what is done to an image follows from the test set and the image's own size
+
+
+GENERATED = ("corruption", "stylized")  # made by a program, which wrote images of the crop's size
+
+
+def presets(size: int) -> list[tuple[str, Callable[[Image.Image], torch.Tensor]]]:
+    """(description, PIL image → uint8 (3, size, size)) for crops of `size` px."""
+    usual = round(size * 256 / 224)
+    finish = [transforms.CenterCrop(size), transforms.PILToTensor()]
+    return [
+        (f"CenterCrop({size})", transforms.Compose(finish)),
+        (f"Resize({usual}), CenterCrop({size})", transforms.Compose([transforms.Resize(usual), *finish])),
+        (f"Resize({size}), CenterCrop({size})", transforms.Compose([transforms.Resize(size), *finish])),
+    ]
+
+
+def preset_index(suite: str, side: int, size: int) -> int:
+    """Which of `presets` an image gets whose shorter side has `side` px.
+
+    Generated images of the crop's size are not resized: it would cut off a part of what was made to be seen whole.
+    Larger ones are treated like photos, as is done with one's own corruptions of photos. Smaller corrupted ones, as in
+    Tiny-ImageNet-C, are enlarged to the crop; a crop alone would pad them with black.
+    """
+    if suite in GENERATED and side == size:
+        return 0
+    return 2 if suite == "corruption" and side < size else 1
+
+
+def describe_preprocessing(counts: Sequence[int], size: int) -> str:
+    """What was done to the images of a set, of which so many got each preset."""
+    used = [(name, count) for (name, _), count in zip(presets(size), counts) if count]
+    return used[0][0] if len(used) == 1 else "; ".join(f"{name} of {count} images" for name, count in used)
+
+
+def _shorter_side(path: str) -> int:
+    """0 if the file is not an image: reading all of it will say so."""
+    try:
+        with Image.open(path) as image:
+            return min(image.size)
+    except Exception:  # on damaged data PIL raises nearly anything
+        return 0
+
+
+class _Preprocessed(datasets.ImageList):
+    """The images of a test set: item i is (the i-th image, the index of its preset)."""
+
+    def __init__(self, test_set: TestSet, size: int):
+        super().__init__(test_set.paths, test_set.labels, open_rgb)
+        self.suite, self.size, self.presets = test_set.suite, size, [preset for _, preset in presets(size)]
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        image, _ = super().__getitem__(index)
+        preset = preset_index(self.suite, min(image.size), self.size)
+        return self.presets[preset](image), preset
+
+
+# Folders
 
 
 def class_root(directory: str) -> str:
@@ -134,6 +199,29 @@ def corruption_folders(directory: str) -> dict[tuple[str, int], str]:
     return found
 
 
+def unknown_corruptions(directory: str) -> list[str]:
+    """What lies in an ImageNet-C folder where corruptions and severities are, and is neither: it is not evaluated."""
+    known = {name for names in CORRUPTIONS.values() for name in names}
+    severities = {str(severity) for severity in SEVERITIES}
+    unknown = []
+    for group in ("", *CORRUPTIONS):
+        parent = os.path.join(directory, group)
+        names = [name for name in _folders(parent) if group or name not in CORRUPTIONS]
+        unknown += [os.path.join(group, name) for name in names if name not in known]
+        for name in known.intersection(names):
+            odd = [each for each in _folders(os.path.join(parent, name)) if each not in severities]
+            unknown += [os.path.join(group, name, each) for each in odd]
+    return sorted(unknown)
+
+
+def _folders(directory: str) -> list[str]:
+    """The names of the visible folders in a directory, if it can be read."""
+    try:
+        return [each.name for each in os.scandir(directory) if each.is_dir() and not each.name.startswith(".")]
+    except OSError:
+        return []
+
+
 def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: int | None = None) -> list[TestSet]:
     """All test sets of {suite: directory}. Raises UsageError if a directory does not hold what its suite needs."""
     test_sets = []
@@ -157,41 +245,45 @@ def score(
     workers: int,
     ctx: DistContext,
     on_batch: Callable[[int], object] = lambda images: None,
+    chosen: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[tuple[TestSet, list[dict]]]:
     """Score linear classifiers that share one class list: yields (test set, a result per model), set by set.
 
     models: in eval mode, on the context's device; wnids: the class of output 0, 1, …; outputs beyond them count as
-    wrong. A result has the top-1 in percent over all outputs and over the classes present in the set, n, and counts
-    per class. If file names give a second, conflicting cue (<shape class>/<texture class>-*.png), it also has the
+    wrong; chosen: {key of a test set: indices of the models to score on it}, all by default. A result has the top-1 in
+    percent over all outputs and over the classes present in the set, n, counts per class, and what was done to the
+    images. If file names give a second, conflicting cue (<shape class>/<texture class>-*.png), it also has the
     shape bias: the percentage of shape among the decisions for either cue. Each image is read once, by one rank; all
     ranks must call this and get the same results.
     """
     if not test_sets:
         return
-    images = [
-        datasets.StrictDataset(datasets.ImageList(each.paths, each.labels, each.transform(image_size)))
-        for each in test_sets
-    ]
+    current: list[nn.Module] = []  # the models of the set that is being read
     batches = predictions(
-        lambda images: [model(images) for model in models],
-        loader.eval_loader(images, batch_size, workers, ctx),
+        lambda images: [model(images) for model in current],
+        loader.eval_loader(
+            [datasets.StrictDataset(_Preprocessed(each, image_size)) for each in test_sets], batch_size, workers, ctx
+        ),
         ctx.device,
     )
     for test_set in test_sets:
+        current[:] = models if chosen is None else [models[index] for index in chosen[test_set.key]]
         present = torch.tensor(sorted(set(test_set.labels)), device=ctx.device)
-        decisions = torch.zeros(len(models), 2, len(test_set.labels), dtype=torch.long, device=ctx.device)
-        mine = decisions[:, :, ctx.rank :: ctx.world_size]  # as eval_loader distributes them
+        # Two decisions of each model, and the preset, of each image.
+        rows = torch.zeros(2 * len(current) + 1, len(test_set.labels), dtype=torch.long, device=ctx.device)
+        mine = rows[:, ctx.rank :: ctx.world_size]  # as eval_loader distributes them
         done = 0
-        while done < mine.shape[2]:
-            logits, labels = next(batches)
-            for model, values in enumerate(logits):
-                decided = torch.stack([values.argmax(1), present[values[:, present].argmax(1)]])
-                mine[model, :, done : done + len(labels)] = decided
-            done += len(labels)
-            on_batch(len(labels) * ctx.world_size)
-        decisions = distributed.all_reduce(decisions).cpu()
+        while done < mine.shape[1]:
+            logits, used = next(batches)
+            decided = [row for values in logits for row in (values.argmax(1), present[values[:, present].argmax(1)])]
+            mine[:, done : done + len(used)] = torch.stack([*decided, used])
+            done += len(used)
+            on_batch(len(used) * ctx.world_size)
+        *decisions, used = distributed.all_reduce(rows).cpu()
         labels, textures = torch.tensor(test_set.labels), texture_labels(test_set.paths, test_set.labels, wnids)
-        yield test_set, [_result(*decided, labels, textures, wnids) for decided in decisions]
+        counts = used.bincount(minlength=len(presets(image_size))).tolist()
+        results = [_result(*pair, labels, textures, wnids) for pair in zip(decisions[::2], decisions[1::2])]
+        yield test_set, [result | {"preprocessing": describe_preprocessing(counts, image_size)} for result in results]
 
 
 def _result(
