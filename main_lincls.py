@@ -256,9 +256,9 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
         adjust_learning_rate(optimizer, epoch, args)
         train_one_epoch(backbone, ddp_heads, run.steps(train_loader, prepare, epoch), optimizer, run, dtype)
         stats = run.epoch_stats()
-        results = classifier.evaluate(
-            functools.partial(classifier.predict, backbone, heads, dtype), val_loader, ctx.device
-        )
+        predictor = functools.partial(classifier.predict, backbone, heads, dtype)
+        with run.evaluation():
+            results = classifier.evaluate(predictor, val_loader, ctx.device)
         classifier.check_frozen(backbone, frozen)
         is_best = best.update(heads, results)
         run.print(

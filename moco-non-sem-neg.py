@@ -234,7 +234,10 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
         train_one_epoch(ddp_model, model, run.steps(train_loader, prepare, epoch), optimizer, scaler, run)
         stats = run.epoch_stats()
         if knn_loaders and is_due(epoch, args.knn_freq, args.epochs) and not run.stopping:
-            stats["knn_top1"] = classifier.knn_accuracy(model.encoder_q, *knn_loaders, len(data.classes), ctx.device)
+            with run.evaluation():
+                stats["knn_top1"] = classifier.knn_accuracy(
+                    model.encoder_q, *knn_loaders, len(data.classes), ctx.device
+                )
             run.print(f"epoch {epoch}  val: 200-nearest-neighbour top-1 {stats['knn_top1']:.2f} %")
         numbered = is_due(epoch, args.save_freq, args.epochs)
         run.end_epoch(stats, [f"checkpoint_{epoch:04d}.pth.tar"] if numbered else [])

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import os
 import random
 from collections.abc import Mapping
 from typing import NamedTuple

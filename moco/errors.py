@@ -69,20 +69,16 @@ def cli_main(main: Callable[[], object]) -> None:
 
 def _exit_code(error: BaseException) -> int | str | None:
     """The exit code for what ended a script, once its one line is printed. None if it may be a bug of ours."""
-    if isinstance(error, SystemExit):
-        return error.code or 0
-    if isinstance(error, KeyboardInterrupt):
-        return 130
+    if isinstance(error, (SystemExit, KeyboardInterrupt)):
+        _flush_stdout()
+        return 130 if isinstance(error, KeyboardInterrupt) else error.code or 0
     # PyTorch reports a dead loading process from its SIGCHLD handler, which could fire again during this one.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if isinstance(error, BrokenPipeError) and (broken := [each for each in (sys.stdout, sys.stderr) if _unread(each)]):
         for stream in broken:
             _discard(stream)
         return 128 + signal.SIGPIPE  # silent, like a program that SIGPIPE ends
-    try:
-        sys.stdout.flush()
-    except OSError:  # a full disk, say: Python would try again when it exits
-        _discard(sys.stdout)
+    _flush_stdout()
     if isinstance(error, UsageError):
         if is_local_main():
             _print_error(error)
@@ -92,6 +88,13 @@ def _exit_code(error: BaseException) -> int | str | None:
         return None
     _print_error(known)
     return 1
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # no reader, or a full disk: Python would try again when it exits, and complain
+        _discard(sys.stdout)
 
 
 def _repair_streams() -> None:

@@ -1,6 +1,11 @@
 """Samplers, data loaders, and prefetching to the training device."""
 
+import errno
 import functools
+import multiprocessing
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -9,7 +14,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, defaul
 from moco import distributed, signals
 from moco.datasets import RetryDataset
 from moco.distributed import DistContext
-from moco.errors import UsageError
+from moco.errors import SHARED_MEMORY_FULL, RunError, UsageError, is_local_main
+
+LONGEST_TEMP_DIR = 70  # bytes; a socket's path has at most 107, of which multiprocessing adds up to 35
 
 
 class GlobalBatchSampler(Sampler):
@@ -54,12 +61,56 @@ def train_loader(dataset: RetryDataset, sampler: GlobalBatchSampler, workers: in
     return DataLoader(
         dataset,
         batch_sampler=sampler,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
         collate_fn=_collate,
-        persistent_workers=workers > 0,
-        worker_init_fn=signals.leave_signals_to_trainer(),
+        **_worker_options(workers, device),
     )
+
+
+def _worker_options(workers: int, device: torch.device) -> dict:
+    """What all loaders have in common. The workers persist over all passes.
+
+    Raises RunError if the system lacks what they need.
+    """
+    if workers:
+        _check_semaphores()
+        _shorten_temp_dir()
+    return {
+        "num_workers": workers,
+        "pin_memory": device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "worker_init_fn": signals.leave_signals_to_trainer() if workers else None,
+    }
+
+
+def _check_semaphores() -> None:
+    try:
+        multiprocessing.Lock()
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise RunError(SHARED_MEMORY_FULL) from error
+        raise RunError(
+            f"the loading processes cannot use shared memory ({error}): is /dev/shm there, and can it be written to?"
+            " Otherwise use -j 0"
+        ) from error
+
+
+def _shorten_temp_dir() -> None:
+    """Use another folder for temporary files if that of TMPDIR is too long: loading processes put sockets there."""
+    try:
+        current = tempfile.gettempdir()
+    except OSError as error:  # FileNotFoundError: none can be written to
+        raise RunError(f"there is no folder for temporary files ({error}); set TMPDIR to one, or use -j 0") from error
+    if len(os.fsencode(current)) <= LONGEST_TEMP_DIR:
+        return
+    usable = [folder for folder in ("/tmp", "/var/tmp", "/dev/shm") if os.access(folder, os.W_OK | os.X_OK)]
+    if not usable:
+        raise RunError(
+            f"TMPDIR {current}: its {len(os.fsencode(current))} bytes are too many for the sockets of the loading"
+            f" processes; set TMPDIR to a folder of at most {LONGEST_TEMP_DIR}, or use -j 0"
+        )
+    tempfile.tempdir = usable[0]
+    if is_local_main():
+        print(f"TMPDIR is too long for the sockets of the loading processes: they use {usable[0]}", file=sys.stderr)
 
 
 def _collate(items: list) -> tuple:
@@ -82,10 +133,7 @@ def eval_loader(dataset: Dataset | Sequence[Dataset], batch_size: int, workers: 
     return DataLoader(
         ConcatDataset(datasets),
         batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=ctx.device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=signals.leave_signals_to_trainer(),
+        **_worker_options(workers, ctx.device),
     )
 
 

@@ -3,8 +3,10 @@
 The guards watch for numbers that are not finite and for images that cannot be read.
 """
 
+import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -13,10 +15,10 @@ import torch.nn as nn
 
 from moco import checkpoint, distributed, metrics
 from moco.distributed import DistContext
-from moco.errors import RunError, UsageError, one_line
+from moco.errors import RunError, UsageError, exit_now, one_line
 from moco.loader import GlobalBatchSampler, prefetch
 from moco.progress import Progress
-from moco.signals import StopSignal, exit_on_signal
+from moco.signals import StopSignal, StopWaiting, exit_on_signal
 
 LOG = "log.jsonl"
 
@@ -106,16 +108,66 @@ class Run:
             return prepare(batch, distributed.derive_rng(self.seed, epoch, step, self.ctx.rank))
 
         batches = prefetch(self.progress, prepare_step, self.ctx.device, first_step)
-        for self.step, (batch, self._unreadable_now) in enumerate(batches, first_step + 1):
+        while self.step < len(self.sampler):
+            batch, self._unreadable_now = self._next(batches)
+            self.step += 1
             distributed.seed_shuffles(self.seed, epoch, self.step)
             yield batch
+        next(batches, None)  # ends the progress bar
+
+    def _next(self, batches: Iterator[tuple]) -> tuple:
+        """The next batch, once all ranks have theirs.
+
+        The data may be gone, or never come: trouble with them on any rank, or a signal while one waits, saves the
+        finished steps and ends the run.
+        """
+        batch = trouble = None
+        try:
+            with self.stop.interruptible():
+                batch = next(batches)
+        except StopWaiting:
+            pass
+        except Exception as error:
+            trouble = error
+        signum, troubled = distributed.all_reduce_max(0 if batch else self.stop.signum, int(trouble is not None))
+        if not signum and not troubled:
+            return batch
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loading process that ends now must not disturb the saving
+        self.save([self.latest])
+        if trouble:
+            raise trouble
+        if troubled:
+            distributed.barrier()  # until the rank in trouble ends, which reports it
+        exit_on_signal(signum, f"in epoch {self.epoch} after step {self.step}", now=True)
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """For an evaluation between `epoch_stats` and `end_epoch`: saves first, and a signal ends the run at once.
+
+        All ranks must call this. The resumed run begins with the evaluation.
+        """
+        self.save([self.latest])
+        distributed.barrier()  # a rank that fails from here on must not interrupt the saving
+        try:
+            with self.stop.interruptible():
+                yield
+        except StopWaiting:
+            if distributed.is_main():
+                with contextlib.suppress(BrokenPipeError):
+                    print(
+                        f"stopped by {signal.Signals(self.stop.signum).name} in the evaluation after epoch"
+                        f" {self.epoch}, saved before it; continue with --resume auto",
+                        flush=True,
+                    )
+            exit_now(128 + self.stop.signum)
 
     def after_step(self, **values: torch.Tensor) -> None:
         """Count the step and its figures, `loss` among them; report, save or end the run where that is due."""
         self.means.add(values)
         if self.progress.due():  # the one CPU-GPU sync point
             self._check_finite()
-            self.progress.report(self.means.compute(), self._learning_rate())
+            with self.stop.no_broken_pipe():
+                self.progress.report(self.means.compute(), self._learning_rate())
         self._signum, unreadable = distributed.all_reduce_max(self.stop.signum, len(self._unreadable_now))
         if unreadable:
             self.unreadable.add(self._unreadable_now)
@@ -154,7 +206,8 @@ class Run:
     def print(self, text: str) -> None:
         """Print a line, on rank 0."""
         if distributed.is_main():
-            print(text, flush=True)
+            with self.stop.no_broken_pipe():
+                print(text, flush=True)
 
     def save(self, names: Sequence[str]) -> None:
         """Write the state of the run to files of these names, on rank 0. All ranks must call this."""

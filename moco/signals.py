@@ -1,25 +1,35 @@
 """Stopping a run from outside: the current step is finished and saved first."""
 
+import contextlib
 import functools
 import multiprocessing.util
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from moco import distributed
+from moco.errors import exit_now
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is what Slurm is asked to send
+
+
+class StopWaiting(BaseException):
+    """A signal came while the process waited for data, which may never come."""
 
 
 class StopSignal:
     """Remembers which of STOP_SIGNALS this process received. A second SIGINT ends the process at once.
 
     If torchrun itself ends, that counts as SIGTERM: ranks that outlive it would write beside the resumed run.
+    PyTorch raises an error wherever the process is when one of its loading processes ends; that is put off until the
+    next `interruptible` block, where the run can be saved.
     """
 
     def __init__(self):
         self._signum, self._torchrun = 0, os.getppid() if distributed.under_torchrun() else None
+        self._waiting = self._child_ended = False
+        self._report_children: Callable | None = None  # PyTorch's handler of SIGCHLD
         for signum in STOP_SIGNALS:
             signal.signal(signum, self._remember)
 
@@ -30,17 +40,58 @@ class StopSignal:
             return signal.SIGTERM
         return self._signum
 
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """While this block waits for data: a signal raises StopWaiting, also one that came before."""
+        self._waiting = True
+        try:
+            if self.signum:
+                raise StopWaiting
+            if self._child_ended:
+                self._child_ended = False
+                self._report_children(signal.SIGCHLD, None)
+            yield
+        finally:
+            self._waiting = False
+            handler = signal.getsignal(signal.SIGCHLD)
+            if callable(handler) and handler != self._on_child:
+                self._report_children = handler
+                signal.signal(signal.SIGCHLD, self._on_child)
+
+    @contextlib.contextmanager
+    def no_broken_pipe(self) -> Iterator[None]:
+        """If the reader of stdout has ended, that counts as SIGPIPE: the step is finished and saved."""
+        try:
+            yield
+        except BrokenPipeError:
+            self._signum = signal.SIGPIPE
+
     def _remember(self, signum, frame) -> None:
         self._signum = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._waiting:
+            self._waiting = False
+            raise StopWaiting
+
+    def _on_child(self, signum, frame) -> None:
+        if self._waiting:
+            self._report_children(signum, frame)
+        else:
+            self._child_ended = True
 
 
-def exit_on_signal(signum: int, where: str) -> None:
-    """End all processes with exit code 128 + signum, as shells expect, once rank 0 has saved."""
+def exit_on_signal(signum: int, where: str, now: bool = False) -> None:
+    """End all processes with exit code 128 + signum, as shells expect, once rank 0 has saved.
+
+    now: without waiting for the loading processes, which may be stuck.
+    """
     distributed.barrier()
     if distributed.is_main():
-        print(f"stopped by {signal.Signals(signum).name} {where}, saved; continue with --resume auto", flush=True)
+        with contextlib.suppress(BrokenPipeError):
+            print(f"stopped by {signal.Signals(signum).name} {where}, saved; continue with --resume auto", flush=True)
+    if now:
+        exit_now(128 + signum)
     sys.exit(128 + signum)
 
 
