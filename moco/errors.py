@@ -32,6 +32,7 @@ NO_PROCESS_LEFT = (
     " -j, or -j 0; continue with --resume auto"
 )
 NO_PROCESS_SIGNS = ("can't start new thread", "Resource temporarily unavailable", "std::system_error")
+DATA_GONE = {errno.EIO, errno.ENODEV, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
 TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 SECONDS_TO_END = 5  # for the loading processes, when a script ends
 SHARED_MEMORY_SIGNS = ("Bus error", "shared memory", "No space left", "unable to write", "unable to resize")
@@ -179,6 +180,12 @@ def translate_error(error: BaseException) -> RunError | None:
         return RunError(
             f"no space left ({error}): on /dev/shm or on the disk; free some, or use -j 0 if it is /dev/shm"
         )
+    if isinstance(error, OSError) and any(os.strerror(number) in text for number in DATA_GONE):
+        return RunError(
+            f"a file system no longer answers ({first_line(text)}); mount it again, then continue with --resume auto"
+        )
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+        return RunError(f"too many open files ({first_line(text)}); raise the limit (ulimit -n), or use a smaller -j")
     if isinstance(error, (ConnectionError, EOFError)):  # while a worker was handing over a batch
         return RunError(WORKER_KILLED)
     if "DataLoader worker" in text or "shared memory" in text:

@@ -74,7 +74,10 @@ def launch(worker: Callable, args: tuple, **settings):
         ranks = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
         return _join_and_run(DistContext(*ranks, device_of(ranks[2])), "env://", backend, worker, args)
     nodes, node = total // local_world_size, max(settings.get("rank", -1), 0)
-    dist_url = settings["dist_url"] if nodes > 1 else f"tcp://127.0.0.1:{free_port()}"
+    dist_url = settings.get("dist_url")
+    if nodes == 1 and settings.get("multiprocessing"):
+        _check_loopback()
+        dist_url = f"tcp://127.0.0.1:{free_port()}"
     if settings.get("multiprocessing"):
         if not torch.cuda.device_count():
             print("no GPU found: running one CPU process (gloo)", flush=True)
@@ -215,6 +218,18 @@ def _host_and_port(dist_url: str) -> tuple[str, int]:
 
 def device_of(index: int) -> torch.device:
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _check_loopback() -> None:
+    """Raise RunError if this machine cannot reach itself: PyTorch would try for five minutes, and say it each time."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        try:
+            socket.create_connection(server.getsockname(), timeout=5).close()
+        except OSError as error:
+            raise RunError(
+                f"the processes of this node cannot connect over 127.0.0.1 ({error}): bring the loopback interface up"
+                " (ip link set lo up), or run a single process, without --multiprocessing-distributed"
+            ) from error
 
 
 def free_port() -> int:
