@@ -108,7 +108,8 @@ def _repair_streams() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
             setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
         elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # it writes what the stream still holds
+                getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _unread(stream) -> bool:

@@ -108,7 +108,7 @@ def _shorten_temp_dir() -> None:
             f"TMPDIR {current}: its {len(os.fsencode(current))} bytes are too many for the sockets of the loading"
             f" processes; set TMPDIR to a folder of at most {LONGEST_TEMP_DIR}, or use -j 0"
         )
-    tempfile.tempdir = usable[0]
+    tempfile.tempdir = os.environ["TMPDIR"] = usable[0]
     if is_local_main():
         print(f"TMPDIR is too long for the sockets of the loading processes: they use {usable[0]}", file=sys.stderr)
 
