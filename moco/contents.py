@@ -106,7 +106,7 @@ def _check_within_epoch(saved: Mapping, source: str) -> None:
     if missing:
         raise UsageError(f"{source}: it was saved within an epoch and lacks {missing[0]}")
     steps = saved["images"] // saved["images_per_step"]
-    if saved["step"] >= steps:
+    if saved["step"] > steps:  # as many: saved before the evaluation at the end
         raise UsageError(f"{source}: its step is {saved['step']}, but an epoch has {steps} steps")
     means = saved["means"]
     sound = isinstance(means, dict) and {"names", "sums", "steps"} <= means.keys()
