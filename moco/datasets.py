@@ -1,6 +1,9 @@
 """Image folders, photo/texture pairs, and the data sets of random crops and labelled images over them."""
 
+import errno
+import functools
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,15 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 import torchvision.transforms as transforms
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from moco.errors import RunError, UsageError
-from moco.images import BadImage, open_rgb, read_rgb
+from moco.images import MAX_PIXELS, BadImage, open_rgb, read_rgb
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MoCo's pre-training crops
 REPLACEMENTS = 10  # images of the same class that are tried in place of an unreadable one
+NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
 
 
 class ImageFolder(NamedTuple):
@@ -38,27 +43,23 @@ class TrainingImages(NamedTuple):
 
 
 def list_images(directory: str | Path) -> ImageFolder:
-    """List a folder of class folders.
+    """List a folder of class folders: the regular files, at any depth, whose suffix is an image's.
 
-    Raises UsageError if the directory is missing, has no class folders, or one of them has no image.
+    Links are followed, and a link to an image is an image of its own name. Hidden entries and those of NOT_DATA are no
+    data. Raises UsageError if the directory is missing or has no class folders, if a class has no image, if something
+    cannot be read or a link leads nowhere, and if links lead to the same folder twice, as all loops do.
+    preprocess/files.py lists by the same rule.
     """
     directory = Path(directory)
-    if not directory.is_dir():
+    if not is_folder(directory):
         raise UsageError(f"{directory}: no such directory; it must hold one folder of images per class")
-    try:
-        classes = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir())
-    except OSError as error:
-        raise UsageError(f"{directory}: cannot be read ({error})") from error
+    classes, _ = scan_folder(str(directory))
     if not classes:
         raise UsageError(f"{directory}: it has no class folders")
-    paths, labels, empty = [], [], []
-    for label, name in enumerate(classes):
-        files = sorted(
-            str(Path(folder, file))
-            for folder, _, names in os.walk(directory / name, followlinks=True)
-            for file in names
-            if file.lower().endswith(IMG_EXTENSIONS)
-        )
+    paths, labels, empty, listed = [], [], [], {}
+    _list_once(str(directory), listed)
+    for label, name in enumerate(sorted(classes)):
+        files = _images_below(str(directory / name), listed)
         if not files:
             empty.append(name)
         paths += files
@@ -67,15 +68,89 @@ def list_images(directory: str | Path) -> ImageFolder:
         raise UsageError(
             f"{directory}: no image in {_count_and_first(empty)}; remove the empty class folders or fill them"
         )
-    return ImageFolder(paths, labels, classes)
+    return ImageFolder(paths, labels, sorted(classes))
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is such a folder. Raises UsageError if that cannot be read, or for a link that leads nowhere."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        if os.path.islink(path):
+            raise UsageError(_dangling(path)) from None
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        raise UsageError(_unreadable(path, error)) from error
+
+
+def scan_folder(folder: str) -> tuple[list[str], list[str]]:
+    """The names of the subfolders and of the regular files in a folder, links followed, what is no data left out.
+
+    Costs no system call per entry, links aside. Raises UsageError for what cannot be read and links that lead nowhere.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in NOT_DATA:
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.is_file():
+                    files.append(entry.name)
+                elif entry.is_symlink() and not os.path.exists(entry.path):
+                    raise UsageError(_dangling(entry.path))
+        if not os.access(folder, os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), folder)
+    except OSError as error:
+        raise UsageError(_unreadable(error.filename or folder, error)) from error
+    return folders, files
+
+
+def _images_below(top: str, listed: dict[str, str]) -> list[str]:
+    """The sorted paths of the images below a class folder."""
+    images, waiting = [], [top]
+    while waiting:
+        folder = waiting.pop()
+        _list_once(folder, listed)
+        folders, files = scan_folder(folder)
+        images += [os.path.join(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        waiting += [os.path.join(folder, name) for name in folders]
+    return sorted(images)
+
+
+def _list_once(folder: str, listed: dict[str, str]) -> None:
+    """Raise UsageError if the folder is, or lies above, one that is listed already: it was reached by a link.
+
+    listed: {real path of a listed folder or of one above it: the path by which it was reached}; the folder is added.
+    """
+    real = os.path.realpath(folder)
+    if real in listed:
+        raise UsageError(
+            f"{folder}: a link makes images count twice: {real} is or holds what is listed as {listed[real]}; remove"
+            " the link"
+        )
+    while real not in listed:
+        listed[real] = folder
+        real = os.path.dirname(real)
+
+
+def _dangling(path: str | Path) -> str:
+    return f"{path}: a link that leads nowhere ({os.readlink(path)}); restore what it leads to, or remove it"
+
+
+def _unreadable(path: str | Path, error: Exception) -> str:
+    return (
+        f"{path}: cannot be read ({getattr(error, 'strerror', None) or error}); nothing may be missing from a listing"
+    )
 
 
 def split_path(data: str, split: str) -> str:
     """DATA/split. Raises UsageError that says which of the two is missing."""
-    if not os.path.isdir(data):
+    if not is_folder(data):
         raise UsageError(f"{data}: no such directory; DIR must hold {split}/ with one folder of images per class")
     path = os.path.join(data, split)
-    if not os.path.isdir(path):
+    if not is_folder(path):
         raise UsageError(f"{data}: it has no {split}/ folder; DIR is the folder above {split}/, not {split}/ itself")
     return path
 
@@ -111,6 +186,12 @@ def list_texture_pairs(data: str) -> TrainingImages:
         {os.path.splitext(os.path.relpath(path, root))[0]: path for path in folder.paths}
         for root, folder in ((texture_dir, textures), (photo_dir, photos))
     )
+    for root, folder, path_of in (texture_dir, textures, texture_of), (photo_dir, photos, photo_of):
+        if alike := sorted(set(folder.paths) - set(path_of.values())):
+            raise UsageError(
+                f"{root}: images that differ from another in the suffix only, so that their pairs are not known:"
+                f" {_count_and_first(alike)}; remove them"
+            )
     without_photo = sorted(texture_of[name] for name in texture_of.keys() - photo_of.keys())
     if without_photo:
         raise UsageError(f"{data}: textures without their photo in {photo_dir}: {_count_and_first(without_photo)}")
@@ -127,7 +208,8 @@ def list_texture_pairs(data: str) -> TrainingImages:
 
 def _count_and_first(names: Sequence[str], count: int = 5) -> str:
     more = f" and {len(names) - count} more" if len(names) > count else ""
-    return f"{len(names)}: {', '.join(names[:count])}{more}"
+    text = f"{len(names)}: {', '.join(names[:count])}{more}"
+    return text.encode(errors="backslashreplace").decode()  # names need not be UTF-8, what is printed must
 
 
 # Transforms: image path → uint8 image (3, size, size)
@@ -140,8 +222,23 @@ def train_transform(size: int) -> Callable[[str], torch.Tensor]:
 
 def eval_transform(size: int) -> Callable[[str], torch.Tensor]:
     """Resize the shorter side to 256/224 of the crop and crop the centre, with PIL as in all published results."""
-    resize = transforms.Resize(round(size * 256 / 224))
-    return transforms.Compose([open_rgb, resize, transforms.CenterCrop(size), transforms.PILToTensor()])
+    shorter = round(size * 256 / 224)
+    return transforms.Compose(
+        [
+            functools.partial(_open_resizable, shorter=shorter),
+            transforms.Resize(shorter),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def _open_resizable(path: str, shorter: int) -> Image.Image:
+    """As open_rgb. BadImage, too, for one so narrow that resizing its shorter side would take gigabytes."""
+    image = open_rgb(path)
+    if max(image.size) * shorter**2 > MAX_PIXELS * min(image.size):
+        raise BadImage(path, "{}x{} px: too narrow to resize its shorter side to {} px".format(*image.size, shorter))
+    return image
 
 
 def center_crop_transform(size: int) -> Callable[[str], torch.Tensor]:

@@ -156,7 +156,7 @@ class _Preprocessed(datasets.ImageList):
 def class_root(directory: str) -> str:
     """The folder that holds the class folders: DIR/val if it exists, else DIR."""
     inner = os.path.join(directory, "val")
-    return inner if os.path.isdir(inner) else directory
+    return inner if datasets.is_folder(inner) else directory
 
 
 def list_by_wnid(directory: str, wnids: Sequence[str], limit: int | None = None) -> tuple[list[str], list[int]]:
@@ -184,7 +184,7 @@ def list_by_wnid(directory: str, wnids: Sequence[str], limit: int | None = None)
 def corruption_folders(directory: str) -> dict[tuple[str, int], str]:
     """{(corruption, severity): folder} of an ImageNet-C folder, in either layout of the official archives.
 
-    Raises UsageError if it holds no corruption at all.
+    Raises UsageError if it holds no corruption at all, or two folders of one.
     """
     found = {}
     for group, names in CORRUPTIONS.items():
@@ -192,8 +192,10 @@ def corruption_folders(directory: str) -> dict[tuple[str, int], str]:
             for severity in SEVERITIES:
                 for parent in (directory, os.path.join(directory, group)):
                     folder = os.path.join(parent, name, str(severity))
-                    if os.path.isdir(folder):
-                        found[name, severity] = folder
+                    if datasets.is_folder(folder):
+                        other = found.setdefault((name, severity), folder)
+                        if not os.path.samefile(folder, other):
+                            raise UsageError(f"{directory}: {folder} and {other} are the same test set; remove one")
     if not found:
         raise UsageError(f"{directory}: no <corruption>/<severity>/<wnid> folders, for example gaussian_noise/1/")
     return found

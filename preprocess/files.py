@@ -1,21 +1,82 @@
 """What the scripts here share: one-line errors, lists of images, files written whole or not at all, a process pool."""
 
 import argparse
+import contextlib
+import errno
+import multiprocessing
+import multiprocessing.connection
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NoReturn
-
-from tqdm import tqdm
+from typing import Any, BinaryIO, NoReturn
 
 # One thread per worker process. numpy reads these when it is loaded: import this module first.
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[variable] = "1"
 
+import numpy as np  # noqa: E402
+from PIL import Image, PngImagePlugin  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: PIL's limit against decompression bombs
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: colour profiles may be larger than PIL's 1 MB
+NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
+END_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class UsageError(Exception):
+    """The input cannot work: one line on stderr that names the value and what would work, exit code 2."""
+
+
+class RunError(Exception):
+    """The script cannot continue, and the input is not to blame: one line on stderr, exit code 1."""
+
+
+def cli_main(main: Callable[[], int | None]) -> NoReturn:
+    """Call main() and exit with its code; errors end in one line on stderr, signals in 128 + their number."""
+    for signum in END_SIGNALS:
+        if signal.getsignal(signum) == signal.SIG_DFL:  # not ignored, as under nohup
+            signal.signal(signum, _exit_on_signal)
+    message, code = "", 1
+    try:
+        code = main()
+    except UsageError as error:
+        message, code = str(error), 2
+    except RunError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message, code = "interrupted; run the same command again to resume", 128 + signal.SIGINT
+    except BrokenPipeError:  # stdout was closed, as by `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full or read-only disk, a drive that is gone
+        message = f"{error}; free some space if the disk is full, and run the same command again to resume"
+    except MemoryError:
+        message = "out of memory; use fewer --workers and run the same command again to resume"
+    finally:
+        stop_workers()
+    if message:
+        sys.stderr.write(" ".join(f"{os.path.basename(sys.argv[0])}: error: {message}".split()) + "\n")
+    sys.exit(code)
+
+
+def _exit_on_signal(signum: int, frame: object) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+def printable(text: object) -> str:
+    """The text with escapes for what stdout cannot print: names of files need not be UTF-8."""
+    return str(text).encode(sys.stdout.encoding or "utf-8", "backslashreplace").decode(sys.stdout.encoding or "utf-8")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -49,39 +110,251 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def read_words(path: Path) -> list[str]:
+    """The sorted words of a file, UTF-8 or UTF-16 with a byte order mark. OSError or ValueError if it is not text."""
+    data = path.read_bytes()
+    text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8")
+    words = sorted(text.replace("\ufeff", " ").split())  # byte order marks, also of files that were joined
+    odd = [word for word in words if not word.isprintable()]
+    if odd:
+        raise ValueError(f"{odd[0]!a} holds invisible characters; save it as UTF-8")
+    return words
+
+
+# Lists of images, by the rule of moco/datasets.py: what is prepared here is what is trained on there.
+
+
+def list_images(directory: Path) -> dict[str, list[str]]:
+    """{class: the sorted paths, below its folder, of its images} of a folder of class folders.
+
+    Images are the regular files, at any depth, whose suffix is an image's; links are followed; hidden entries and those
+    of NOT_DATA are no data. Raises UsageError if there are no classes, if a class has no image, if something cannot be
+    read or a link leads nowhere, and if links lead to the same folder twice, as all loops do.
+    """
+    listed = {}
+    list_once(directory, listed)
+    images = {name: images_in(directory / name, listed) for name in class_folders(directory)}
+    empty = [name for name, names in images.items() if not names]
+    if not images:
+        raise UsageError(f"{directory}: it has no class folders")
+    if empty:
+        raise UsageError(
+            f"{directory}: no image in {len(empty)}: {', '.join(empty[:5])}{', …' if len(empty) > 5 else ''};"
+            " remove the empty class folders or fill them"
+        )
+    return images
+
+
 def class_folders(folder: Path) -> list[str]:
-    """The names of a folder's subfolders, sorted."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    """The names of a folder's subfolders, sorted. Raises UsageError as `scan_folder`."""
+    return sorted(scan_folder(str(folder))[0])
 
 
-def images_in(folder: Path) -> list[str]:
-    """The names of the images in a folder, sorted; images are recognised by their suffix."""
-    return sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(IMAGE_SUFFIXES))
+def images_in(top: Path, listed: dict[str, str] | None = None) -> list[str]:
+    """The paths below a class folder of its images, sorted. Raises UsageError as `list_images`.
+
+    listed: what list_once keeps, where several class folders are listed.
+    """
+    images, waiting = [], [""]
+    listed = {} if listed is None else listed
+    while waiting:
+        below = waiting.pop()
+        list_once(top / below, listed)
+        folders, names = scan_folder(str(top / below))
+        images += [os.path.join(below, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+        waiting += [os.path.join(below, name) for name in folders]
+    return sorted(images)
+
+
+def scan_folder(folder: str) -> tuple[list[str], list[str]]:
+    """The names of the subfolders and of the regular files in a folder, links followed, what is no data left out.
+
+    Raises UsageError for what cannot be read and links that lead nowhere.
+    """
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in NOT_DATA:
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.is_file():
+                    files.append(entry.name)
+                elif entry.is_symlink() and not os.path.exists(entry.path):
+                    raise UsageError(
+                        f"{entry.path}: a link that leads nowhere ({os.readlink(entry.path)}); restore what it leads"
+                        " to, or remove it"
+                    )
+        if not os.access(folder, os.X_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), folder)
+    except OSError as error:
+        raise UsageError(
+            f"{error.filename or folder}: cannot be read ({error.strerror or error}); nothing may be missing from a"
+            " listing"
+        ) from error
+    return folders, files
+
+
+def list_once(folder: Path, listed: dict[str, str]) -> None:
+    """Raise UsageError if the folder is, or lies above, one that is listed already: it was reached by a link.
+
+    listed: {real path of a listed folder or of one above it: the path by which it was reached}; the folder is added.
+    """
+    real = os.path.realpath(folder)
+    if real in listed:
+        raise UsageError(
+            f"{folder}: a link makes images count twice: {real} is or holds what is listed as {listed[real]}; remove"
+            " the link"
+        )
+    while real not in listed:
+        listed[real] = str(folder)
+        real = os.path.dirname(real)
+
+
+# Files
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of an opened image, 8 bits per sample, from the range that its format declares: PIL would clip at 255.
+
+    Raises ValueError if the range is not known. moco/images.py has the same function.
+    """
+    tiff = getattr(image, "tag_v2", {})
+    packing = str(image.tile[0][3]) if getattr(image, "tile", None) else ""  # "RGB;16B": how the samples are stored
+    full_range = ";16" in packing or "65535" in packing  # 16 bits, PIL keeps 8 of them if there are several bands
+    if 2 in tiff.get(339, ()):  # SampleFormat
+        raise ValueError("its samples are signed, so it is not known which is white; save it with unsigned ones")
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise ValueError(f"its samples are {kind}, so it is not known which is white; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        levels = np.asarray(image).astype(np.int32).clip(0, 65535)
+        bits = 12 if "I;12" in packing else 16
+        if full_range and 0 < levels.max() < 4096:
+            raise ValueError(f"its 16-bit samples reach only {levels.max()} of 65535, as 12-bit ones do; scale them")
+        if tiff.get(262) == 0:  # PhotometricInterpretation: 0 is white
+            levels = 2**bits - 1 - levels
+        return Image.fromarray((levels >> (bits - 8)).astype(np.uint8)).convert("RGB")
+    if full_range:
+        peaks = [high for band, (_, high) in zip(image.getbands(), image.getextrema()) if band not in "Aa"]
+        if max(peaks) <= 16:
+            raise ValueError("its 16-bit samples reach only a 16th of 65535, as 12-bit ones do; scale them")
+    return image.convert("RGB")
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that, even after a crash, there is either nothing or all of it. OSError if it cannot be written."""
-    partial = Path(f"{path}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    """Write a file so that, even after a crash or when two processes write it, there is either nothing or all of it.
+
+    OSError if it cannot be written.
+    """
+    partial = f"{path}.partial"
+    while True:
+        # "a": another process may be writing it. No link is followed, which someone else could have put there.
+        with open(partial, "ab", opener=_open_no_link) as file:
+            lock(file)
+            if not _is_current(file, partial):
+                continue  # the other process was faster, and has renamed or removed it
+            try:
+                file.truncate(0)
+                file.write(data)
+                file.flush()
+                os.replace(partial, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.remove(partial)
+                raise
+            return
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _is_current(file: BinaryIO, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def lock(file: BinaryIO | int, wait: bool = True) -> bool:
+    """Lock a file or folder against other processes until it is closed; False if it is locked and `wait` is False.
+
+    A file system without locks, or Windows, counts as not locked by others.
+    """
+    if fcntl:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
+                raise
+    return True
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other process has the folder, which must exist, in a block of this; the system frees it at exit."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not lock(descriptor, wait=False):
+            print(f"another process is writing {printable(folder)}; waiting for it", file=sys.stderr, flush=True)
+            lock(descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# Processes
 
 
 def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, unit: str) -> Iterator:
-    """Yield function(job) for all jobs, in order, from a pool of processes; a bar shows rate and remaining time."""
-    with ProcessPoolExecutor(workers) as pool:
-        try:
-            # In a log, where every update is a line, update every 30 s.
-            yield from tqdm(
-                pool.map(function, jobs, chunksize=8),
-                total=len(jobs),
-                unit=unit,
-                smoothing=0.02,
-                mininterval=0.1 if sys.stderr.isatty() else 30,
-            )
-        except BrokenProcessPool:
-            sys.exit("a worker process was killed (out of memory?); run the same command again to resume")
-        finally:
-            pool.shutdown(cancel_futures=True)
+    """Yield function(job) for all jobs, in order, from a pool of processes; a bar shows rate and remaining time.
+
+    RunError if one of them is killed. The processes end with this one, however it ends.
+    """
+    pool = ProcessPoolExecutor(workers, initializer=_leave_with_parent)
+    try:
+        # In a log, where every update is a line, update every 30 s.
+        yield from tqdm(
+            pool.map(function, jobs, chunksize=8),
+            total=len(jobs),
+            unit=unit,
+            smoothing=0.02,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+        )
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process was killed (out of memory?); run the same command again to resume, with fewer --workers"
+            " if memory ran out"
+        ) from None
+    except BaseException:
+        stop_workers()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def stop_workers() -> None:
+    """End the processes that this one has started."""
+    for process in multiprocessing.active_children():
+        process.terminate()
+
+
+def _leave_with_parent() -> None:
+    """In a worker: ends when its parent does, even if that is killed; an interrupt at the terminal is the parent's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for signum in END_SIGNALS:
+        if signal.getsignal(signum) is _exit_on_signal:
+            signal.signal(signum, signal.SIG_DFL)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def report_broken(broken: Sequence[tuple[object, str]]) -> int:
