@@ -7,6 +7,7 @@
 """
 
 import argparse
+import codecs
 import importlib.util
 import os
 import shutil
@@ -134,6 +135,8 @@ def class_list(path: str, saved: Mapping, outputs: int, args: argparse.Namespace
             raise UsageError(
                 f"--classes {args.classes}: {len(wnids)} classes, but the head of {path} has {outputs} outputs"
             )
+        if args.val:
+            check_listed(args, wnids)
         return wnids
     if args.val:
         of_val = datasets.list_images(robustness.class_root(args.val)).classes
@@ -149,20 +152,46 @@ def class_list(path: str, saved: Mapping, outputs: int, args: argparse.Namespace
     )
 
 
+def check_listed(args: argparse.Namespace, wnids: Sequence[str]) -> None:
+    """Raise UsageError if --val lacks a class of --classes: a misspelt name can shift the labels of the others."""
+    root = robustness.class_root(args.val)
+    absent = sorted(set(wnids) - set(datasets.list_images(root).classes))
+    if absent:
+        raise UsageError(
+            f"--classes {args.classes}: {len(absent)} of its {len(wnids)} classes, for example {absent[0]}, are not in"
+            f" --val {root}; correct the list, or leave out --val to test on other sets"
+        )
+
+
 def read_classes(path: str | Path) -> list[str]:
-    """The sorted wnids of a file. Raises UsageError if it is missing, not text, empty, or repeats one."""
+    """The sorted wnids of a file: UTF-8, or UTF-16 with a byte order mark, separated by whitespace.
+
+    Raises UsageError if it is missing, not text, empty, or names a class twice.
+    """
     if not os.path.isfile(path):
         raise UsageError(f"--classes {path}: no such file")
     try:
-        with open(path) as file:
-            wnids = sorted(file.read().split())
-    except (OSError, UnicodeDecodeError) as error:
+        wnids = class_names(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
         raise UsageError(f"--classes {path}: not a readable text file ({error})") from error
-    if not wnids or len(set(wnids)) < len(wnids):
+    repeated = sorted({wnid for wnid, following in zip(wnids, wnids[1:]) if wnid == following})
+    if not wnids or repeated:
+        wrong = f"it names {repeated[0]} twice ({len(repeated)} repeated)" if repeated else "it is empty"
         raise UsageError(
-            f"--classes {path}: it must name each class once, one per line, like {os.path.relpath(IMAGENET_100)}"
+            f"--classes {path}: {wrong}; it must name each class once, one per line, like"
+            f" {os.path.relpath(IMAGENET_100)}"
         )
     return wnids
+
+
+def class_names(data: bytes) -> list[str]:
+    """The sorted words of a text file. Raises ValueError if it is not text. The subset script has the same function."""
+    text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")
+    names = sorted(text.replace("\ufeff", " ").split())  # byte order marks, also of files that were joined
+    odd = [name for name in names if not name.isprintable()]
+    if odd:
+        raise ValueError(f"{odd[0]!a} holds invisible characters; save it as UTF-8")
+    return names
 
 
 # ---------------------------------------------------------------- evaluation
