@@ -15,7 +15,6 @@ import io
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -57,16 +56,19 @@ def cut_patches(photo: Image.Image, side: int, rng: np.random.Generator) -> np.n
 def read_photo(path: Path, least: int) -> tuple[Image.Image, bool]:
     """(RGB image, whether it had to be enlarged to `least` px on the shorter side)"""
     with Image.open(path) as image:
-        photo = image.convert("RGB")
+        photo = files.to_rgb(image)
     short = min(photo.size)
     if short >= least:
         return photo, False
+    if max(photo.size) * least**2 > files.MAX_PIXELS * short:
+        raise ValueError("{}x{} px: too narrow to enlarge its shorter side to {} px".format(*photo.size, least))
     return photo.resize([max(least, round(side * least / short)) for side in photo.size], Image.BICUBIC), True
 
 
 def generator(seed: int, photo: str) -> np.random.Generator:
     """The generator of one photo, from the seed and its path below SRC: independent of workers, shards and restarts."""
-    return np.random.default_rng(list(hashlib.blake2b(f"{seed} {photo}".encode(), digest_size=16).digest()))
+    name = f"{seed} {photo}".encode(errors="surrogateescape")         # names need not be UTF-8
+    return np.random.default_rng(list(hashlib.blake2b(name, digest_size=16).digest()))
 
 
 def external_texture(program: str, time_limit: int, patches: np.ndarray, size: int) -> np.ndarray:
@@ -116,8 +118,8 @@ def texture_path(destination: Path, photo: str) -> Path:
 
 def list_photos(source: Path, splits: list[str], limit: int | None) -> list[str]:
     """The paths below `source` of the first `limit` photos of each class."""
-    return [f"{split}/{name}/{file}" for split in splits for name in files.class_folders(source / split)
-            for file in files.images_in(source / split / name)[:limit]]
+    return [f"{split}/{name}/{file}" for split in splits for name, images in files.list_images(source / split).items()
+            for file in images[:limit]]
 
 
 def save_preview(path: Path, photos: list[str], recipe: Recipe) -> None:
@@ -131,7 +133,7 @@ def save_preview(path: Path, photos: list[str], recipe: Recipe) -> None:
         made = synthesise(photo, recipe)
         x, y = i % 2 * width + 4, i // 2 * height + 14
         made.photo.thumbnail((size, size))
-        pen.text((x, y - 12), photo, fill="black")
+        pen.text((x, y - 12), files.printable(photo), fill="black")
         sheet.paste(made.photo, (x, y))
         for pixels, left, top in ((made.patches[0], size + 4, 0), (made.patches[1], size + 4, patch + 4),
                                   (made.texture, size + patch + gap, 0)):
@@ -198,7 +200,7 @@ def main() -> int:
     recipe = Recipe(args.imagenet_path, args.seed, args.patch, args.size, args.texture_synthesis, args.time_limit)
     if args.preview:
         save_preview(args.preview, photos, recipe)
-        print(f"wrote {args.preview}")
+        print(f"wrote {files.printable(args.preview)}")
         return 0
     part, parts = args.shard
     photos = photos[part - 1::parts]
@@ -206,17 +208,14 @@ def main() -> int:
     print(f"{len(photos)} photos, {len(photos) - len(jobs)} of them done; {args.workers} processes", flush=True)
     write = functools.partial(write_texture, destination=args.imagenet_t_path, recipe=recipe)
     small, broken = 0, []
-    try:
-        for folder in {texture_path(args.imagenet_t_path, photo).parent for photo in jobs}:
-            folder.mkdir(parents=True, exist_ok=True)
-        for photo, enlarged, reason in files.in_processes(write, jobs, args.workers, "image"):
-            small += enlarged
-            broken += [(photo, reason)] if reason else []
-    except OSError as error:                                          # a full or read-only disk
-        sys.exit(f"{error}; run the same command again to resume")
+    for folder in {texture_path(args.imagenet_t_path, photo).parent for photo in jobs}:
+        folder.mkdir(parents=True, exist_ok=True)
+    for photo, enlarged, reason in files.in_processes(write, jobs, args.workers, "image"):
+        small += enlarged
+        broken += [(photo, reason)] if reason else []
     print(f"wrote {len(jobs) - len(broken)} textures; {small} photos below {args.patch} px were enlarged first")
     return files.report_broken(broken)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    files.cli_main(main)

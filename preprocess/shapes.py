@@ -371,4 +371,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    files.cli_main(main)

@@ -10,7 +10,6 @@ are downloaded to RAW. The script can be stopped and run again.
 import argparse
 import gzip
 import io
-import sys
 import tempfile
 from pathlib import Path
 from urllib.error import URLError
@@ -94,8 +93,8 @@ def main() -> None:
             parser.error(f"--root {args.root}: {error}")
         for folder, dataset in opened.items():
             write_images(dataset, args.out / folder)
-            print(f"{args.out / folder}: {len(dataset)} images")
+            print(f"{files.printable(args.out / folder)}: {len(dataset)} images")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    files.cli_main(main)
