@@ -1,8 +1,8 @@
 """The end of the quick start: a sentence on what this run found, and a picture of it.
 
-    python -m moco.quickstart quickstart_out/table.json --views quickstart_out/negatives.png --out quickstart_out/result.png
+    python -m moco.quickstart quickstart_out/table.json --views quickstart_out/patch.png --out quickstart_out/result.png
 
-Reads what eval_robustness.py --json wrote, and pictures that moco-non-sem-neg.py --preview drew. The first row of the table
+Reads what eval_robustness.py --json wrote, and pictures that moco-non-sem-neg.py --preview drew. The table's first row
 is the baseline; run i of another row is compared with run i of the baseline, which has the same seed.
 """
 
@@ -15,19 +15,19 @@ from typing import NamedTuple, NoReturn
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLUMNS = ("val", "Corruption", "Sketch", "Stylized", "Rendition", "Shape bias")    # those of the table that are drawn
-COLOURS = ("#6b6b6b", "#0b66b3", "#d9730d", "#2b8a57", "#8a3ffc", "#b3123f")        # of the rows, in their order
-WIDTH, HEIGHT = 1600, 900                                                           # px, of the picture
-SCALE = 2                                                                           # drawn this much larger, then averaged
+COLUMNS = ("val", "Corruption", "Sketch", "Stylized", "Rendition", "Shape bias")  # those of the table that are drawn
+COLOURS = ("#6b6b6b", "#0b66b3", "#d9730d", "#2b8a57", "#8a3ffc", "#b3123f")  # of the rows, in their order
+WIDTH, HEIGHT = 1600, 900  # px, of the picture
+SCALE = 2  # drawn this much larger, then averaged
 
-Table = dict[str, dict[str, list[float]]]       # row, column → a figure for each run, in percent
+Table = dict[str, dict[str, list[float]]]  # row, column → a figure for each run, in percent
 
 
 class Difference(NamedTuple):
     """A row against the baseline in one column, in points."""
 
     mean: float
-    error: float | None         # standard error of the paired differences; None for a single pair
+    error: float | None  # standard error of the paired differences; None for a single pair
 
     def __str__(self) -> str:
         return f"{self.mean:+.1f}" + ("" if self.error is None else f"±{self.error:.1f}")
@@ -44,8 +44,10 @@ def read_table(path: Path) -> Table:
 def differences(table: Table) -> dict[str, dict[str, Difference]]:
     """Each row but the first against the first, column by column, by pairs of runs."""
     (_, baseline), *others = table.items()
-    return {row: {column: difference(runs, baseline[column]) for column, runs in figures.items() if column in baseline}
-            for row, figures in others}
+    return {
+        row: {column: difference(runs, baseline[column]) for column, runs in figures.items() if column in baseline}
+        for row, figures in others
+    }
 
 
 def difference(runs: Sequence[float], baseline: Sequence[float]) -> Difference:
@@ -62,9 +64,11 @@ def sentences(table: Table) -> list[str]:
     lines = [sentence(row, baseline, found) for row, found in differences(table).items()]
     if runs > 1:
         spread = {column: statistics.stdev(figures) for column, figures in table[baseline].items() if len(figures) > 1}
-        lines.append(f"Means of {runs} paired seeds ± standard error; {baseline} itself varies from seed to seed with a"
-                     f" standard deviation of {min(spread.values()):.1f} (" + min(spread, key=spread.get) + ") to"
-                     f" {max(spread.values()):.1f} points (" + max(spread, key=spread.get) + ").")
+        lines.append(
+            f"Means of {runs} paired seeds ± standard error; {baseline} itself varies from seed to seed with a"
+            f" standard deviation of {min(spread.values()):.1f} (" + min(spread, key=spread.get) + ") to"
+            f" {max(spread.values()):.1f} points (" + max(spread, key=spread.get) + ")."
+        )
     else:
         lines.append("One seed: another seed moves each figure by some points; QUICKSTART_SEEDS=3 shows by how much.")
     return lines
@@ -72,16 +76,23 @@ def sentences(table: Table) -> list[str]:
 
 def sentence(row: str, baseline: str, found: dict[str, Difference]) -> str:
     """One row in words. With several seeds a column counts as better or worse beyond two standard errors."""
-    better, worse = ([column for column, one in found.items() if sign * one.mean > 2 * (one.error or 0)] for sign in (1, -1))
+    better, worse = (
+        [column for column, one in found.items() if sign * one.mean > 2 * (one.error or 0)] for sign in (1, -1)
+    )
     verdict = f"better in {len(better)} of {len(found)} columns"
     if worse:
         verdict += f", worse in {len(worse)} ({', '.join(worse)})"
     if len(better) + len(worse) < len(found):
         verdict += f", within noise in {len(found) - len(better) - len(worse)}"
-    return f"{row} against {baseline}: {verdict}; " + ", ".join(f"{column} {one}" for column, one in found.items()) + " points."
+    return (
+        f"{row} against {baseline}: {verdict}; "
+        + ", ".join(f"{column} {one}" for column, one in found.items())
+        + " points."
+    )
 
 
 # --- the picture
+
 
 class Pen:
     """Draws in picture coordinates on a sheet SCALE times as large."""
@@ -94,7 +105,9 @@ class Pen:
         self.draw.line([(SCALE * x, SCALE * y) for x, y in points], colour, round(SCALE * width))
 
     def dot(self, x: float, y: float, radius: float, colour: str) -> None:
-        self.draw.ellipse([SCALE * (x - radius), SCALE * (y - radius), SCALE * (x + radius), SCALE * (y + radius)], colour)
+        self.draw.ellipse(
+            [SCALE * (x - radius), SCALE * (y - radius), SCALE * (x + radius), SCALE * (y + radius)], colour
+        )
 
     def text(self, x: float, y: float, text: str, size: int, colour: str = "#222222", anchor: str = "la") -> None:
         self.draw.text((SCALE * x, SCALE * y), text, colour, ImageFont.load_default(SCALE * size), anchor)
@@ -116,8 +129,14 @@ def draw(table: Table, views: Sequence[Image.Image], path: Path) -> None:
     runs = max(len(runs) for row in table.values() for runs in row.values())
     plot_width = WIDTH - 60 - (430 if views else 0)
     pen.text(50, 36, "Negatives that keep the texture and lose the shape", 34)
-    pen.text(50, 84, "linear probe on generated data, top-1 in percent, "
-             + (f"means and single runs of {runs} seeds" if runs > 1 else "one seed"), 20, "#666666")
+    pen.text(
+        50,
+        84,
+        "linear probe on generated data, top-1 in percent, "
+        + (f"means and single runs of {runs} seeds" if runs > 1 else "one seed"),
+        20,
+        "#666666",
+    )
     draw_legend(pen, list(table), 50, 126, plot_width)
     draw_dots(pen, table, left=90, top=220, right=plot_width, bottom=HEIGHT - 70)
     y, height = 130.0, (HEIGHT - 130 - 30 * len(views)) / max(1, len(views))
@@ -144,22 +163,23 @@ def draw_dots(pen: Pen, table: Table, left: float, top: float, right: float, bot
     """A labelled axis, and for each column the rows side by side: a dot for the mean, a line over the runs' range."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
     figures = [figure for row in table.values() for runs in row.values() for figure in runs]
-    low, high = 10 * int(min(figures) / 10 - .2), min(100, 10 * int(max(figures) / 10 + 1.2))
+    low, high = 10 * int(min(figures) / 10 - 0.2), min(100, 10 * int(max(figures) / 10 + 1.2))
 
     def height(figure: float) -> float:
         return bottom - (figure - low) / (high - low) * (bottom - top)
+
     for tick in range(low, high + 1, 10):
         pen.line([(left, height(tick)), (right, height(tick))], "#e4e4e4")
         pen.text(left - 12, height(tick), str(tick), 18, "#666666", "rm")
     group = (right - left) / len(columns)
     for place, column in enumerate(columns):
-        middle = left + (place + .5) * group
-        if column == "Shape bias":                                    # not an accuracy
+        middle = left + (place + 0.5) * group
+        if column == "Shape bias":  # not an accuracy
             pen.line([(left + place * group, top), (left + place * group, bottom)], "#999999")
         pen.text(middle, bottom + 24, column, 22, anchor="ma")
         for number, (figures_of_row, colour) in enumerate(zip(table.values(), cycled(COLOURS))):
             if column in figures_of_row:
-                x = middle + (number - (len(table) - 1) / 2) * group / (len(table) + .6)
+                x = middle + (number - (len(table) - 1) / 2) * group / (len(table) + 0.6)
                 draw_runs(pen, x, [height(figure) for figure in figures_of_row[column]], figures_of_row[column], colour)
 
 
@@ -188,8 +208,9 @@ class Parser(argparse.ArgumentParser):
 def main() -> None:
     parser = Parser(prog="python -m moco.quickstart", description="Say and draw what a robustness table shows.")
     parser.add_argument("table", type=Path, metavar="TABLE.json", help="what eval_robustness.py --json wrote")
-    parser.add_argument("--views", type=Path, nargs="*", default=[], metavar="FILE.png",
-                        help="what moco-non-sem-neg.py --preview drew")
+    parser.add_argument(
+        "--views", type=Path, nargs="*", default=[], metavar="FILE.png", help="what moco-non-sem-neg.py --preview drew"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     args = parser.parse_args()
     if args.out.suffix != ".png":

@@ -2,9 +2,9 @@
 
 Blocks of the patches are laid over the canvas, each chosen among all positions of all patches by how well it continues
 its neighbours, and cut where it differs least from them (Efros & Freeman, Image Quilting for Texture Synthesis and
-Transfer, SIGGRAPH 2001). Quilting alone drifts into flat regions, which fit everything, and repeats what fits best; here
-the choice also counts how often a block's pixels were used before, and no patch may get far ahead of another. What steps
-remain at the cuts are levelled out over some pixels around them (Pérez et al., Poisson Image Editing, SIGGRAPH 2003).
+Transfer, SIGGRAPH 2001). Quilting alone drifts into flat regions, which fit everything, and repeats what fits best; so
+the choice also counts how often a block's pixels were used before, and no patch may get far ahead of another. Remaining
+steps at the cuts are levelled out over some pixels around them (Pérez et al., Poisson Image Editing, SIGGRAPH 2003).
 """
 
 from functools import lru_cache
@@ -12,22 +12,30 @@ from typing import NamedTuple
 
 import numpy as np
 
-BALANCE = 1.0               # what one earlier use of a block's pixels costs, or of its colours
-LEAD = 4                    # blocks that a patch may be ahead of another
+BALANCE = 1.0  # what one earlier use of a block's pixels costs, or of its colours
+LEAD = 4  # blocks that a patch may be ahead of another
 
 
 class Blocks(NamedTuple):
-    """The sizes of what is laid, px; the defaults suit patches of 96 px."""
+    """Sizes in pixels; the defaults suit patches of 96 px.
 
-    side: int = 40          # of a block; a multiple of cell[0]
-    overlap: int = 8        # what neighbours share; a multiple of both of cell
-    cell: tuple[int, int] = (4, 2)      # overlaps are compared by means over cells, longer along the overlap than across
-    apart: int = 4          # distance that a block keeps from being the mere continuation of a neighbour
-    reach: float = 16       # distance over which a step at a cut is levelled out
+    side: of a block, a multiple of cell[0]. overlap: what neighbours share, a multiple of cell[1]. cell: overlaps are
+    compared by means over cells, the first along the overlap, the second across it. apart: how far a block keeps from
+    merely continuing a neighbour. reach: over which distance a step at a cut is levelled out.
+    """
+
+    side: int = 40
+    overlap: int = 8
+    cell: tuple[int, int] = (4, 2)
+    apart: int = 4
+    reach: float = 16
 
     @property
     def step(self) -> int:
         return self.side - self.overlap
+
+
+DEFAULT = Blocks()
 
 
 def blocks_for(patch: int) -> Blocks:
@@ -36,7 +44,7 @@ def blocks_for(patch: int) -> Blocks:
     return Blocks(side, 2 * -(-side // 10), (4, 2) if side >= 40 else (2, 1), max(1, side // 10), 0.4 * side)
 
 
-def quilt(patches: np.ndarray, size: int, rng: np.random.Generator, blocks: Blocks = Blocks()) -> np.ndarray:
+def quilt(patches: np.ndarray, size: int, rng: np.random.Generator, blocks: Blocks = DEFAULT) -> np.ndarray:
     """Synthesise a texture from patches of one photo.
 
     patches: (P, H, W, 3) uint8, H and W at least blocks.side; size: side of the texture, px.
@@ -45,7 +53,7 @@ def quilt(patches: np.ndarray, size: int, rng: np.random.Generator, blocks: Bloc
     return close_cuts(patches, lay_blocks(patches, size, rng, blocks), blocks.reach)
 
 
-def lay_blocks(patches: np.ndarray, size: int, rng: np.random.Generator, blocks: Blocks = Blocks()) -> np.ndarray:
+def lay_blocks(patches: np.ndarray, size: int, rng: np.random.Generator, blocks: Blocks = DEFAULT) -> np.ndarray:
     """Quilt: the index into patches.reshape(-1, 3) of every pixel of the texture, (size, size) int64."""
     height, width = patches.shape[1:3]
     if min(height, width) < blocks.side:
@@ -59,7 +67,7 @@ def lay_blocks(patches: np.ndarray, size: int, rng: np.random.Generator, blocks:
 def waves(count):
     """Rows and columns of the blocks of count×count that can be laid at once, wave by wave.
 
-    Blocks a knight's move apart neither touch nor need each other; all neighbours at the left and at the top come before.
+    Blocks a knight's move apart neither touch nor need each other; neighbours at the left and at the top come before.
     """
     for wave in range(3 * count - 2):
         rows = np.arange(max(0, (wave - count + 2) // 2), min(wave // 2, count - 1) + 1)
@@ -78,11 +86,13 @@ class Canvas:
         colours = patches - patches.mean(axis=(0, 1, 2), dtype=np.float32)  # small numbers: float32 holds their squares
         self.pixels = colours.reshape(-1, 3)
         side, overlap, (long, short) = blocks.side, blocks.overlap, blocks.cell
-        self.cells = (long, short), (short, long)                     # of the overlaps at the left and at the top
-        self.windows = [all_windows(colours, window, cell, side)
-                        for window, cell in zip(((side, overlap), (overlap, side)), self.cells)]
+        self.cells = (long, short), (short, long)  # of the overlaps at the left and at the top
+        self.windows = [
+            all_windows(colours, window, cell, side)
+            for window, cell in zip(((side, overlap), (overlap, side)), self.cells)
+        ]
         self.norms = [np.einsum("ij,ij->j", samples, samples) for samples in self.windows]
-        self.shape = count, height - side + 1, width - side + 1       # of all positions of a block
+        self.shape = count, height - side + 1, width - side + 1  # of all positions of a block
         self.used, self.counts = np.zeros(self.shape, np.float32), np.zeros(count, int)
         self.bins = (patches >> 5).astype(int).reshape(-1, 3) @ (64, 8, 1)  # the colour of each pixel, one of 512
         self.bin_sizes, self.bin_uses = np.bincount(self.bins, minlength=512), np.zeros(512)
@@ -94,8 +104,8 @@ class Canvas:
         """Lay one wave of N blocks: choose each among all positions of all patches, cut it, and paste it."""
         at = np.arange(self.blocks.side)
         here = self.blocks.step * rows[:, None, None] + at[:, None], self.blocks.step * columns[:, None, None] + at
-        before = self.sources[here]                                   # N×side×side: what neighbours left there
-        neighbours = columns > 0, rows > 0                            # at the left, at the top
+        before = self.sources[here]  # N×side×side: what neighbours left there
+        neighbours = columns > 0, rows > 0  # at the left, at the top
         errors = self.overlap_errors(before, neighbours)
         colour_uses = self.colour_uses()
         for row, column, error in zip(rows, columns, errors):
@@ -148,22 +158,25 @@ class Canvas:
 
 
 def cell_means(images, cell):
-    """(N, H, W, 3) to (N, H/h, W/w, 3), the means of h×w pixels: enough to compare overlaps by, at an eighth of the work."""
+    """(N, H, W, 3) to (N, H/h, W/w, 3), means of h×w pixels: enough to compare overlaps, at less work."""
     n, height, width, _ = images.shape
     h, w = cell
     return images.reshape(n, height // h, h, width // w, w, 3).mean(axis=(2, 4))
 
 
 def all_windows(patches, size, cell, side):
-    """cell_means of the windows of (height, width) at all positions of a block of `side`, as columns: (numbers, positions)."""
+    """cell_means of (height, width) windows at all positions of a block of `side`, as columns (numbers, positions)."""
     (h, w), (height, width) = cell, size
     rows, columns = patches.shape[1] - h + 1, patches.shape[2] - w + 1
-    means = sum(patches[:, i:i + rows] for i in range(h))
-    means = sum(means[:, :, i:i + columns] for i in range(w)) / (h * w)         # of the cell at every position
+    means = sum(patches[:, i : i + rows] for i in range(h))
+    means = sum(means[:, :, i : i + columns] for i in range(w)) / (h * w)  # of the cell at every position
     patch, row, column, channel = means.strides
     rows, columns = patches.shape[1] - side + 1, patches.shape[2] - side + 1
     windows = np.lib.stride_tricks.as_strided(
-        means, (height // h, width // w, 3, len(patches), rows, columns), (h * row, w * column, channel, patch, row, column))
+        means,
+        (height // h, width // w, 3, len(patches), rows, columns),
+        (h * row, w * column, channel, patch, row, column),
+    )
     return windows.reshape(height // h * (width // w) * 3, -1)
 
 
@@ -171,7 +184,7 @@ def block_means(values, side):
     """(P, H, W) to the means over the block at each position, (P, rows, columns) float32."""
     sums = np.pad(values.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
     sums = sums[:, side:, side:] - sums[:, :-side, side:] - sums[:, side:, :-side] + sums[:, :-side, :-side]
-    return (sums / side ** 2).astype(np.float32)
+    return (sums / side**2).astype(np.float32)
 
 
 def cost_of_positions(error, samples, uses, rng):
@@ -188,7 +201,7 @@ def cost_of_positions(error, samples, uses, rng):
 
 def forbid_near(cost, place, apart):
     patch, top, left = place
-    cost[patch, max(top - apart, 0):top + apart + 1, max(left - apart, 0):left + apart + 1] = np.inf
+    cost[patch, max(top - apart, 0) : top + apart + 1, max(left - apart, 0) : left + apart + 1] = np.inf
 
 
 def count_use(used, top, left, side):
@@ -203,12 +216,13 @@ def before_cut(difference):
     difference: (N, length, width), what cutting at a pixel costs. A cut moves at most one pixel sideways a row.
     """
     n, length, width = difference.shape
-    total = np.full((length, width + 2, n), np.inf, np.float32)       # a border on either side
+    total = np.full((length, width + 2, n), np.inf, np.float32)  # a border on either side
     total[:, 1:-1] = difference.transpose(1, 2, 0)
     for row in range(1, length):
         above = total[row - 1]
         total[row, 1:-1] += np.minimum(np.minimum(above[:-2], above[1:-1]), above[2:])
-    came_from = np.stack([total[:, :-2], total[:, 1:-1], total[:, 2:]]).argmin(axis=0) + np.arange(-1, width - 1)[:, None]
+    cheapest = np.stack([total[:, :-2], total[:, 1:-1], total[:, 2:]]).argmin(axis=0)
+    came_from = cheapest + np.arange(-1, width - 1)[:, None]
     cut = np.empty((length, n), int)
     cut[-1] = total[-1, 1:-1].argmin(axis=0)
     strips = np.arange(n)
@@ -217,7 +231,7 @@ def before_cut(difference):
     return np.arange(width) < cut.T[:, :, None]
 
 
-def close_cuts(patches: np.ndarray, sources: np.ndarray, reach: float = Blocks().reach) -> np.ndarray:
+def close_cuts(patches: np.ndarray, sources: np.ndarray, reach: float = DEFAULT.reach) -> np.ndarray:
     """The texture of lay_blocks' sources, with the steps at its cuts made what they are inside the patches.
 
     Adds the smooth correction e that solves (1/reach² − Δ) e = −div m, where m is, across a cut, the step that the two
@@ -227,7 +241,8 @@ def close_cuts(patches: np.ndarray, sources: np.ndarray, reach: float = Blocks()
     pixels = patches.reshape(-1, 3).astype(np.float32)
     divergence = np.zeros((size, size, 3), np.float32)
     for axis, stride in enumerate((width, 1)):
-        steps = np.diff(patches.astype(np.float32), axis=axis + 1, append=patches.take([-1], axis + 1).astype(np.float32))
+        colours = patches.astype(np.float32)
+        steps = np.diff(colours, axis=axis + 1, append=colours.take([-1], axis + 1))
         onward, inward = steps.reshape(-1, 3), np.roll(steps, 1, axis=axis + 1).reshape(-1, 3)  # 0 at the patch's edge
         near, far = np.moveaxis(sources, axis, 0)[:-1], np.moveaxis(sources, axis, 0)[1:]
         cuts = np.nonzero(far - near != stride)
@@ -249,4 +264,4 @@ def cosine_basis(size, reach):
     basis = np.sqrt(2 / size) * np.cos(np.pi * k[:, None] * (k + 0.5) / size)
     basis[0] /= np.sqrt(2)
     eigenvalues = 2 - 2 * np.cos(np.pi * k / size)
-    return basis.astype(np.float32), (reach ** -2 + eigenvalues[:, None] + eigenvalues).astype(np.float32)
+    return basis.astype(np.float32), (reach**-2 + eigenvalues[:, None] + eigenvalues).astype(np.float32)

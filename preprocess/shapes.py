@@ -2,12 +2,12 @@
 
     python preprocess/shapes.py --out data/shapes --preview shapes.png
 
-On photographs, texture and colour are mostly properties of the one photo: they tell a query from other images, so that
-contrastive learning can use them as a shortcut, while classes are made by shape and only partly go with a texture. These
-images copy that. The class is one of ten shapes. Colour, light, texture period and angle are drawn for each image; the
-texture family is the class's own in half of the images (RHO) and any of the ten in the others; a quarter of the images are
-hollow: a contour over one texture. The folders are those of ImageNet and its test sets, at a quarter of their sizes: 64 px
-for 256, crops of 56 px for 224.
+On photographs, colour and texture are mostly properties of the single photo: contrastive learning can tell images
+apart by them, a shortcut, while classes are made by shape and only partly go with a texture. These images copy that.
+The class is one of ten shapes. Colours, light, texture period and angle are drawn for each image. The texture family is
+the class's own in half of the images (RHO), any of the ten in the others. A quarter of the images are hollow: a contour
+over one texture. Folders are those of ImageNet and its test sets, sizes a quarter of theirs: 64 px for 256, crops of
+56 px for 224.
 
     train/<shape>/  val/<shape>/                        photo-like
     corruption/<corruption>/<severity 1-5>/<shape>/     val images, cropped to 56 px, then corrupted (ImageNet-C)
@@ -18,6 +18,7 @@ for 256, crops of 56 px for 224.
 Each image is a function of (seed, set, class, number), so neither workers nor restarts change the result.
 """
 
+import argparse
 import io
 import json
 from collections.abc import Sequence
@@ -29,20 +30,25 @@ import files
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-SIZE, CROP = 64, 56         # px, a stored image and the centre crop of the corruption set
-SCALE = 2                   # shapes and textures are drawn this much larger, then averaged
+SIZE, CROP = 64, 56  # px, a stored image and the centre crop of the corruption set
+SCALE = 2  # shapes and textures are drawn this much larger, then averaged
 CANVAS = SCALE * SIZE
-RHO = 0.5                   # share of photo-like images with their class's own texture; the others have any of the ten
-HOLLOW = 0.25               # share of photo-like images that are a contour over one texture
-RIMMED = 0.3                # share of the others with a dark rim
+RHO = 0.5  # share of photo-like images with their class's own texture; the others have any of the ten
+HOLLOW = 0.25  # share of photo-like images that are a contour over one texture
+RIMMED = 0.3  # share of the others with a dark rim
+VERSION = 2  # of the images: to be raised when the same seed gives others
+DONE, BEGUN = "shapes.json", "shapes.json.begun"  # written last, so that a folder with DONE is complete; and first
 
 
-def arc(start: float, stop: float, radius: float | np.ndarray = 1.0, centre: float = 0.0, points: int = 48) -> np.ndarray:
+def arc(
+    start: float, stop: float, radius: float | np.ndarray = 1.0, centre: float = 0.0, points: int = 48
+) -> np.ndarray:
     """Points×2 from angle `start` to `stop` (radians) around (centre, 0); y points down, as in images."""
     angle = np.linspace(start, stop, points)
     return np.stack([centre + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
+# fmt: off
 SHAPES = {                  # closed contours around the unit circle; a second one cuts a hole
     "disc": [arc(0, 2 * pi)],
     "square": [np.array([(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)])],
@@ -58,10 +64,14 @@ SHAPES = {                  # closed contours around the unit circle; a second o
 }
 
 
-def part(x):
+# fmt: on
+
+
+def part(x: np.ndarray) -> np.ndarray:
     return x - np.floor(x)
 
 
+# fmt: off
 TEXTURES = {                # random generator, coordinates in periods → bool
     "stripes": lambda rng, u, v: part(u) < .5,
     "checker": lambda rng, u, v: (part(u) < .5) ^ (part(v) < .5),
@@ -75,32 +85,33 @@ TEXTURES = {                # random generator, coordinates in periods → bool
     "speckle": lambda rng, u, v: rng.random((128, 128))[np.floor(6 * u).astype(int), np.floor(6 * v).astype(int)] < .45,
     "dashes": lambda rng, u, v: (part(2 * v) < .5) & (part(u + .5 * (part(v) < .5)) < .6),
 }
-OWN = dict(zip(SHAPES, TEXTURES))       # shape, which names the class → its texture
+# fmt: on
+OWN = dict(zip(SHAPES, TEXTURES))  # shape, which names the class → its texture
 OWNER = {texture: shape for shape, texture in OWN.items()}
-STYLES = "flat", "cartoon", "painterly"     # of renditions
+STYLES = "flat", "cartoon", "painterly"  # of renditions
 
 
 class Scene(NamedTuple):
-    """What a photo-like image shows, drawn at random. Colours and strengths are of R, G and B, 1 from black to white."""
+    """What a photo-like image shows. Colours and strengths are (3,) for R, G and B, from 0, black, to 1, white."""
 
     shape: str
     texture: str
-    contours: list[np.ndarray]              # points in canvas pixels
-    fill: np.ndarray                        # colour of the object
-    ground: np.ndarray                      # colour around it; everywhere if hollow
-    period: float                           # px; the texture's, in object and ground alike
-    angle: float                            # radians
-    strength: np.ndarray                    # light minus dark places of the texture
-    faintness: float                        # the ground's share of that strength
+    contours: list[np.ndarray]  # points in canvas pixels
+    fill: np.ndarray  # colour of the object
+    ground: np.ndarray  # colour around it; everywhere if hollow
+    period: float  # px; the texture's, in object and ground alike
+    angle: float  # radians
+    strength: np.ndarray  # light minus dark places of the texture
+    faintness: float  # the ground's share of that strength
     hollow: bool
-    line: float                             # px, width of the contour; 0 for none
-    ink: float                              # grey level of the contour
-    opacity: float                          # of the contour
-    slope: np.ndarray                       # light: change from the centre to the right and to the lower edge
-    noise: float                            # standard deviation
+    line: float  # px, width of the contour; 0 for none
+    ink: float  # grey level of the contour
+    opacity: float  # of the contour
+    slope: np.ndarray  # light: change from the centre to the right and to the lower edge
+    noise: float  # standard deviation
 
 
-def draw_scene(rng: np.random.Generator, shape: str, texture: str | None = None, weakest: float = .2) -> Scene:
+def draw_scene(rng: np.random.Generator, shape: str, texture: str | None = None, weakest: float = 0.2) -> Scene:
     """Draw a photo-like image's parameters. A texture is the class's own or any (RHO) unless given."""
     if texture is None:
         texture = OWN[shape] if rng.random() < RHO else str(rng.choice(list(TEXTURES)))
@@ -108,31 +119,41 @@ def draw_scene(rng: np.random.Generator, shape: str, texture: str | None = None,
     hollow = rng.random() < HOLLOW
     line, opacity = 0.0, 0.0
     if hollow:
-        line, opacity = rng.uniform(1.5, 3), rng.uniform(.6, 1)
+        line, opacity = rng.uniform(1.5, 3), rng.uniform(0.6, 1)
     elif rng.random() < RIMMED:
-        line, opacity = rng.uniform(1, 2.2), rng.uniform(.4, 1)
+        line, opacity = rng.uniform(1, 2.2), rng.uniform(0.4, 1)
     return Scene(
-        shape, texture, pose(rng, SHAPES[shape]), fill, ground,
-        period=exp(rng.uniform(log(6), log(12))), angle=rng.uniform(-pi / 2, pi / 2),
-        strength=rng.choice([-1, 1]) * rng.uniform(weakest, .8) * rng.uniform(.7, 1.3, 3),
-        faintness=1.0 if hollow else rng.uniform(.4, .7), hollow=hollow, line=line,
-        ink=float(hollow and ground.mean() < .3), opacity=opacity,
-        slope=rng.uniform(-.15, .15, 2), noise=rng.uniform(.01, .04))
+        shape,
+        texture,
+        pose(rng, SHAPES[shape]),
+        fill,
+        ground,
+        period=exp(rng.uniform(log(6), log(12))),
+        angle=rng.uniform(-pi / 2, pi / 2),
+        strength=rng.choice([-1, 1]) * rng.uniform(weakest, 0.8) * rng.uniform(0.7, 1.3, 3),
+        faintness=1.0 if hollow else rng.uniform(0.4, 0.7),
+        hollow=hollow,
+        line=line,
+        ink=float(hollow and ground.mean() < 0.3),
+        opacity=opacity,
+        slope=rng.uniform(-0.15, 0.15, 2),
+        noise=rng.uniform(0.01, 0.04),
+    )
 
 
 def draw_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """The colours of object and ground, (3,) each: grey levels at least 0.15 apart, then tinted."""
-    levels = rng.uniform(.1, .9, 2)
-    while abs(levels[0] - levels[1]) < .15:
-        levels = rng.uniform(.1, .9, 2)
-    fill, ground = levels[:, None] + rng.uniform(-.2, .2, (2, 3))
+    levels = rng.uniform(0.1, 0.9, 2)
+    while abs(levels[0] - levels[1]) < 0.15:
+        levels = rng.uniform(0.1, 0.9, 2)
+    fill, ground = levels[:, None] + rng.uniform(-0.2, 0.2, (2, 3))
     return fill, ground
 
 
 def pose(rng: np.random.Generator, contours: Sequence[np.ndarray]) -> list[np.ndarray]:
     """The contours at a random place, size, angle and proportion, in canvas pixels."""
-    radius, angle = rng.uniform(21, 29), rng.uniform(-.5, .5)
-    stretch, flip = exp(rng.uniform(-.15, .15)), rng.choice([-1, 1])
+    radius, angle = rng.uniform(21, 29), rng.uniform(-0.5, 0.5)
+    stretch, flip = exp(rng.uniform(-0.15, 0.15)), rng.choice([-1, 1])
     turn = np.array([[cos(angle), -sin(angle)], [sin(angle), cos(angle)]])
     linear = radius * turn @ np.diag([flip * stretch, 1 / stretch])
     centre = SIZE / 2 + rng.uniform(-1, 1, 2) * (30 - radius)
@@ -183,7 +204,7 @@ def paint_photo(rng: np.random.Generator, scene: Scene) -> np.ndarray:
 def paint_sketch(rng: np.random.Generator, shape: str) -> np.ndarray:
     """Black outlines on white, the inside shaded, SIZE×SIZE×3."""
     contours = pose(rng, SHAPES[shape])
-    image = 1 - rng.uniform(0, .5) * shrink(draw(contours))
+    image = 1 - rng.uniform(0, 0.5) * shrink(draw(contours))
     return np.repeat(image * (1 - shrink(draw(contours, rng.uniform(1.5, 3)))), 3, axis=2)
 
 
@@ -194,13 +215,13 @@ def paint_rendition(rng: np.random.Generator, shape: str, style: str) -> np.ndar
     if style == "cartoon":
         image *= 1 - shrink(draw(contours, rng.uniform(1.5, 2.5)))
     elif style == "painterly":
-        dabs = Image.fromarray(to_uint8(image + rng.normal(0, .12, (SIZE, SIZE, 1))))
+        dabs = Image.fromarray(to_uint8(image + rng.normal(0, 0.12, (SIZE, SIZE, 1))))
         image = np.asarray(dabs.filter(ImageFilter.MedianFilter(3)).filter(ImageFilter.ModeFilter(5))) / 255
     return image
 
 
-def moved(image, dy, dx):
-    """Mean of a CROP×CROP×C image seen at N displacements of dy, dx pixels (N×1×1 or N×CROP×CROP), bilinear."""
+def moved(image: np.ndarray, dy: np.ndarray, dx: np.ndarray) -> np.ndarray:
+    """Mean of a CROP×CROP×C image at N displacements of dy, dx pixels (N×1×1 or N×CROP×CROP), bilinear."""
     at, end = np.arange(CROP), CROP - 1.001
     y, x = np.clip(at[:, None] + dy, 0, end), np.clip(at + dx, 0, end)
     top, left = y.astype(int), x.astype(int)
@@ -210,26 +231,28 @@ def moved(image, dy, dx):
     return ((1 - y) * upper + y * lower).mean(axis=0)
 
 
-def smeared(rng, image, half):
+def smeared(rng: np.random.Generator, image: np.ndarray, half: float) -> np.ndarray:
+    """Motion blur over 2 × half pixels in a random direction."""
     angle, steps = rng.uniform(0, pi), np.linspace(-half, half, 13)[:, None, None]
     return moved(image, steps * sin(angle), steps * cos(angle))
 
 
-def clouds(rng, cells):
+def clouds(rng: np.random.Generator, cells: int) -> np.ndarray:
     """Smooth noise, CROP×CROP×1, about unit variance, with `cells` bumps along a side."""
     noise = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
     return np.asarray(noise.resize((CROP, CROP), Image.BICUBIC))[..., None]
 
 
-def jpeg(rng, image, quality):
+def jpeg(rng: np.random.Generator, image: np.ndarray, quality: int) -> np.ndarray:
     file = io.BytesIO()
     Image.fromarray(to_uint8(image)).save(file, "JPEG", quality=quality)
     return np.asarray(Image.open(file)) / 255
 
 
-SEED = np.arange(18)[:, None, None]     # of a sunflower, whose seeds fill a disc evenly
-DISC = np.sqrt((SEED + .5) / 18) * [np.sin(2.4 * SEED), np.cos(2.4 * SEED)]
+SEED = np.arange(18)[:, None, None]  # of a sunflower, whose seeds fill a disc evenly
+DISC = np.sqrt((SEED + 0.5) / 18) * [np.sin(2.4 * SEED), np.cos(2.4 * SEED)]
 FROM_CENTRE = np.mgrid[:CROP, :CROP][:, None] - (CROP - 1) / 2
+# fmt: off
 CORRUPTIONS = {             # of ImageNet-C: levels at severity 1 to 5; random generator, image, level → image
     "gaussian_noise": ((.06, .1, .15, .21, .28), lambda rng, x, deviation: x + rng.normal(0, deviation, x.shape)),
     "shot_noise": ((100, 50, 25, 12, 6), lambda rng, x, photons: rng.poisson(x * photons) / photons),
@@ -254,10 +277,11 @@ CORRUPTIONS = {             # of ImageNet-C: levels at severity 1 to 5; random g
         Image.fromarray(to_uint8(x)).resize((side, side), Image.BOX).resize((CROP, CROP), Image.NEAREST)) / 255),
     "jpeg_compression": ((40, 25, 16, 10, 6), jpeg),
 }
+# fmt: on
 
 
-def corrupt(rng, image, name, severity):
-    """Spoil a CROP×CROP×3 uint8 image by one of CORRUPTIONS, at a severity from 1 to 5; same size and type."""
+def corrupt(rng: np.random.Generator, image: np.ndarray, name: str, severity: int) -> np.ndarray:
+    """Corrupt a CROP×CROP×3 uint8 image by one of CORRUPTIONS at a severity from 1 to 5; same size and type."""
     levels, function = CORRUPTIONS[name]
     return to_uint8(function(rng, image / np.float32(255), levels[severity - 1]))
 
@@ -276,19 +300,22 @@ def scene_of(seed: int, split: str, label: int, number: int) -> tuple[Scene, np.
     shapes, rng = list(SHAPES), generator(seed, split, label, number)
     if split != "stylized":
         return draw_scene(rng, shapes[label]), rng
-    owner = shapes[(label + 1 + number % 9) % 10]           # the nine others in turn
-    return draw_scene(rng, shapes[label], OWN[owner], weakest=.4), rng
+    owner = shapes[(label + 1 + number % 9) % 10]  # the nine others in turn
+    return draw_scene(rng, shapes[label], OWN[owner], weakest=0.4), rng
 
 
 def images(seed: int, split: str, label: int, number: int) -> dict[str, np.ndarray]:
-    """Image `number` of class `label` in one of SETS, or at all severities of one of CORRUPTIONS: {path: uint8 image}."""
+    """{path: image, uint8} of one image in one of SETS, or of one image at all severities of one of CORRUPTIONS."""
     shape, name, prefix = list(SHAPES)[label], f"{number:04}.png", ""
     if split in CORRUPTIONS:
         (photo,), edge = images(seed, "val", label, number).values(), (SIZE - CROP) // 2
         # The severities share their random numbers: the same snow, only more of it.
-        return {f"corruption/{split}/{severity}/{shape}/{name}":
-                corrupt(generator(seed, split, label, number), photo[edge:-edge, edge:-edge], split, severity)
-                for severity in range(1, 6)}
+        return {
+            f"corruption/{split}/{severity}/{shape}/{name}": corrupt(
+                generator(seed, split, label, number), photo[edge:-edge, edge:-edge], split, severity
+            )
+            for severity in range(1, 6)
+        }
     if split in PHOTOS:
         scene, rng = scene_of(seed, split, label, number)
         image = paint_photo(rng, scene)
@@ -300,25 +327,26 @@ def images(seed: int, split: str, label: int, number: int) -> dict[str, np.ndarr
     return {f"{SETS[split]}/{shape}/{prefix}{name}": to_uint8(image)}
 
 
-def write(job):
+def write(job: tuple[Path, int, str, int, int]) -> None:
+    """Write what images() gives for (out, seed, split, label, number) below `out`."""
     out, *which = job
     for path, image in images(*which).items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(out / path, compress_level=1)
 
 
-def generate(out, seed, train, test, cell, workers):
+def generate(out: Path, seed: int, train: int, test: int, cell: int, workers: int) -> None:
     """Write the whole tree: `train` images, `test` in each test set, `cell` for each corruption and severity."""
     numbers = {split: range((train if split == "train" else test) // 10) for split in SETS}
-    for place, name in enumerate(CORRUPTIONS):      # each has val images of its own: more of them in the average
+    for place, name in enumerate(CORRUPTIONS):  # each has val images of its own
         numbers[name] = range(place * cell // 10, (place + 1) * cell // 10)
     jobs = [(out, seed, split, label, number) for split in numbers for label in range(10) for number in numbers[split]]
     for _ in files.in_processes(write, jobs, workers, "job"):
         pass
 
 
-def preview(seed, file):
-    """Save a labelled sheet: a column a class, a row a set, the last with another corruption in each column."""
+def preview(seed: int, file: Path) -> None:
+    """Save a labelled sheet: a column per class, a row per set, the last with another corruption in each column."""
     tile, rows = 2 * SIZE, ["train", "stylized", "sketch", "rendition", "corruption"]
     sheet = Image.new("RGB", (11 * tile, 20 + len(rows) * tile), "white")
     text, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
@@ -333,7 +361,8 @@ def preview(seed, file):
     sheet.save(file)
 
 
-def main():
+def parse_args() -> tuple[files.Parser, argparse.Namespace]:
+    """The parser and its options. Ends the script with exit code 2 where they cannot be right."""
     parser = files.Parser("Generate a small data set of textured shapes with four robustness test sets.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same images")
@@ -350,22 +379,39 @@ def main():
         parser.error(f"--seed {args.seed} is below 0; try --seed 0")
     if args.preview and args.preview.suffix != ".png":
         parser.error(f"--preview {args.preview} does not end in .png; try {args.preview.with_suffix('.png')}")
+    return parser, args
 
-    counts = {"seed": args.seed, "train": args.train, "test": args.test, "cell": args.cell}
-    wanted = json.dumps(counts) + "\n"
-    done, begun = args.out / "shapes.json", args.out / "shapes.json.begun"
+
+def claim(out: Path, wanted: str) -> bool:
+    """Make `out` the folder of the data set `wanted`, a line of JSON; False where it is there and complete.
+
+    Raises ValueError where the folder holds something else or cannot be used.
+    """
+    done, begun = out / DONE, out / BEGUN
     if done.is_file() and done.read_text() == wanted:
-        print(f"{args.out}: already there")
-    else:
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-            if any(args.out.iterdir()) and not (begun.is_file() and begun.read_text() == wanted):
-                parser.error(f"--out {args.out} holds something else; try a new folder")
-            begun.write_text(wanted)
-        except OSError as error:
-            parser.error(f"--out {args.out} cannot be used ({error.strerror}); try a new folder")
+        return False
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()) and not (begun.is_file() and begun.read_text() == wanted):
+            raise ValueError(f"--out {out} holds something else; try a new folder")
+        begun.write_text(wanted)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be used ({error.strerror}); try a new folder") from error
+    return True
+
+
+def main() -> None:
+    parser, args = parse_args()
+    counts = {name: getattr(args, name) for name in ("seed", "train", "test", "cell")}
+    try:
+        needed = claim(args.out, json.dumps({"version": VERSION, **counts}) + "\n")
+    except ValueError as error:
+        parser.error(str(error))
+    if needed:
         generate(args.out, **counts, workers=args.workers)
-        begun.rename(done)          # last, so that a folder with shapes.json is complete
+        (args.out / BEGUN).rename(args.out / DONE)
+    else:
+        print(f"{args.out}: already there")
     if args.preview:
         preview(args.seed, args.preview)
 

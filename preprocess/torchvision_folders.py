@@ -2,9 +2,9 @@
 
     python preprocess/torchvision_folders.py --dataset stl10 --root raw --out stl10
 
-Writes OUT/{train,val}/<class>/<number>.png. STL-10's 100,000 unlabeled images, on which the paper pre-trains, become a data
-set of their own: OUT/unlabeled/train/all/<number>.png. Raw files are read from RAW as torchvision keeps them; missing ones
-are downloaded to RAW. The script can be stopped and run again.
+Writes OUT/{train,val}/<class>/<number>.png. STL-10's 100,000 unlabeled images, on which the paper pre-trains, become a
+data set of their own: OUT/unlabeled/train/all/<number>.png. Raw files are read from RAW as torchvision keeps them;
+missing ones are downloaded to RAW. The script can be stopped and run again.
 """
 
 import argparse
@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.error import URLError
 
 import files
-import torchvision.datasets as datasets
 from torch.utils.data import Dataset
+from torchvision import datasets
 from tqdm import tqdm
 
 # data set: (class, the arguments of its training part, those of its test part)
@@ -31,7 +31,9 @@ DATASETS = {
 def parse_args() -> tuple[files.Parser, argparse.Namespace]:
     parser = files.Parser("Write one of torchvision's small data sets as folders of images.")
     parser.add_argument("--dataset", choices=DATASETS, required=True, help="which one")
-    parser.add_argument("--root", type=Path, required=True, metavar="RAW", help="folder of the raw files; downloads go there")
+    parser.add_argument(
+        "--root", type=Path, required=True, metavar="RAW", help="folder of the raw files; downloads go there"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     return parser, parser.parse_args()
 
@@ -58,7 +60,7 @@ def open_part(kind: type, root: Path | str, part: dict) -> Dataset:
     """The data set's part from `root`, else from the network. RuntimeError if it is in neither."""
     try:
         return kind(root, **part)
-    except RuntimeError:                                              # torchvision found no files, or not all of them
+    except RuntimeError:  # torchvision found no files, or not all of them
         try:
             return kind(root, download=True, **part)
         except (URLError, OSError) as error:

@@ -12,8 +12,9 @@ import pytest
 from conftest import REPOSITORY, run_script, write_folder, write_photo
 from PIL import Image
 
-SUBSET, TEXTURE, FOLDERS = (f"preprocess/{name}.py" for name in
-                            ("imagenet_100_subset", "imagenet_texture_syn", "torchvision_folders"))
+SUBSET, TEXTURE, FOLDERS = (
+    f"preprocess/{name}.py" for name in ("imagenet_100_subset", "imagenet_texture_syn", "torchvision_folders")
+)
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def imagenet(tmp_path):
     photo.convert("L").save(odd / "grey.JPEG", "JPEG")
     photo.resize((60, 400)).save(odd / "narrow.JPEG", "JPEG")
     whole = (odd / "n01_1.JPEG").read_bytes()
-    (odd / "truncated.JPEG").write_bytes(whole[:len(whole) // 2])
+    (odd / "truncated.JPEG").write_bytes(whole[: len(whole) // 2])
     (odd / "empty.JPEG").write_bytes(b"")
     return root
 
@@ -43,8 +44,17 @@ def synthesise(source, destination, *options, **settings):
 
 def subset(source, destination, *options, **settings):
     (source / "classes.txt").write_text("n02\nn01\n")
-    return run_script(SUBSET, "--imagenet_path", source, "--imagenet100_path", destination,
-                      "--classes", source / "classes.txt", *options, **settings)
+    return run_script(
+        SUBSET,
+        "--imagenet_path",
+        source,
+        "--imagenet100_path",
+        destination,
+        "--classes",
+        source / "classes.txt",
+        *options,
+        **settings,
+    )
 
 
 def test_from_imagenet_to_training_with_textures(imagenet, tmp_path):
@@ -54,19 +64,42 @@ def test_from_imagenet_to_training_with_textures(imagenet, tmp_path):
     assert run.returncode == 1 and "wrote 16 textures; 13 photos below 96 px were enlarged first" in run.stdout
     told = run.stderr.splitlines()
     assert "2 broken images were left out:" in told
-    assert any("train/n01/truncated.JPEG" in line for line in told) and any("train/n01/empty.JPEG" in line for line in told)
+    assert any("train/n01/truncated.JPEG" in line for line in told) and any(
+        "train/n01/empty.JPEG" in line for line in told
+    )
     textures = sorted((tmp_path / "imagenet-100-texture").rglob("*.*"))
     assert len(textures) == 16 and all(Image.open(path).size == (224, 224) for path in textures)
 
-    training = run_script("moco-non-sem-neg.py", "-a", "resnet10", "--image-size", 32, "--batch-size", 8, "--moco-k", 64,
-                          "-j", 1, "--epochs", 1, "--robust", "texture_syn", "--ckpt_path", tmp_path / "ckpt",
-                          tmp_path / "imagenet-100-texture")
+    training = run_script(
+        "moco-non-sem-neg.py",
+        "-a",
+        "resnet10",
+        "--image-size",
+        32,
+        "--batch-size",
+        8,
+        "--moco-k",
+        64,
+        "-j",
+        1,
+        "--epochs",
+        1,
+        "--robust",
+        "texture_syn",
+        "--ckpt_path",
+        tmp_path / "ckpt",
+        tmp_path / "imagenet-100-texture",
+    )
     assert "photos left out because they have no texture: 2: " in training.stdout
     assert (tmp_path / "ckpt" / "checkpoint_0000.pth.tar").exists()
 
 
 def test_textures_depend_on_the_seed_and_the_path_alone(imagenet, tmp_path):
-    for name, options in (("one", ["--workers", 1]), ("two", ["--workers", 2]), ("seed", ["--workers", 2, "--seed", 1])):
+    for name, options in (
+        ("one", ["--workers", 1]),
+        ("two", ["--workers", 2]),
+        ("seed", ["--workers", 2, "--seed", 1]),
+    ):
         synthesise(imagenet, tmp_path / name, *options, check=False)
     for part in ("1/3", "3/3", "2/3"):
         synthesise(imagenet, tmp_path / "shards", "--shard", part, "--workers", 1, check=False)
@@ -100,11 +133,20 @@ def test_killed_and_started_again_equals_uninterrupted(imagenet, tmp_path):
     whole = tree(tmp_path / "whole")
     for workers in (1, 2):
         destination = tmp_path / f"cut{workers}"
-        command = [sys.executable, TEXTURE, "--imagenet_path", imagenet, "--imagenet_t_path", destination,
-                   "--workers", str(workers)]
+        command = [
+            sys.executable,
+            TEXTURE,
+            "--imagenet_path",
+            imagenet,
+            "--imagenet_t_path",
+            destination,
+            "--workers",
+            str(workers),
+        ]
         for wanted in (5, 14, 23):
-            process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                                       start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            )
             deadline = time.monotonic() + 60
             while len(list(destination.rglob("*.png"))) < wanted and time.monotonic() < deadline:
                 time.sleep(0.005)
@@ -117,7 +159,7 @@ def test_killed_and_started_again_equals_uninterrupted(imagenet, tmp_path):
 
 def test_what_is_there_is_kept_unless_asked_for_anew(imagenet, tmp_path):
     destination = tmp_path / "t"
-    synthesise(imagenet, destination, "--limit", 1, "--workers", 1)   # the first photo of each class
+    synthesise(imagenet, destination, "--limit", 1, "--workers", 1)  # the first photo of each class
     texture = destination / "train" / "n02" / "n02_0.png"
     right = texture.read_bytes()
     assert sorted(tree(destination)) == ["train/n01/cmyk.png", "train/n02/n02_0.png"]
@@ -143,37 +185,58 @@ def external_program(path, body):
 
 def test_the_authors_program_gets_the_patches_and_a_time_limit(imagenet, tmp_path):
     # As texture-synthesis is called; it pastes the patches instead.
-    paste = external_program(tmp_path / "my program", """
+    paste = external_program(
+        tmp_path / "my program",
+        """
 assert sys.argv[1:4] == ["--out-size", "224", "--out"] and sys.argv[5] == "generate" and len(sys.argv) == 8
 canvas = Image.new("RGB", (224, 224))
 for i, name in enumerate(sys.argv[6:]):
     patch = Image.open(name)
     assert patch.size == (96, 96)
     canvas.paste(patch, (96 * i, 0))
-canvas.save(sys.argv[4])""")
+canvas.save(sys.argv[4])""",
+    )
     synthesise(imagenet, tmp_path / "t", "--splits", "val", "--texture-synthesis", paste, "--workers", 1)
     texture = np.asarray(Image.open(tmp_path / "t" / "val" / "n01" / "n01_0.png"))
     photo = Image.open(imagenet / "val" / "n01" / "n01_0.JPEG").resize((120, 96), Image.BICUBIC)
     assert np.array_equal(texture[:96, :96], np.asarray(photo)[:, 12:108])
 
     slow = external_program(tmp_path / "slow", "time.sleep(60)")
-    run = synthesise(imagenet, tmp_path / "s", "--splits", "val", "--texture-synthesis", slow, "--time-limit", 1,
-                     "--limit", 1, "--workers", 2, check=False)
+    run = synthesise(
+        imagenet,
+        tmp_path / "s",
+        "--splits",
+        "val",
+        "--texture-synthesis",
+        slow,
+        "--time-limit",
+        1,
+        "--limit",
+        1,
+        "--workers",
+        2,
+        check=False,
+    )
     assert run.returncode == 1 and run.stderr.count("took more than 1 s") == 2 and tree(tmp_path / "s") == {}
     failing = external_program(tmp_path / "failing", "sys.exit('out of ideas')")
-    run = synthesise(imagenet, tmp_path / "s", "--splits", "val", "--texture-synthesis", failing, "--limit", 1, check=False)
+    run = synthesise(
+        imagenet, tmp_path / "s", "--splits", "val", "--texture-synthesis", failing, "--limit", 1, check=False
+    )
     assert run.returncode == 1 and run.stderr.count("out of ideas") == 2 and tree(tmp_path / "s") == {}
 
 
-@pytest.mark.parametrize("options, told", [
-    (["--splits", "test"], "no test/ folder"),
-    (["--shard", "0/4"], "'0/4' is not a part I/N"),
-    (["--shard", "5/4"], "'5/4'"),
-    (["--workers", "0"], "'0' is not a whole number of 1 or more"),
-    (["--limit", "none"], "'none'"),
-    (["--texture-synthesis", "no-such-program"], "no such program"),
-    (["--preview", "sheet.jpg"], "does not end in .png"),
-])
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--splits", "test"], "no test/ folder"),
+        (["--shard", "0/4"], "'0/4' is not a part I/N"),
+        (["--shard", "5/4"], "'5/4'"),
+        (["--workers", "0"], "'0' is not a whole number of 1 or more"),
+        (["--limit", "none"], "'none'"),
+        (["--texture-synthesis", "no-such-program"], "no such program"),
+        (["--preview", "sheet.jpg"], "does not end in .png"),
+    ],
+)
 def test_bad_texture_options_end_in_one_line(imagenet, tmp_path, options, told):
     run = synthesise(imagenet, tmp_path / "t", *options, check=False)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and told in run.stderr and not (tmp_path / "t").exists()
@@ -238,14 +301,21 @@ def test_smaller_copies(imagenet, tmp_path):
 def test_the_shipped_list_is_imagenet_100s(tmp_path):
     """The default list: without --classes, a folder without those classes misses 200 folders."""
     write_folder(tmp_path / "imagenet")
-    run = run_script(SUBSET, "--imagenet_path", tmp_path / "imagenet", "--imagenet100_path", tmp_path / "i100", check=False)
-    assert run.returncode == 1 and "200 of 200 class folders are missing" in run.stderr and "train/n02869837" in run.stderr
+    run = run_script(
+        SUBSET, "--imagenet_path", tmp_path / "imagenet", "--imagenet100_path", tmp_path / "i100", check=False
+    )
+    assert (
+        run.returncode == 1 and "200 of 200 class folders are missing" in run.stderr and "train/n02869837" in run.stderr
+    )
 
 
-@pytest.mark.parametrize("change, told", [
-    (lambda root: shutil.rmtree(root / "val"), "no val/ folder"),
-    (lambda root: [shutil.rmtree(folder) for folder in (root / "val").iterdir()], "sorted into <wnid>/ folders"),
-])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda root: shutil.rmtree(root / "val"), "no val/ folder"),
+        (lambda root: [shutil.rmtree(folder) for folder in (root / "val").iterdir()], "sorted into <wnid>/ folders"),
+    ],
+)
 def test_an_imagenet_that_is_not_unpacked_right_is_refused(imagenet, tmp_path, change, told):
     change(imagenet)
     run = subset(imagenet, tmp_path / "i100", check=False)
@@ -255,6 +325,7 @@ def test_an_imagenet_that_is_not_unpacked_right_is_refused(imagenet, tmp_path, c
 def write_fashion_mnist(folder):
     """Files as FashionMNIST's archive holds them: 4 training and 2 test images, image i all of gray 10 i, label i."""
     import gzip
+
     folder.mkdir(parents=True)
     for part, count in (("train", 4), ("t10k", 2)):
         images = b"\0\0\x08\x03" + b"".join(n.to_bytes(4) for n in (count, 28, 28))
@@ -267,15 +338,21 @@ def write_fashion_mnist(folder):
 
 def test_fashion_mnist_from_the_files_of_its_archive(tmp_path):
     write_fashion_mnist(tmp_path / "raw")
-    for _ in range(2):                                                # the second run finds all there
+    for _ in range(2):  # the second run finds all there
         run_script(FOLDERS, "--dataset", "fashionmnist", "--root", tmp_path / "raw", "--out", tmp_path / "out")
     assert sorted(tree(tmp_path / "out")) == [
-        "train/Dress/000003.png", "train/Pullover/000002.png", "train/T-shirt_top/000000.png", "train/Trouser/000001.png",
-        "val/T-shirt_top/000000.png", "val/Trouser/000001.png"]
+        "train/Dress/000003.png",
+        "train/Pullover/000002.png",
+        "train/T-shirt_top/000000.png",
+        "train/Trouser/000001.png",
+        "val/T-shirt_top/000000.png",
+        "val/Trouser/000001.png",
+    ]
     image = Image.open(tmp_path / "out" / "train" / "Dress" / "000003.png")
     assert image.mode == "RGB" and image.size == (28, 28) and image.getpixel((3, 4)) == (30, 30, 30)
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == sorted(
-        f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+        f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+    )
 
 
 def test_stl10_has_its_images_without_labels_as_a_data_set_of_their_own(tmp_path):
@@ -283,7 +360,7 @@ def test_stl10_has_its_images_without_labels_as_a_data_set_of_their_own(tmp_path
     import torchvision_folders
 
     class Part:
-        classes = ["airplane", "bird"]
+        classes = ("airplane", "bird")
 
         def __len__(self):
             return 3
@@ -298,7 +375,16 @@ def test_stl10_has_its_images_without_labels_as_a_data_set_of_their_own(tmp_path
 
 
 def test_raw_files_that_are_not_there_end_in_one_line(tmp_path):
-    run = run_script(FOLDERS, "--dataset", "cifar10", "--root", tmp_path / "raw", "--out", tmp_path / "out", check=False,
-                     env={"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"})
+    run = run_script(
+        FOLDERS,
+        "--dataset",
+        "cifar10",
+        "--root",
+        tmp_path / "raw",
+        "--out",
+        tmp_path / "out",
+        check=False,
+        env={"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"},
+    )
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "downloading them failed" in run.stderr
     assert not (tmp_path / "out").exists()

@@ -28,8 +28,12 @@ def flat_and_detailed():
 
 @pytest.fixture(params=["noise", "smooth", "flat and detailed", "one colour"])
 def patches(request, tmp_path):
-    return {"noise": noise(), "smooth": smooth(tmp_path), "flat and detailed": flat_and_detailed(),
-            "one colour": np.full((2, 96, 96, 3), 77, np.uint8)}[request.param]
+    return {
+        "noise": noise(),
+        "smooth": smooth(tmp_path),
+        "flat and detailed": flat_and_detailed(),
+        "one colour": np.full((2, 96, 96, 3), 77, np.uint8),
+    }[request.param]
 
 
 def largest_verbatim_square(sources, width):
@@ -59,7 +63,7 @@ def test_blocks_continue_what_is_there():
     """On a patch of stripes the quilted texture is stripes: blocks are chosen to fit, the alternative is chance."""
     stripes = np.broadcast_to((200 * (np.arange(96) // 6 % 2))[:, None], (2, 96, 96, 3)).astype(np.uint8)
     texture = stripes.reshape(-1, 3)[quilting.lay_blocks(stripes, SIZE, np.random.default_rng(0))]
-    assert np.abs(np.diff(texture.astype(int), axis=0)).mean() < 2    # along the stripes; 100 a step if by chance
+    assert np.abs(np.diff(texture.astype(int), axis=0)).mean() < 2  # along the stripes; 100 a step if by chance
 
 
 def test_same_generator_same_texture_and_another_another(patches):
@@ -72,7 +76,7 @@ def test_same_generator_same_texture_and_another_another(patches):
 def test_what_is_rare_gets_its_turn_though_flat_regions_fit_better():
     """A light plate whose dark corner fits nothing: quilting by the overlap alone would never leave the plate."""
     patches = np.random.default_rng(0).integers(198, 202, (2, 96, 96, 3))
-    dark = np.arange(96)[:, None] + np.arange(96) < 60                # a fifth of each patch
+    dark = np.arange(96)[:, None] + np.arange(96) < 60  # a fifth of each patch
     patches[:, dark] -= 170
     sources = quilting.lay_blocks(patches.astype(np.uint8), SIZE, np.random.default_rng(0))
     share = dark.ravel()[sources % 9216].mean()
@@ -86,7 +90,9 @@ def test_means_over_blocks():
     assert means[1, 3, 7] == pytest.approx(values[1, 3:43, 7:47].mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize("size, shape", [(64, (1, 40, 40, 3)), (100, (3, 50, 71, 3)), (40, (2, 96, 96, 3)), (8, (2, 41, 40, 3))])
+@pytest.mark.parametrize(
+    "size, shape", [(64, (1, 40, 40, 3)), (100, (3, 50, 71, 3)), (40, (2, 96, 96, 3)), (8, (2, 41, 40, 3))]
+)
 def test_any_size_and_any_number_of_patches(size, shape):
     patches = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     sources = quilting.lay_blocks(patches, size, np.random.default_rng(0))
@@ -125,13 +131,13 @@ def test_windows_are_the_cell_means_at_every_position():
     assert windows.shape == (10 * 4 * 3, len(positions))
     for column in range(0, len(positions), 7):
         patch, top, left = positions[column]
-        plain = quilting.cell_means(patches[patch:patch + 1, top:top + 40, left:left + 8], (4, 2))
+        plain = quilting.cell_means(patches[patch : patch + 1, top : top + 40, left : left + 8], (4, 2))
         np.testing.assert_allclose(windows[:, column], plain.ravel(), atol=1e-6)
 
 
 def test_the_cut_is_the_cheapest_of_all():
     difference = np.random.default_rng(0).random((3, 5, 4)).astype(np.float32)
-    cuts = quilting.before_cut(difference).sum(axis=2)                # N×length: the column of the cut
+    cuts = quilting.before_cut(difference).sum(axis=2)  # N×length: the column of the cut
     for strip, cut in zip(difference, cuts):
         paths = [path for path in itertools.product(range(4), repeat=5) if all(abs(np.diff(path)) <= 1)]
         cheapest = min(sum(strip[row, column] for row, column in enumerate(path)) for path in paths)
@@ -150,8 +156,8 @@ def test_the_correction_solves_its_equation():
     rng = np.random.default_rng(0)
     patches = (100 + rng.integers(0, 30, (2, 40, 40, 3)) + np.array([0, 60])[:, None, None, None]).astype(np.uint8)
     size = 9
-    sources = np.arange(size)[:, None] * 40 + np.arange(size) + 41    # of the first patch …
-    sources[:, 5:] += 1600 - 3                                        # … and, right of a cut, of the second
+    sources = np.arange(size)[:, None] * 40 + np.arange(size) + 41  # of the first patch …
+    sources[:, 5:] += 1600 - 3  # … and, right of a cut, of the second
     pixels = patches.reshape(-1, 3).astype(float)
     at = np.arange(size * size).reshape(size, size)
     rows, wanted = [np.eye(size * size) / quilting.Blocks().reach], [np.zeros((size * size, 3))]
@@ -180,5 +186,6 @@ def test_steps_across_cuts_are_as_those_within(tmp_path):
             across.append(steps[cut])
             within.append(steps[~cut])
         return np.concatenate(across).mean() / np.concatenate(within).mean()
+
     assert ratio(patches.reshape(-1, 3)[sources]) > 1.5
     assert ratio(quilting.close_cuts(patches, sources)) < 1.1

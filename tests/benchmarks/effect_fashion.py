@@ -7,8 +7,8 @@ import numpy as np
 import shapes
 from PIL import Image
 
-RAW = "/usr/share/datasets/fashion-mnist"           # of Debian's package dataset-fashion-mnist
-TRAIN, VAL, CELL = 400, 250, 4                      # images of each of the ten classes; CELL for each corruption and severity
+RAW = "/usr/share/datasets/fashion-mnist"  # of Debian's package dataset-fashion-mnist
+TRAIN, VAL, CELL = 400, 250, 4  # images of each of the ten classes; CELL for each corruption and severity
 
 
 def subset(source: Path, folder: Path) -> None:
@@ -32,7 +32,9 @@ def subset(source: Path, folder: Path) -> None:
 def write_corrupted(file: Path, folder: Path, name: str, key: tuple[int, ...]) -> None:
     """folder/<severity 1-5>/name/<file's name>; the severities share the random numbers of `key`."""
     edge = (shapes.SIZE - shapes.CROP) // 2
-    photo = np.asarray(Image.open(file).convert("RGB").resize((shapes.SIZE, shapes.SIZE), Image.BICUBIC))[edge:-edge, edge:-edge]
+    photo = np.asarray(Image.open(file).convert("RGB").resize((shapes.SIZE, shapes.SIZE), Image.BICUBIC))[
+        edge:-edge, edge:-edge
+    ]
     for severity in range(1, 6):
         (folder / str(severity) / name).mkdir(parents=True, exist_ok=True)
         image = shapes.corrupt(np.random.default_rng(key), photo, folder.name, severity)

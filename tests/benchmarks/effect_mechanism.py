@@ -15,13 +15,30 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-CROP, PATCH_RATIO = 56, (4, 18)     # px
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-AUGMENT = v2.Compose([              # MoCo v2's
-    v2.RandomResizedCrop(CROP, (0.2, 1)), v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8), v2.RandomGrayscale(0.2),
-    v2.RandomApply([v2.GaussianBlur(17, (0.1, 2))], 0.5), v2.RandomHorizontalFlip()])
+from moco.builder import build_encoder
 
-Encoder = Callable[[torch.Tensor], torch.Tensor]    # images (N, 3, CROP, CROP) in [0, 1] to features (N, d)
+CROP, PATCH_RATIO = 56, (4, 18)  # px
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AUGMENT = v2.Compose(
+    [  # MoCo v2's
+        v2.RandomResizedCrop(CROP, (0.2, 1)),
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], 0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(17, (0.1, 2))], 0.5),
+        v2.RandomHorizontalFlip(),
+    ]
+)
+
+Encoder = Callable[[torch.Tensor], torch.Tensor]  # images (N, 3, CROP, CROP) in [0, 1] to features (N, d)
+
+
+def load_backbone(checkpoint: Path) -> torch.nn.Module:
+    """The backbone of a linear checkpoint of main_lincls.py, its head replaced by the identity."""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    model = build_encoder(saved["arch"], len(saved["wnids"]))
+    model.load_state_dict({name.removeprefix("module."): value for name, value in saved["state_dict"].items()})
+    model.fc = torch.nn.Identity()
+    return model
 
 
 def encoder(backbone: torch.nn.Module) -> Encoder:
@@ -32,6 +49,7 @@ def encoder(backbone: torch.nn.Module) -> Encoder:
     def encode(images: torch.Tensor) -> torch.Tensor:
         normalized = v2.functional.normalize(images, MEAN, STD)
         return torch.cat([backbone(batch).float() for batch in normalized.split(250)])
+
     return encode
 
 
@@ -48,7 +66,7 @@ def shuffled(image: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         for left in range(0, size, side):
             y, x = rng.integers(0, size - side, 2, endpoint=True)
             height, width = min(side, size - top), min(side, size - left)
-            canvas[:, top:top + height, left:left + width] = image[:, y:y + height, x:x + width]
+            canvas[:, top : top + height, left : left + width] = image[:, y : y + height, x : x + width]
     return canvas
 
 
@@ -65,9 +83,12 @@ def cosines(encode: Encoder, paths: list[Path], seed: int = 0) -> dict[str, floa
     negative = torch.stack([shuffled(image, rng) for image in query])
     q, k, t = (F.normalize(encode(views), dim=1) for views in (query, key, negative))
     to_key, to_negative = (q * k).sum(1), (q * t).sum(1)
-    return {"key": to_key.mean().item(), "negative": to_negative.mean().item(),
-            "other": (q * q.roll(1, 0)).sum(1).mean().item(),
-            "closer": 100 * (to_negative > to_key).float().mean().item()}
+    return {
+        "key": to_key.mean().item(),
+        "negative": to_negative.mean().item(),
+        "other": (q * q.roll(1, 0)).sum(1).mean().item(),
+        "closer": 100 * (to_negative > to_key).float().mean().item(),
+    }
 
 
 def readouts(encode: Encoder, data: Path, seed: int) -> dict[str, float]:
@@ -82,19 +103,26 @@ def readouts(encode: Encoder, data: Path, seed: int) -> dict[str, float]:
     for name in ("colour", "period"):
         result[name] = regression_r2(*(features[split] for split in drawn), *(drawn[split][name] for split in drawn))
     for name in ("texture", "shape"):
-        result[name] = classification_accuracy(*(features[split] for split in drawn), *(drawn[split][name] for split in drawn))
+        result[name] = classification_accuracy(
+            *(features[split] for split in drawn), *(drawn[split][name] for split in drawn)
+        )
     return result
 
 
 def latents(data: Path, split: str, seed: int) -> dict[str, torch.Tensor]:
     """{"image": centre crops, "colour": their mean (N, 3), "period": its log (N, 1), "texture", "shape": indices (N,)}"""
     paths = sorted((data / split).glob("*/*.png"))
-    scenes = [shapes.scene_of(seed, split, list(shapes.SHAPES).index(path.parent.name), int(path.stem))[0] for path in paths]
+    scenes = [
+        shapes.scene_of(seed, split, list(shapes.SHAPES).index(path.parent.name), int(path.stem))[0] for path in paths
+    ]
     images = v2.functional.center_crop(read(paths), [CROP, CROP])
-    return {"image": images, "colour": images.mean(dim=(2, 3)),
-            "period": torch.tensor([[np.log(scene.period)] for scene in scenes], dtype=torch.float32),
-            "texture": torch.tensor([list(shapes.TEXTURES).index(scene.texture) for scene in scenes]),
-            "shape": torch.tensor([list(shapes.SHAPES).index(scene.shape) for scene in scenes])}
+    return {
+        "image": images,
+        "colour": images.mean(dim=(2, 3)),
+        "period": torch.tensor([[np.log(scene.period)] for scene in scenes], dtype=torch.float32),
+        "texture": torch.tensor([list(shapes.TEXTURES).index(scene.texture) for scene in scenes]),
+        "shape": torch.tensor([list(shapes.SHAPES).index(scene.shape) for scene in scenes]),
+    }
 
 
 def standardized(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +139,9 @@ def regression_r2(train: torch.Tensor, test: torch.Tensor, wanted: torch.Tensor,
     return 100 * (1 - error / wanted_test.var(0, correction=0)).mean().item()
 
 
-def classification_accuracy(train: torch.Tensor, test: torch.Tensor, labels: torch.Tensor, labels_test: torch.Tensor) -> float:
+def classification_accuracy(
+    train: torch.Tensor, test: torch.Tensor, labels: torch.Tensor, labels_test: torch.Tensor
+) -> float:
     """Accuracy in percent, on the test features, of a logistic regression (L-BFGS, L2 penalty 1e-3 / 2)."""
     x, x_test = standardized(train, test)
     weights = torch.zeros(x.shape[1], int(labels.max()) + 1, requires_grad=True)
@@ -122,5 +152,6 @@ def classification_accuracy(train: torch.Tensor, test: torch.Tensor, labels: tor
         value = F.cross_entropy(x @ weights, labels) + 0.5e-3 * weights.square().sum()
         value.backward()
         return value
+
     optimizer.step(loss)
     return 100 * ((x_test @ weights).argmax(1) == labels_test).float().mean().item()
