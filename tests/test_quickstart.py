@@ -83,6 +83,7 @@ def test_every_row_is_trained_and_probed_with_every_seed_and_the_table_stands_al
     assert f"MoCo v2={tmp_path}/out/plain-0/checkpoint_robust_0019.pth.tar,{tmp_path}/out/plain-1/" in evaluation
     assert (tmp_path / "out" / "table.md").read_text() == "| model | val |\n|---|---|\n"
     assert "+ Patch against MoCo v2: better in 1 of 1 columns" in result.stdout
+    assert "Terminated" not in result.stderr
     assert Image.open(tmp_path / "out" / "result.png").size == (quickstart.WIDTH, quickstart.HEIGHT)
 
 
