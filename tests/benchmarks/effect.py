@@ -235,6 +235,7 @@ def measure_mechanism(work: Path) -> None:
             "name": name,
             "cosines": effect_mechanism.cosines(encode, sorted((data / "val").glob("*/*.png"))[::3]),
             "readouts": effect_mechanism.readouts(encode, data, seed),
+            "second probe": effect_mechanism.second_probe(encode, data),
         }
         with path.open("a") as file:
             file.write(json.dumps(found) + "\n")
