@@ -28,21 +28,21 @@ from PIL import Image, ImageDraw
 class Recipe(NamedTuple):
     """How textures are made."""
 
-    source: Path            # SRC
+    source: Path  # SRC
     seed: int
-    patch: int              # px, the side of the patches
-    size: int               # px, the side of a texture
-    program: str | None     # the external program, None for quilting
-    time_limit: int         # s per photo, of the external program
+    patch: int  # px, the side of the patches
+    size: int  # px, the side of a texture
+    program: str | None  # the external program, None for quilting
+    time_limit: int  # s per photo, of the external program
 
 
 class Synthesis(NamedTuple):
     """A photo and what was made of it."""
 
     photo: Image.Image
-    patches: np.ndarray     # (2, patch, patch, 3) uint8: from the centre, from a random place
-    texture: np.ndarray     # (size, size, 3) uint8
-    enlarged: bool          # the photo was smaller than a patch
+    patches: np.ndarray  # (2, patch, patch, 3) uint8: from the centre, from a random place
+    texture: np.ndarray  # (size, size, 3) uint8
+    enlarged: bool  # the photo was smaller than a patch
 
 
 def cut_patches(photo: Image.Image, side: int, rng: np.random.Generator) -> np.ndarray:
@@ -50,7 +50,7 @@ def cut_patches(photo: Image.Image, side: int, rng: np.random.Generator) -> np.n
     pixels = np.asarray(photo)
     room = np.array(pixels.shape[:2]) - side
     corners = [room // 2, rng.integers(0, room + 1)]
-    return np.stack([pixels[top:top + side, left:left + side] for top, left in corners])
+    return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
 
 
 def read_photo(path: Path, least: int) -> tuple[Image.Image, bool]:
@@ -67,7 +67,7 @@ def read_photo(path: Path, least: int) -> tuple[Image.Image, bool]:
 
 def generator(seed: int, photo: str) -> np.random.Generator:
     """The generator of one photo, from the seed and its path below SRC: independent of workers, shards and restarts."""
-    name = f"{seed} {photo}".encode(errors="surrogateescape")         # names need not be UTF-8
+    name = f"{seed} {photo}".encode(errors="surrogateescape")  # names need not be UTF-8
     return np.random.default_rng(list(hashlib.blake2b(name, digest_size=16).digest()))
 
 
@@ -118,13 +118,17 @@ def texture_path(destination: Path, photo: str) -> Path:
 
 def list_photos(source: Path, splits: list[str], limit: int | None) -> list[str]:
     """The paths below `source` of the first `limit` photos of each class."""
-    return [f"{split}/{name}/{file}" for split in splits for name, images in files.list_images(source / split).items()
-            for file in images[:limit]]
+    return [
+        f"{split}/{name}/{file}"
+        for split in splits
+        for name, images in files.list_images(source / split).items()
+        for file in images[:limit]
+    ]
 
 
 def save_preview(path: Path, photos: list[str], recipe: Recipe) -> None:
     """Save a sheet of photo | patches | texture for eight of the photos, two per row."""
-    chosen = photos[::max(1, len(photos) // 8)][:8]
+    chosen = photos[:: max(1, len(photos) // 8)][:8]
     size, patch, gap = recipe.size, recipe.patch, 8
     width, height = size + patch + size + 16, max(size, 2 * patch + 4) + 2 * gap + 4
     sheet = Image.new("RGB", (2 * width, -(-len(chosen) // 2) * height), "white")
@@ -135,8 +139,11 @@ def save_preview(path: Path, photos: list[str], recipe: Recipe) -> None:
         made.photo.thumbnail((size, size))
         pen.text((x, y - 12), files.printable(photo), fill="black")
         sheet.paste(made.photo, (x, y))
-        for pixels, left, top in ((made.patches[0], size + 4, 0), (made.patches[1], size + 4, patch + 4),
-                                  (made.texture, size + patch + gap, 0)):
+        for pixels, left, top in (
+            (made.patches[0], size + 4, 0),
+            (made.patches[1], size + 4, patch + 4),
+            (made.texture, size + patch + gap, 0),
+        ):
             sheet.paste(Image.fromarray(pixels), (x + left, y + top))
     sheet.save(path)
 
@@ -144,9 +151,12 @@ def save_preview(path: Path, photos: list[str], recipe: Recipe) -> None:
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The options, and the photos they name. Ends the script with exit code 2 where they are wrong."""
     parser = files.Parser("Synthesise a texture from two patches of every photo of an ImageNet folder.")
-    parser.add_argument("--imagenet_path", type=Path, required=True, metavar="SRC", help="photos, SRC/<split>/<class>/*")
-    parser.add_argument("--imagenet_t_path", type=Path, required=True, metavar="DST",
-                        help="textures, DST/<split>/<class>/*.png")
+    parser.add_argument(
+        "--imagenet_path", type=Path, required=True, metavar="SRC", help="photos, SRC/<split>/<class>/*"
+    )
+    parser.add_argument(
+        "--imagenet_t_path", type=Path, required=True, metavar="DST", help="textures, DST/<split>/<class>/*.png"
+    )
     parser.add_argument("--patch", type=files.at_least_one, default=96, metavar="PX", help="side of the patches")
     parser.add_argument("--size", type=files.at_least_one, default=224, metavar="PX", help="side of the textures")
     parser.add_argument("--splits", nargs="+", default=["train"], metavar="SPLIT", help="folders of SRC to process")
@@ -155,11 +165,15 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same textures")
     parser.add_argument("--overwrite", action="store_true", help="replace existing textures")
     parser.add_workers()
-    parser.add_argument("--preview", type=Path, metavar="FILE.png",
-                        help="only draw photo, patches and texture of eight photos")
-    parser.add_argument("--texture-synthesis", metavar="BIN",
-                        help="run this program, as the authors did, instead of quilting")
-    parser.add_argument("--time-limit", type=files.at_least_one, default=60, metavar="S", help="seconds per photo for BIN")
+    parser.add_argument(
+        "--preview", type=Path, metavar="FILE.png", help="only draw photo, patches and texture of eight photos"
+    )
+    parser.add_argument(
+        "--texture-synthesis", metavar="BIN", help="run this program, as the authors did, instead of quilting"
+    )
+    parser.add_argument(
+        "--time-limit", type=files.at_least_one, default=60, metavar="S", help="seconds per photo for BIN"
+    )
     args = parser.parse_args()
     check(parser, args)
     photos = list_photos(args.imagenet_path, args.splits, args.limit)
@@ -167,8 +181,10 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"--imagenet_path {args.imagenet_path}: there are no photos in {', '.join(args.splits)}")
     twins = len(photos) - len({texture_path(args.imagenet_t_path, photo) for photo in photos})
     if twins:
-        parser.error(f"--imagenet_path {args.imagenet_path}: {twins} photos differ from another in the suffix only, and"
-                     " would share one texture file")
+        parser.error(
+            f"--imagenet_path {args.imagenet_path}: {twins} photos differ from another in the suffix only, and"
+            " would share one texture file"
+        )
     return args, photos
 
 
@@ -203,7 +219,7 @@ def main() -> int:
         print(f"wrote {files.printable(args.preview)}")
         return 0
     part, parts = args.shard
-    photos = photos[part - 1::parts]
+    photos = photos[part - 1 :: parts]
     jobs = [photo for photo in photos if args.overwrite or not texture_path(args.imagenet_t_path, photo).exists()]
     print(f"{len(photos)} photos, {len(photos) - len(jobs)} of them done; {args.workers} processes", flush=True)
     write = functools.partial(write_texture, destination=args.imagenet_t_path, recipe=recipe)
