@@ -124,7 +124,7 @@ class Pen:
 
 
 def draw(table: Table, views: Sequence[Image.Image], path: Path) -> None:
-    """Save the picture: a group of dots for each column of the table, and beside them the views, one below the other."""
+    """Save the picture: a group of dots for each column of the table, and beside them the views in one column."""
     pen = Pen(WIDTH, HEIGHT)
     runs = max(len(runs) for row in table.values() for runs in row.values())
     plot_width = WIDTH - 60 - (430 if views else 0)

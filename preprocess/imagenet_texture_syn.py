@@ -1,11 +1,12 @@
 """Make ImageNet-Texture: for every photo, a texture synthesised from two of its patches.
 
     python preprocess/imagenet_texture_syn.py --imagenet_path imagenet-100 --imagenet_t_path imagenet-100-texture
-    python preprocess/imagenet_texture_syn.py --patch 24 --size 64 --imagenet_path shapes --imagenet_t_path shapes-texture
+    python preprocess/imagenet_texture_syn.py --patch 24 --size 64 --imagenet_path 64-px --imagenet_t_path 64-px-texture
 
-Reads SRC/train/<class>/<name>.JPEG, cuts one 96×96 patch from the photo's centre and one from a random place, and writes a
-224×224 texture made from both to DST/train/<class>/<name>.png. If DST is named SRC-texture and lies beside SRC,
-`moco-non-sem-neg.py --robust texture DST` reads it. The script can be stopped and run again: existing textures are kept.
+Reads SRC/train/<class>/<name>.JPEG, cuts one 96×96 patch from the photo's centre and one from a random place, and
+writes a 224×224 texture made from both to DST/train/<class>/<name>.png. If DST is named SRC-texture and lies beside
+SRC, `moco-non-sem-neg.py --robust texture DST` reads it. The script can be stopped and run again: existing textures
+are kept.
 """
 
 import argparse

@@ -32,6 +32,14 @@ SMALL = shlex.split("-a resnet10 --image-size 32 --patch-ratio 4 12 --batch-size
 SMALL_PROBE = shlex.split("-a resnet10 --image-size 32 --batch-size 8 -j 1 --seed 1")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 FAULTS = "tests/faults.py"
+TORCHRUN_RANK = {  # what torchrun sets for the only rank of a run
+    "TORCHELASTIC_RUN_ID": "1",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_PORT": "29500",
+}
 TIMINGS = {"images_per_s", "data_share"}
 
 

@@ -105,7 +105,7 @@ def test_the_best_head_wins_and_one_with_nan_never_does():
 
     assert update(10.0, 30.0, 20.0) and best.winner == 1 and best.acc1s == [10.0, 30.0, 20.0]
     assert not update(25.0, 20.0, 20.0) and best.winner == 0 and best.acc1s == [25.0, 30.0, 20.0]
-    assert update(0.0, 0.0, 30.0) and best.winner == 2  # as good as the best
+    assert not update(0.0, 0.0, 30.0) and best.winner == 2  # as good as the best, and not better
     heads[1].weight.data[0, 0] = math.nan
     assert not update(5.0, 99.0, 0.0) and best.winner == 0 and best.acc1s == [25.0, 30.0, 30.0]
 

@@ -17,6 +17,7 @@ from helpers import (
     REPOSITORY,
     SMALL,
     SMALL_PROBE,
+    TORCHRUN_RANK,
     log,
     refused,
     run_script,
@@ -347,8 +348,7 @@ def test_a_folder_with_another_run_is_refused(runs, tmp_path):
 
 
 def test_a_restart_by_torchrun_resumes(runs, monkeypatch):
-    for name, value in {"TORCHELASTIC_RUN_ID": "1", "TORCHELASTIC_RESTART_COUNT": "1", "LOCAL_WORLD_SIZE": "1",
-                        "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}.items():  # fmt: skip
+    for name, value in {**TORCHRUN_RANK, "TORCHELASTIC_RESTART_COUNT": "1"}.items():
         monkeypatch.setenv(name, value)
     assert dry_run(PRETRAIN, *TINY, "--epochs", 3, "--ckpt_path", runs / "pre", runs / "data") == (0, "")
 

@@ -13,7 +13,6 @@ import types
 import zlib
 from pathlib import Path
 
-import eval_robustness
 import files
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ import torch
 from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, fill_encoder, refused, write_folder, write_photo
 from PIL import Image
 
+import eval_robustness
 from moco import datasets, images, released, robustness
 from moco.datasets import ImageList, StrictDataset
 from moco.encoders import build_encoder
@@ -201,13 +201,6 @@ def test_both_sides_know_the_same_images():
     assert files.IMAGE_SUFFIXES == datasets.IMG_EXTENSIONS and files.NOT_DATA == datasets.NOT_DATA
 
 
-def test_a_tree_deeper_than_the_recursion_limit_is_listed(tmp_path, listing):
-    folder = tmp_path / "train" / "n01" / "/".join(["d"] * 1200)
-    folder.mkdir(parents=True)
-    (folder / "a.JPEG").touch()
-    assert len(listing[0](tmp_path / "train")) == 1
-
-
 @pytest.mark.parametrize("fault", ["a link to the root", "a dangling class link", "a class link to a class"])
 @pytest.mark.parametrize("script", [PRETRAIN, PROBE, EVALUATE])
 def test_every_script_refuses_a_misleading_tree(tmp_path, script, fault):
@@ -241,7 +234,7 @@ class RandomTree:
         self.outside.mkdir()
         root.mkdir()
         for number in range(self.rng.randint(1, 3)):
-            self.fill_class(f"{self.name()}{number}")
+            self.fill_class(f"{self.name()}-{number}")
         if self.rng.random() < 0.2:
             self.mislead(root)
         if self.rng.random() < 0.3:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 
 from tests.benchmarks import effect, effect_mechanism
 

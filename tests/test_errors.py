@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import TORCHRUN_RANK
 
 from moco import errors
 from moco.errors import PeerError, RunError, UsageError
@@ -45,7 +46,8 @@ def test_an_error_is_one_line_and_an_exit_code(capsys, error, code):
 
 
 def test_bad_input_is_reported_once_per_node(capsys, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in {**TORCHRUN_RANK, "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert ended(UsageError("no")) == 2 and capsys.readouterr().err == ""
     assert ended(RunError("no")) == 1 and "no" in capsys.readouterr().err  # it may be of this rank alone
 

@@ -38,8 +38,8 @@ def test_two_processes_give_exactly_the_figures_of_one(linear, tmp_path):
 
 def test_an_incomplete_corruption_set_exits_non_zero(linear, tmp_path):
     run = evaluation(linear, "--json", tmp_path / "r.json", check=False)
-    assert run.returncode == 1 and "Corruption (partial)" in run.stdout and "Traceback" not in run.stderr
-    assert "Corruption: 44 images, CenterCrop(32), 3 corruptions × severities; partial, 73 of 75" in run.stdout
+    assert run.returncode == 1 and "Corruption (partial, resized)" in run.stdout and "Traceback" not in run.stderr
+    assert "3 corruptions × severities; partial, 73 of 75" in run.stdout
     quick = evaluation(linear, "--json", tmp_path / "q.json", "--limit", 1, "--allow-partial")
     assert "only the first 1 images of each class" in quick.stdout and "val: 3 images" in quick.stdout
 

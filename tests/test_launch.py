@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import TORCHRUN_RANK
 
 from moco import launch
 from moco.distributed import DistContext
@@ -40,7 +41,7 @@ def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    for name, value in {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}.items():
+    for name, value in {**TORCHRUN_RANK, "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="this machine has 4 GPUs"):
         launch.resolve_world_size()

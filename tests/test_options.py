@@ -1,6 +1,7 @@
 import argparse
 
 import pytest
+from helpers import TORCHRUN_RANK
 
 from moco import options
 from moco.errors import UsageError
@@ -58,7 +59,8 @@ def test_the_help_shows_defaults_but_no_empty_ones(monkeypatch):
 
 def test_an_option_error_is_one_line_of_the_first_process(capsys, monkeypatch):
     for local_rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        for name, value in {**TORCHRUN_RANK, "LOCAL_RANK": local_rank}.items():
+            monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as stop:
             parser().parse_args(["DIR", "--lr", "-1"])
         assert stop.value.code == 2

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, run_script, write_folder, write_photo
+from helpers import REPOSITORY, run_script, write_folder, write_photo
 from PIL import Image
 
 SUBSET, TEXTURE, FOLDERS = (

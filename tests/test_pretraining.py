@@ -11,6 +11,7 @@ from helpers import (
     REPOSITORY,
     SMALL,
     TORCHRUN,
+    TORCHRUN_RANK,
     completed,
     log,
     refused,
@@ -224,7 +225,7 @@ def test_bad_data_are_refused(data, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused(shared_data, tmp_path, monkeypatch):
-    environment = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
+    environment = {**TORCHRUN_RANK, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
     for name, value in environment.items():  # as torchrun sets it
         monkeypatch.setenv(name, value)
     line = refused(PRETRAIN, *SMALL, "-b", 7, "--ckpt_path", tmp_path / "c", shared_data)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from helpers import REPOSITORY
 from PIL import Image
 
 from moco import quickstart
 
 FIGURES = {"val": 50, "Corruption": 40, "Sketch": 45, "Stylized": 35, "Rendition": 60, "Shape bias": 80}
+TWO_ROWS = {"table": {"MoCo v2": {"val": [50.0]}, "+ Patch": {"val": [52.0]}}}
 PYTHON = f"""#!{sys.executable}
 '''Instead of python: records the command, and leaves the files that the real scripts would leave.'''
 import os, pathlib, subprocess, sys
@@ -35,7 +36,7 @@ elif arguments[0] == "moco-non-sem-neg.py":
 elif arguments[0] == "main_lincls.py":
     (option("--ckpt_path") / "checkpoint_robust_0019.pth.tar").touch()
 elif arguments[0] == "eval_robustness.py":
-    option("--json").write_text({json.dumps(json.dumps({"table": {"MoCo v2": {"val": [50.0]}, "+ Patch": {"val": [52.0]}}}))})
+    option("--json").write_text({json.dumps(json.dumps(TWO_ROWS))})
     print("| model | val |" + chr(10) + "|---|---|" + chr(10) + "val: 1500 images")
 elif arguments[:2] == ["-m", "moco.quickstart"]:
     sys.exit(subprocess.run([{sys.executable!r}, *arguments]).returncode)

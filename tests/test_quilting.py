@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 import quilting
-from conftest import write_photo
+from helpers import write_photo
 from PIL import Image
 
 SIZE = 224
@@ -20,7 +20,7 @@ def smooth(tmp_path, seed=1):
 
 
 def flat_and_detailed():
-    """One patch is flat but for some noise, the other half flat, half stripes: what quilting drifts into and gets lost in."""
+    """One patch is flat but for some noise, the other half flat, half stripes: where quilting drifts and gets lost."""
     patches = np.full((2, 96, 96, 3), 120) + np.random.default_rng(0).integers(-2, 3, (2, 96, 96, 3))
     patches[1, :48] += (100 * (np.arange(96) // 5 % 2))[:, None]
     return patches.astype(np.uint8)

@@ -1,3 +1,4 @@
+import io
 import sys
 import types
 from pathlib import Path
@@ -37,19 +38,21 @@ def test_without_gdown_the_link_and_the_place_are_named(cache, monkeypatch):
 
 
 def test_a_download_is_kept(cache, monkeypatch):
-    asked = []
+    asked, content = [], io.BytesIO()
+    torch.save({"epoch": 1}, content)
+    content = content.getvalue()
 
     def download(id, output):
         asked.append(id)
         with open(output, "wb") as file:
-            file.write(b"weights")
+            file.write(content)
         return output
 
     monkeypatch.setitem(sys.modules, "gdown", types.SimpleNamespace(download=download))
     for _ in range(2):
         path = released.local_path("released:texture-k16384-a2-run2")
     assert asked == [released.drive_ids()["texture-k16384-a2-run2"]]
-    assert path == str(cache / "texture-k16384-a2-run2.pth.tar") and Path(path).read_bytes() == b"weights"
+    assert path == str(cache / "texture-k16384-a2-run2.pth.tar") and Path(path).read_bytes() == content
 
 
 def test_a_failed_download_leaves_nothing_and_says_what_to_do(cache, monkeypatch):

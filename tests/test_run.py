@@ -1,7 +1,7 @@
+import contextlib
 import json
 import math
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +30,13 @@ class Numbers(torch.utils.data.Dataset):
         return torch.tensor([float(index)]), [(f"{index}.png", "empty")] if index in self.unreadable else []
 
 
+class Stop:
+    """A StopSignal without handlers: the test sets the signal."""
+
+    signum = 0
+    interruptible = no_broken_pipe = staticmethod(contextlib.nullcontext)
+
+
 class Training:
     """A small model with its run: what a script builds around the loop. options: of Run."""
 
@@ -41,7 +48,7 @@ class Training:
         optimizer = torch.optim.SGD(groups, momentum=0.9)
         sampler = loader.GlobalBatchSampler(IMAGES, BATCH, 0, DistContext())
         self.loader = loader.train_loader(Numbers(unreadable), sampler, 0, CPU)
-        self.stop = SimpleNamespace(signum=0)
+        self.stop = Stop()
         if saved is None:
             path = checkpoint.resume_path("auto" if resume else "", folder, LATEST)
             saved = checkpoint.load(path) if path else {}

@@ -173,7 +173,7 @@ def test_stylized_photos_never_have_their_own_texture():
 
 
 def test_what_is_not_the_class_is_drawn_for_each_photo():
-    """Colour, texture period and strength, contour and light say nothing about the class: equal means in all classes."""
+    """Colour, texture period and strength, contour and light say nothing about the class: equal means in all."""
     drawn = scenes("val")
     for name, tolerance in (
         ("fill", 0.08),
@@ -193,7 +193,7 @@ def test_what_is_not_the_class_is_drawn_for_each_photo():
 
 def test_object_and_ground_are_told_apart_by_their_grey_level_before_tinting():
     colours = [shapes.draw_colours(np.random.default_rng(number)) for number in range(200)]
-    assert all(-0.1 <= colour.min() and colour.max() <= 1.1 for pair in colours for colour in pair)
+    assert all(colour.min() >= -0.1 and colour.max() <= 1.1 for pair in colours for colour in pair)
     assert np.mean([abs(fill.mean() - ground.mean()) > 0.1 for fill, ground in colours]) > 0.9
 
 

@@ -3,6 +3,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+from helpers import TORCHRUN_RANK
 
 from moco import distributed, signals
 from moco.signals import StopSignal
@@ -33,7 +34,8 @@ def test_a_second_interrupt_ends_the_process_at_once():
 
 
 def test_the_end_of_torchrun_counts_as_sigterm(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    for name, value in TORCHRUN_RANK.items():
+        monkeypatch.setenv(name, value)
     stop = StopSignal()
     assert stop.signum == 0
     monkeypatch.setattr(signals.os, "getppid", lambda: 1)

@@ -5,8 +5,8 @@
     python -m tests.benchmarks.effect report --results effect-work/results.jsonl --mechanism effect-work/mechanism.jsonl
 
 `run` trains, probes and tests with the three scripts, as a user would, and appends a JSON line to DIR/results.jsonl for
-each finished run; runs with a line there are not repeated, so that it can be stopped and restarted. `report` rewrites the
-tables between the marks in docs/effect.md. The seeds below were fixed before the first result; none is left out.
+each finished run; runs with a line there are not repeated, so that it can be stopped and restarted. `report` rewrites
+the tables between the marks in docs/effect.md. The seeds below were fixed before the first result; none is left out.
 """
 
 import argparse
@@ -75,7 +75,7 @@ GRID = [
 
 
 def stages(results: dict[str, dict]) -> dict[str, list[Run]]:
-    """All runs, in order. Which settings are plain's best follows from the grid's val accuracies, once they are there."""
+    """All runs, in order. Which settings are plain's best follows from the grid, once its val accuracies are there."""
     queue = {
         "paired": [Run(MAIN, alpha, seed) for seed in SEEDS for alpha in (None, 2)],
         "sweep": [Run(MAIN, alpha, seed) for seed in SEEDS[:3] for alpha in (2.5, 3, 1, 1.5)],

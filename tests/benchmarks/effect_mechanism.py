@@ -138,7 +138,7 @@ def labelled(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def latents(data: Path, split: str, seed: int) -> dict[str, torch.Tensor]:
-    """{"image": centre crops, "colour": their mean (N, 3), "period": its log (N, 1), "texture", "shape": indices (N,)}"""
+    """{"image": centre crops, "colour": mean (N, 3), "period": its log (N, 1), "texture", "shape": indices (N,)}"""
     paths = sorted((data / split).glob("*/*.png"))
     scenes = [
         shapes.scene_of(seed, split, list(shapes.SHAPES).index(path.parent.name), int(path.stem))[0] for path in paths
@@ -154,7 +154,7 @@ def latents(data: Path, split: str, seed: int) -> dict[str, torch.Tensor]:
 
 
 def standardized(train: torch.Tensor, test: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (N, d) and (M, d) by the first's mean and standard deviation, with a column of ones: (N, d+1), (M, d+1)."""
+    """Features (N, d), (M, d) by the first's mean and standard deviation, with a column of ones: (N, d+1), (M, d+1)."""
     mean, deviation = train.mean(0), train.std(0) + 1e-6
     return tuple(F.pad((features - mean) / deviation, (0, 1), value=1.0) for features in (train, test))
 
