@@ -90,7 +90,7 @@ def test_from_imagenet_to_training_with_textures(imagenet, tmp_path):
         tmp_path / "ckpt",
         tmp_path / "imagenet-100-texture",
     )
-    assert "photos left out because they have no texture: 2: " in training.stdout
+    assert "photos skipped because they have no texture: 2: " in training.stdout
     assert (tmp_path / "ckpt" / "checkpoint_0000.pth.tar").exists()
 
 
@@ -328,9 +328,9 @@ def write_fashion_mnist(folder):
 
     folder.mkdir(parents=True)
     for part, count in (("train", 4), ("t10k", 2)):
-        images = b"\0\0\x08\x03" + b"".join(n.to_bytes(4) for n in (count, 28, 28))
+        images = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in (count, 28, 28))
         images += b"".join(bytes([10 * i] * 784) for i in range(count))
-        labels = b"\0\0\x08\x01" + count.to_bytes(4) + bytes(range(count))
+        labels = b"\0\0\x08\x01" + count.to_bytes(4, "big") + bytes(range(count))
         for kind, data in (("images-idx3", images), ("labels-idx1", labels)):
             with gzip.open(folder / f"{part}-{kind}-ubyte.gz", "wb") as file:
                 file.write(data)

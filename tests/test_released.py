@@ -39,7 +39,7 @@ def test_without_gdown_the_link_and_the_place_are_named(cache, monkeypatch):
 
 def test_a_download_is_kept(cache, monkeypatch):
     asked, content = [], io.BytesIO()
-    torch.save({"epoch": 1}, content)
+    torch.save({"state_dict": {"a": torch.ones(1)}}, content)
     content = content.getvalue()
 
     def download(id, output):

@@ -173,7 +173,7 @@ def measure(run: Run, work: Path, data: Path) -> dict:
         "figures": figures,
         "last_epoch": json.loads((folder / "log.jsonl").read_text().splitlines()[-1]),
         "seconds": seconds,
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
     for path in folder.glob("*.pth.tar"):
         if path != head:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import v2
 
-from moco.builder import build_encoder
+from moco.encoders import build_encoder
 
 CROP, PATCH_RATIO = 56, (4, 18)  # px
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
