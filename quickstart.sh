@@ -35,12 +35,12 @@ train() {                   # FOLDER SEED DATA OPTIONS: pre-train and probe, but
   local folder=$out/$1 seed=$2 data=$out/$3 last=checkpoint_$(printf %04d $((epochs - 1))).pth.tar
   shift 3
   [ -e "$folder/$last" ] || pretrain "$@" --seed "$seed" --ckpt_path "$folder" --resume auto "$data" || return
-  [ -e "$folder/done" ] || probe --seed "$seed" --pretrained "$folder/$last" --ckpt_path "$folder" || return
+  [ -e "$folder/done" ] || probe --seed "$seed" --pretrained "$folder/$last" --ckpt_path "$folder" --resume auto || return
   touch "$folder/done"
 }
 
 finished() {                # epochs so far, counted in the time of a probe's; one of pre-training takes three times as long
-  echo $((3 * $(cat "$out"/*/log.jsonl 2> /dev/null | wc -l) + $(cat "$out"/*/output.log 2> /dev/null | grep -c ' val: ')))
+  echo $((3 * $(cat "$out"/*/log.jsonl 2> /dev/null | grep -cv '"probe"') + $(cat "$out"/*/log.jsonl 2> /dev/null | grep -c '"probe"')))
 }
 
 progress() {                # TOTAL: how much of it is done and how long the rest will take, until killed
