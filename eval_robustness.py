@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from moco import classifier, datasets, distributed, images, launch, options, released, report, robustness
+from moco import classifier, datasets, distributed, images, launch, options, released, report, results, robustness
 from moco.distributed import DistContext
 from moco.errors import UsageError, cli_main, is_local_main
 from moco.robustness import TestSet
@@ -210,7 +210,7 @@ def evaluate(
     models = [model.to(ctx.device, memory_format=torch.channels_last) for model in models]
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     distributed.barrier()  # all ranks have read the file before one writes it
-    chosen = {test_set.key: report.unfinished(result, test_set) for test_set in test_sets}
+    chosen = {test_set.key: results.unfinished(result, test_set) for test_set in test_sets}
     todo = [test_set for test_set in test_sets if chosen[test_set.key]]
     if distributed.is_main() and len(todo) < len(test_sets):
         done = len(test_sets) - len(todo)
@@ -225,16 +225,16 @@ def evaluate(
             todo, models, wnids, image_size, args.batch_size, workers, ctx, bar.update, chosen
         ):
             bar.set_description(test_set.key, refresh=False)
-            report.add(result, test_set, scores, image_size, wnids)
+            results.add(result, test_set, scores, image_size, wnids)
             if distributed.is_main():
-                report.save(args.json, result)
+                results.save(args.json, result)
                 if warning := report.unusual_preprocessing(result, test_set, image_size):
                     bar.write(warning, file=sys.stderr)
     if distributed.is_main():
         # In the order of the suites, also after a resumed evaluation.
         result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
         result["table"] = report.by_row(result)
-        report.save(args.json, result)
+        results.save(args.json, result)
         print_report(args, result)
 
 
@@ -262,8 +262,8 @@ def main() -> None:
     directories = {suite: getattr(args, suite) for suite in robustness.SUITES if getattr(args, suite)}
     test_sets = robustness.list_test_sets(directories, wnids, args.limit)
     unknown = robustness.unknown_corruptions(args.corruption) if args.corruption else []
-    result = report.new(rows, pretraining, wnids, image_size, args.limit, unknown)
-    report.reuse_results(args.json, result, test_sets)
+    result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
+    results.reuse_results(args.json, result, test_sets)
     if args.dry_run:
         derived = {
             "checkpoints": len(models),

@@ -27,7 +27,7 @@ from helpers import (
     write_folder,
 )
 
-from moco import checkpoint, distributed, errors, files, metrics, report
+from moco import checkpoint, distributed, errors, files, metrics, results
 from moco.errors import RunError, UsageError, translate_error
 
 SCRIPTS = (PRETRAIN, PROBE, EVALUATE)
@@ -412,7 +412,7 @@ def write_checkpoint(path):
 
 
 def write_report(path):
-    report.save(str(path), {"cells": {}})
+    results.save(str(path), {"cells": {}})
 
 
 def write_log(path):

@@ -8,7 +8,7 @@ import torch
 from helpers import GrayLevels, paint, write_folder
 
 import eval_robustness
-from moco import report, robustness
+from moco import results, robustness
 from moco.distributed import DistContext
 from moco.errors import UsageError
 
@@ -66,7 +66,7 @@ def test_every_column_of_a_miniature_is_computed_by_hand(tmp_path, capsys):
         json=str(tmp_path / "r.json"), limit=None, workers=0, batch_size=3, compare=None, plot=None
     )
     rows = {"right": [str(tmp_path / "m.pth")], "off": [str(tmp_path / "m.pth")]}
-    result = report.new(rows, [{}, {}], WNIDS, 28, None)
+    result = results.new(rows, [{}, {}], WNIDS, 28, None)
     eval_robustness.evaluate(DistContext(), args, models, WNIDS, 28, test_sets, result)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (

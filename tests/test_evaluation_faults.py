@@ -10,7 +10,7 @@ import torch
 from helpers import EVALUATE, PROBE, SMALL_PROBE, refused, run_script, write_folder
 from PIL import Image
 
-from moco import report, robustness
+from moco import report, results, robustness
 from moco.classifier import to_input
 from moco.distributed import DistContext
 from moco.errors import UsageError
@@ -116,14 +116,14 @@ def complete_report(tmp_path):
     """A report with all columns of the published table, complete: 50 images in each of 100 classes."""
     file = tmp_path / "m.pth"
     file.write_bytes(b"weights")
-    made = report.new({"patch-k16384-a2": [str(file)]}, [{}], IMAGENET_100, 224, None)
+    made = results.new({"patch-k16384-a2": [str(file)]}, [{}], IMAGENET_100, 224, None)
     for key in ("val", *ALL_CORRUPTIONS, "sketch", "stylized", "rendition"):
         wnids = IMAGENET_100[:19] if key == "rendition" else IMAGENET_100
         result = {"top1": 50.0, "top1_shared_classes": 60.0, "n": 50 * len(wnids)}
         result["classes"] = {wnid: {"n": 50, "correct": 25} for wnid in wnids}
         labels = [IMAGENET_100.index(wnid) for wnid in wnids for _ in range(50)]
         test_set = robustness.TestSet(key, f"/data/{key}", [f"/data/{key}/x.png"] * len(labels), labels)
-        report.add(made, test_set, [result], 224, IMAGENET_100)
+        results.add(made, test_set, [result], 224, IMAGENET_100)
     return made
 
 
@@ -222,9 +222,9 @@ def make(tmp_path, cells, rows=("mine",), weights="weights", **settings):
         files[row] = [str(tmp_path / f"{row}.pth")]
         (tmp_path / f"{row}.pth").write_text(f"{weights} of {row}")
     options = {"wnids": WNIDS, "image_size": 28, "limit": None} | settings
-    made = report.new(files, [{}] * len(files), **options)
+    made = results.new(files, [{}] * len(files), **options)
     for key, top1 in cells.items():
-        report.add(made, test_set(key), [result(top1 + index) for index in range(len(rows))], 28, WNIDS)
+        results.add(made, test_set(key), [result(top1 + index) for index in range(len(rows))], 28, WNIDS)
     return made
 
 
@@ -235,7 +235,7 @@ def result(top1):
 
 def continued(path, fresh, *keys):
     """The top-1 of the first row that `fresh` takes from the file, by test set."""
-    report.reuse_results(str(path), fresh, [test_set(key) for key in keys])
+    results.reuse_results(str(path), fresh, [test_set(key) for key in keys])
     return {key: cell["results"][0]["top1"] for key, cell in fresh["cells"].items()}
 
 
@@ -243,26 +243,26 @@ def all_results(path):
     """{(checkpoint, test set, settings): top-1} of all results in a file."""
     return {
         (sha, key, str({name: value for name, value in entry.items() if name != "result"})): entry["result"]["top1"]
-        for sha, sets in report._read(str(path)).items()
+        for sha, sets in results._read(str(path)).items()
         for key, entries in sets.items()
         for entry in entries
     }
 
 
 def test_a_renamed_row_is_not_scored_again(tmp_path):
-    report.save(tmp_path / "r.json", make(tmp_path, {"val": 5.0, "sketch": 6.0}))
+    results.save(tmp_path / "r.json", make(tmp_path, {"val": 5.0, "sketch": 6.0}))
     (tmp_path / "moved.pth").write_bytes((tmp_path / "mine.pth").read_bytes())
-    renamed = report.new({"patch-k16384-a2": [str(tmp_path / "moved.pth")]}, [{}], WNIDS, 28, None)
+    renamed = results.new({"patch-k16384-a2": [str(tmp_path / "moved.pth")]}, [{}], WNIDS, 28, None)
     assert continued(tmp_path / "r.json", renamed, "val", "sketch") == {"val": 5.0, "sketch": 6.0}
     assert list(report.by_row(renamed)) == ["patch-k16384-a2"] and renamed["earlier"] == {}
 
 
 def test_only_the_missing_models_of_a_set_are_scored(tmp_path):
-    report.save(tmp_path / "r.json", make(tmp_path, {"val": 5.0}, rows=["a"]))
+    results.save(tmp_path / "r.json", make(tmp_path, {"val": 5.0}, rows=["a"]))
     both = make(tmp_path, {}, rows=["b", "a"])
     assert continued(tmp_path / "r.json", both, "val") == {}
-    assert report.unfinished(both, test_set()) == [0]
-    report.add(both, test_set(), [result(7.0)], 28, WNIDS)
+    assert results.unfinished(both, test_set()) == [0]
+    results.add(both, test_set(), [result(7.0)], 28, WNIDS)
     assert [each["top1"] for each in both["cells"]["val"]["results"]] == [7.0, 5.0] and both["earlier"] == {}
 
 
@@ -289,14 +289,14 @@ OTHERS = {
 def test_a_finished_result_outlives_other_evaluations(tmp_path, other):
     path = tmp_path / "r.json"
     keys = [*ALL_CORRUPTIONS, "val"]
-    report.save(path, make(tmp_path, dict.fromkeys(keys, 5.0)))
+    results.save(path, make(tmp_path, dict.fromkeys(keys, 5.0)))
     before = all_results(path)
     made = OTHERS[other](tmp_path)
     cells = made.pop("cells")
     made["cells"] = {}
     assert continued(path, made, *cells) == {}
     made["cells"] = cells
-    report.save(path, made)
+    results.save(path, made)
     assert all_results(path).items() >= before.items() and len(all_results(path)) == len(before) + 1
     assert continued(path, make(tmp_path, {}), *keys) == dict.fromkeys(keys, 5.0)  # and is taken up again
 
@@ -304,14 +304,14 @@ def test_a_finished_result_outlives_other_evaluations(tmp_path, other):
 @pytest.mark.parametrize("change", ["folder", "number", "names"])
 def test_a_result_on_other_images_is_not_taken(tmp_path, change):
     path = tmp_path / "r.json"
-    report.save(path, make(tmp_path, {"val": 5.0}))
+    results.save(path, make(tmp_path, {"val": 5.0}))
     other = {
         "folder": test_set(folder="/elsewhere"),
         "number": test_set(n=6),
         "names": test_set()._replace(paths=[path.replace(".png", ".jpg") for path in test_set().paths]),
     }[change]
     fresh = make(tmp_path, {})
-    report.reuse_results(str(path), fresh, [other])
+    results.reuse_results(str(path), fresh, [other])
     assert fresh["cells"] == {} and len(fresh["earlier"]) == 1
 
 
@@ -333,15 +333,15 @@ def test_a_file_of_the_first_version_is_taken_where_it_holds(tmp_path, side, reu
     sets = robustness.list_test_sets(directories, WNIDS)
     made = make(tmp_path, {})
     for each in sets:
-        report.add(made, each, [result(5.0) | {"n": 1}], 28, WNIDS)
+        results.add(made, each, [result(5.0) | {"n": 1}], 28, WNIDS)
     old = first_version(made)
     old["cells"]["stylized"]["preprocessing"] = "Resize(32), CenterCrop(28)"
     (tmp_path / "r.json").write_text(json.dumps(old))
     fresh = make(tmp_path, {})
-    report.reuse_results(str(tmp_path / "r.json"), fresh, sets)
+    results.reuse_results(str(tmp_path / "r.json"), fresh, sets)
     assert ("corruption/fog/1" in fresh["cells"]) == reused
     assert ("stylized" in fresh["cells"]) != reused
-    report.save(tmp_path / "r.json", fresh)
+    results.save(tmp_path / "r.json", fresh)
     assert len(all_results(tmp_path / "r.json")) == 2
 
 
@@ -368,7 +368,7 @@ def test_a_file_that_is_not_its_own_is_refused_and_kept(tmp_path, kind):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     before = path.read_bytes()
     with pytest.raises(UsageError, match="name another file"):
-        report.reuse_results(str(path), make(tmp_path, {}), [test_set()])
+        results.reuse_results(str(path), make(tmp_path, {}), [test_set()])
     assert path.read_bytes() == before
 
 
@@ -377,7 +377,7 @@ def test_an_empty_or_absent_file_is_a_new_one(tmp_path):
     for name in ("empty.json", "absent.json"):
         assert continued(tmp_path / name, make(tmp_path, {}), "val") == {}
     with pytest.raises(UsageError, match="not a regular file"):
-        report.reuse_results("/dev/null", make(tmp_path, {}), [test_set()])
+        results.reuse_results("/dev/null", make(tmp_path, {}), [test_set()])
 
 
 ODD_VALUES = {
@@ -400,7 +400,7 @@ def test_an_odd_value_is_named_with_its_place(tmp_path, name, value):
     made["cells"]["val"]["results"][0][name] = value
     (tmp_path / "r.json").write_text(json.dumps(made))
     with pytest.raises(UsageError, match=r"cells\.val\.results\[0\]"):
-        report.reuse_results(str(tmp_path / "r.json"), make(tmp_path, {}), [test_set()])
+        results.reuse_results(str(tmp_path / "r.json"), make(tmp_path, {}), [test_set()])
 
 
 def mutated(content, rng):
@@ -436,7 +436,7 @@ def fuzz_json(tmp_path, seed, count):
     """Damage a file `count` times: each is refused with one line, or all that it holds is kept and shown."""
     rng = random.Random(seed)
     made = make(tmp_path, {"val": 5.0, "corruption/fog/1": 6.0, "sketch": 7.0}, rows=["a", "b"])
-    report.save(tmp_path / "r.json", made)
+    results.save(tmp_path / "r.json", made)
     other = make(tmp_path, {}, rows=["b"])
     continued(tmp_path / "r.json", other, "val")
     other["table"] = report.by_row(other)
@@ -458,10 +458,10 @@ def fuzz_json(tmp_path, seed, count):
         taken += bool(figures)
         before = {(sha, key, top1) for (sha, key, _), top1 in all_results(path).items()}
         for key in ("val", "corruption/fog/1", "sketch"):
-            if report.unfinished(fresh, test_set(key)):
-                lacking = len(report.unfinished(fresh, test_set(key)))
-                report.add(fresh, test_set(key), [result(1.0)] * lacking, 28, WNIDS)
-        report.save(path, fresh)
+            if results.unfinished(fresh, test_set(key)):
+                lacking = len(results.unfinished(fresh, test_set(key)))
+                results.add(fresh, test_set(key), [result(1.0)] * lacking, 28, WNIDS)
+        results.save(path, fresh)
         assert {(sha, key, top1) for (sha, key, _), top1 in all_results(path).items()} >= before, (number, text)
         assert report.table(fresh) and report.notes(fresh)
     return taken

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from moco import report
+from moco import report, results
 from moco.errors import UsageError
 from moco.robustness import STANDARD, TestSet
 
@@ -24,9 +24,9 @@ def make(tmp_path, rows, cells, limit=None):
             file.write(path)
     plain, patch = {"moco_k": 16384, "alpha": 2.0, "num_nonsem": 0}, {"moco_k": 16384, "alpha": 2.0, "num_nonsem": 1}
     pretraining = [{"plain": plain, "patch": patch}.get(name, {}) for name, paths in files.items() for _ in paths]
-    made = report.new(files, pretraining, WNIDS, 28, limit)
+    made = results.new(files, pretraining, WNIDS, 28, limit)
     for key, values in cells.items():
-        report.add(
+        results.add(
             made,
             TestSet(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]),
             [value if isinstance(value, dict) else result(value) for value in values],
@@ -177,25 +177,25 @@ def test_shared_classes_are_a_column_only_where_they_differ(tmp_path):
 def test_an_interrupted_report_is_continued_and_no_other_is(tmp_path):
     path = tmp_path / "r.json"
     whole = make(tmp_path, {"a": 1}, {"val": [5.0], "sketch": [6.0]})
-    report.save(path, whole)
+    results.save(path, whole)
     cells = [TestSet(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]) for key in ("val", "sketch", "rendition")]
 
     def continued(cells=cells, **settings):
         fresh = make(tmp_path, {"a": 1}, {}, **settings)
-        report.reuse_results(path, fresh, cells)
+        results.reuse_results(path, fresh, cells)
         return fresh["cells"]
 
     assert continued() == json.loads(json.dumps(whole["cells"]))
     assert continued(limit=1) == {}  # another setting
     assert continued([cells[0]._replace(folder="/elsewhere")]) == {} == continued([cells[0]._replace(labels=[0])])
     (tmp_path / "a0.pth").write_text("trained on")
-    changed = report.new({"a": [str(tmp_path / "a0.pth")]}, [{}], WNIDS, 28, None)
-    report.reuse_results(path, changed, cells)
+    changed = results.new({"a": [str(tmp_path / "a0.pth")]}, [{}], WNIDS, 28, None)
+    results.reuse_results(path, changed, cells)
     assert changed["cells"] == {}  # another checkpoint of the same name
     path.write_text("half a fi")
     with pytest.raises(UsageError, match="cannot be read as JSON"):
         continued()
-    report.reuse_results(tmp_path / "nowhere.json", changed, cells)
+    results.reuse_results(tmp_path / "nowhere.json", changed, cells)
 
 
 def test_plot_draws_every_corruption(tmp_path):
