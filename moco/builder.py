@@ -26,7 +26,7 @@ def contrastive_logits(
     """
     positive = (q * k).sum(dim=1, keepdim=True)  # N×1
     negative = q @ queue  # N×K
-    nonsemantic = alpha * (t @ q.unsqueeze(2)).squeeze(2)  # N×n
+    nonsemantic = alpha * (t * q.unsqueeze(1)).sum(dim=2)  # N×n; a bmm here would need a C compiler on CUDA
     return torch.cat([positive, negative, nonsemantic], dim=1) / temperature
 
 
@@ -124,5 +124,5 @@ def similarities(q: torch.Tensor, k: torch.Tensor, t: torch.Tensor, queue: torch
     center = q.mean(dim=0)
     cosines = {"q_k": (q * k).sum(dim=1).mean()}
     if t.shape[1]:
-        cosines["q_t"] = (t @ q.unsqueeze(2)).mean()
+        cosines["q_t"] = (t * q.unsqueeze(1)).sum(dim=2).mean()
     return cosines | {"q_queue": center @ queue.mean(dim=1), "spread": 1 - center.square().sum()}

@@ -77,6 +77,29 @@ def test_a_whole_step_never_looks_at_values(robust, count):
     assert means.sums.device.type == "meta" and means.steps == 2
 
 
+class NoOuterProducts(TorchDispatchMode):
+    """Refuses a bmm with an inner size of 1, which PyTorch 2.14 gives to Triton on CUDA: that needs a C compiler."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.bmm.default and args[0].shape[2] == 1:
+            raise RuntimeError(f"bmm of {tuple(args[0].shape)} and {tuple(args[1].shape)}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("robust, count", CASES)
+def test_a_step_multiplies_no_outer_products(robust, count):
+    model = build("meta")
+    with NoOuterProducts():
+        logits, labels = forward(model, "meta", robust, count)
+        F.cross_entropy(logits, labels).backward()
+
+
+def test_an_outer_product_is_found():
+    t, q = torch.randn(4, 1, 8, device="meta"), torch.randn(4, 8, device="meta", requires_grad=True)
+    with pytest.raises(RuntimeError, match="bmm of"), NoOuterProducts():
+        (t @ q.unsqueeze(2)).sum().backward()
+
+
 FAULTS = {
     "mixed add": lambda x: x + torch.ones(3, device="cpu"),
     "cpu index": lambda x: x[torch.tensor([0, 2], device="cpu")],
