@@ -195,7 +195,7 @@ def check_resume(
         raise UsageError(f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue")
     checkpoint.check_data_order(saved, source, args.seed, sampler.num_images, sampler.global_batch_size)
     shapes = [own[name] for name in checkpoint.FC_KEYS] * heads
-    contents.check_optimizer(saved.get("optimizers") or saved["optimizer"], source, shapes)
+    contents.check_optimizer(saved["optimizers"] if "optimizers" in saved else saved["optimizer"], source, shapes)
 
 
 def find_backbone(args: argparse.Namespace, pretrained: Mapping) -> tuple[dict, str]:

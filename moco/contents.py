@@ -60,6 +60,7 @@ RULES = {
     "options": DICT,
     "pretraining": (lambda v: v is None or DICT[0](v), "None or a dict with text keys"),
     "scaler": DICT,
+    "pretrained": (lambda v: isinstance(v, str), "a text"),
 }
 OPTION_RULES = {  # of `options` and `pretraining`: those that are read
     "moco_k": _int(1, 2**31),

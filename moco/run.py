@@ -78,7 +78,9 @@ class Run:
         """
         self.epoch, self.step = saved.get("epoch", start_epoch), saved.get("step", 0)
         if saved:
-            checkpoint.load_optimizer(self.optimizer, saved.get("optimizers") or saved.get("optimizer"))
+            checkpoint.load_optimizer(
+                self.optimizer, saved["optimizers"] if "optimizers" in saved else saved.get("optimizer")
+            )
             if self.scaler is not None and saved.get("scaler"):  # empty if it was saved in another precision
                 self.scaler.load_state_dict(saved["scaler"])
             self.unreadable.known = dict(saved.get("bad_images", {}))
@@ -138,7 +140,7 @@ class Run:
             raise trouble
         if troubled:
             distributed.barrier()  # until the rank in trouble ends, which reports it
-        exit_on_signal(signum, f"in epoch {self.epoch} after step {self.step}", now=True)
+        exit_on_signal(signum, f"in epoch {self.epoch} after step {self.step}")
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -7,9 +7,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from moco import distributed
-from moco.errors import exit_now
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is what Slurm is asked to send
 
@@ -81,17 +81,12 @@ class StopSignal:
             self._child_ended = True
 
 
-def exit_on_signal(signum: int, where: str, now: bool = False) -> None:
-    """End all processes with exit code 128 + signum, as shells expect, once rank 0 has saved.
-
-    now: without waiting for the loading processes, which may be stuck.
-    """
+def exit_on_signal(signum: int, where: str) -> NoReturn:
+    """End all processes with exit code 128 + signum, as shells expect, once rank 0 has saved."""
     distributed.barrier()
     if distributed.is_main():
         with contextlib.suppress(BrokenPipeError):
             print(f"stopped by {signal.Signals(signum).name} {where}, saved; continue with --resume auto", flush=True)
-    if now:
-        exit_now(128 + signum)
     sys.exit(128 + signum)
 
 
@@ -116,3 +111,10 @@ def _ignore_signals(exiting, worker_id: int) -> None:
     for signum in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminate)
+    sys.excepthook = _without_lost_connections
+
+
+def _without_lost_connections(kind, error, trace) -> None:
+    """A signal may stop the training process while it takes over a batch: the other end of that is no error."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
