@@ -102,7 +102,7 @@ def test_draws_have_torchvisions_distribution():
     assert sigma.mean().item() == pytest.approx(1.05, abs=0.02)
 
 
-def test_all_24_orders_of_the_colour_operations_are_equally_likely():
+def test_all_24_orders_of_colour_operations_are_equally_likely():
     n = 24000
     params = augment.draw(augment.V2, n, np.random.default_rng(3))
     orders = {}

@@ -61,7 +61,7 @@ def test_a_head_is_scored_only_on_its_own_classes():
             classifier.check_classes(saved, data, "file")
 
 
-def test_a_linear_checkpoint_loads_with_a_head_as_wide_as_its_own(tmp_path):
+def test_a_linear_checkpoint_loads_with_a_head_of_its_width(tmp_path):
     saved = linear_checkpoint(1000, best_acc1=torch.tensor(77.0))
     torch.save(saved, tmp_path / "model_best_0199.pth.tar")
     model, loaded = classifier.load_classifier(tmp_path / "model_best_0199.pth.tar")

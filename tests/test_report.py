@@ -52,7 +52,7 @@ def test_rows_tell_the_queue_and_alpha_of_their_pretraining(tmp_path):
     assert lines[2:] == ["| plain | 16384 | – | 1.00 |", "| patch | 16384 | 2 | 2.00±0.00 |"]
 
 
-def test_columns_are_in_the_published_order_and_the_others_follow(tmp_path):
+def test_columns_are_in_the_published_order_others_follow(tmp_path):
     bias = result(5.0, shape_bias=30.0)
     cells = {
         "stylized": [bias],
