@@ -424,25 +424,6 @@ def test_newlines_in_names_do_not_break_messages(runs, tmp_path):
     assert "two lines.pth.tar" in refused(PROBE, "-b", 3, "--pretrained", path, "--ckpt_path", tmp_path, runs / "data")
 
 
-def test_momenta_get_the_layout_of_their_weights():
-    """Published momenta are contiguous; fused SGD with channels_last weights took wrong steps with them on a CPU."""
-    torch.manual_seed(0)
-    conv = torch.nn.Conv2d(3, 8, 3)
-    other = copy.deepcopy(conv).to(memory_format=torch.channels_last)
-    one = torch.optim.SGD(conv.parameters(), 0.1, momentum=0.9)
-    conv(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(1))).sum().backward()
-    one.step()
-    two = torch.optim.SGD(other.parameters(), 0.1, momentum=0.9, fused=True)
-    checkpoint.load_optimizer(two, copy.deepcopy(one.state_dict()))
-    other.load_state_dict(conv.state_dict())
-    for network in (conv, other):
-        network.zero_grad()
-        network(torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(2))).square().sum().backward()
-    one.step(), two.step()
-    torch.testing.assert_close(conv.weight, other.weight)
-    assert two.state[other.weight]["momentum_buffer"].is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.slow
 def test_a_resumed_probe_keeps_the_momenta_of_all_heads(runs, tmp_path):
     options = [*SMALL_PROBE, "--lr", 0.1, 1, "--pretrained", runs / "pre" / "checkpoint_0001.pth.tar", runs / "data"]
