@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers import unit, write_folder
+from helpers import run_ranks, unit, write_folder
 
 from moco import checkpoint, classifier, datasets, loader
 from moco.distributed import DistContext
@@ -168,3 +168,24 @@ def test_knn_replaces_an_unreadable_image_by_one_of_its_class(tmp_path, monkeypa
     (batches,) = classifier.knn_loaders([folder], 16, 4, 0, DistContext())
     ((images, labels),) = list(batches)
     assert labels.tolist() == [0, 0, 1, 1] and torch.equal(images[0], images[1])
+
+
+def knn_with_own_statistics(ctx):
+    """kNN accuracy where rank 1's BatchNorm statistics are far from rank 0's; each rank has every second image."""
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet10", 4)
+    if ctx.rank:
+        encoder.norm.running_mean += torch.linspace(-50, 50, 256)
+        encoder.norm.running_var *= 100
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(24) % 3
+    share = slice(ctx.rank, None, ctx.world_size)
+    batches = [(images[share], labels[share])]
+    return classifier.knn_accuracy(encoder, batches, batches, 3, ctx.device), encoder.norm.running_mean
+
+
+def test_knn_uses_one_ranks_statistics_for_all_images(tmp_path):
+    alone, statistics = knn_with_own_statistics(DistContext())
+    for accuracy, mean in run_ranks(2, tmp_path, knn_with_own_statistics)["knn_with_own_statistics"]:
+        assert accuracy == pytest.approx(alone) and torch.equal(mean, statistics)
