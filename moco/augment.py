@@ -181,9 +181,8 @@ def gaussian_blur(x: torch.Tensor, sigma: np.ndarray, max_sigma: float) -> torch
     tile = min(16, size - radius)
     window = tile + 2 * radius
     offset = torch.arange(window, device=x.device).view(-1, 1) - radius - torch.arange(tile, device=x.device)
-    matrix = torch.exp(
-        -0.5 * (offset / _per_image(sigma, x).clamp(min=0.05)).square()
-    )  # at 0.05 px neighbours have weight 0
+    # At 0.05 px neighbours have weight 0.
+    matrix = torch.exp(-0.5 * (offset / _per_image(sigma, x).clamp(min=0.05)).square())
     matrix = (matrix * (offset.abs() <= radius)).view(n, window, tile)
     matrix /= matrix.sum(dim=1, keepdim=True)
     for _ in range(2):  # along the rows, then along the columns

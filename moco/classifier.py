@@ -204,9 +204,8 @@ def knn_predict(
     """
     cosine, nearest = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
     votes = torch.zeros(len(queries), classes, device=queries.device)
-    votes.scatter_add_(
-        1, labels[nearest], ((cosine - 1) / temperature).exp()
-    )  # -1: a common factor that avoids overflow
+    # The -1 is a common factor that avoids overflow.
+    votes.scatter_add_(1, labels[nearest], ((cosine - 1) / temperature).exp())
     return votes.argmax(dim=1)
 
 
@@ -238,9 +237,8 @@ def knn_accuracy(
     """
     was_training = encoder.training
     encoder.eval()
-    distributed.broadcast_buffers(
-        encoder
-    )  # one rank's BatchNorm statistics for all: rank 0's, which are the saved ones
+    # One rank's BatchNorm statistics for all images: rank 0's, which are the saved ones.
+    distributed.broadcast_buffers(encoder)
     bank, labels = (distributed.gather_uneven(share) for share in fc_inputs(encoder, train_batches, device))
     queries, targets = fc_inputs(encoder, val_batches, device)
     encoder.train(was_training)

@@ -36,9 +36,8 @@ def patch_negatives(
         )
         d = d.view(-1, count, 1)
         tile, inside = pixels // d, pixels % d  # n×count×S: the tile of each row (column), and the place in it
-        tile = (
-            (tile.unsqueeze(3) * tiles + tile.unsqueeze(2)).flatten(2).unsqueeze(2)
-        )  # n×count×1×S²: each pixel's tile
+        # n×count×1×S²: each pixel's tile
+        tile = (tile.unsqueeze(3) * tiles + tile.unsqueeze(2)).flatten(2).unsqueeze(2)
         top, left = offset.flatten(3).gather(3, tile.expand(-1, -1, 2, -1)).unflatten(3, (size, size)).unbind(2)
         source = (top + inside.unsqueeze(3)) * size + left + inside.unsqueeze(2)  # n×count×S×S: each pixel's source
         source = source.flatten(2).unsqueeze(2).expand(-1, -1, channels, -1)

@@ -97,9 +97,8 @@ def leave_signals_to_trainer() -> Callable[[int], None]:
     step; they end on SIGTERM only once the training process is exiting.
     """
     exiting = multiprocessing.RawValue("b", 0)
-    multiprocessing.util.Finalize(
-        None, setattr, (exiting, "value", 1), exitpriority=0
-    )  # before children are terminated
+    # Set before the children are terminated.
+    multiprocessing.util.Finalize(None, setattr, (exiting, "value", 1), exitpriority=0)
     return functools.partial(_ignore_signals, exiting)
 
 
