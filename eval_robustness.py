@@ -231,11 +231,15 @@ def evaluate(
                 if warning := report.unusual_preprocessing(result, test_set, image_size):
                     bar.write(warning, file=sys.stderr)
     if distributed.is_main():
-        # In the order of the suites, also after a resumed evaluation.
-        result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
-        result["table"] = report.by_row(result)
-        results.save(args.json, result)
-        print_report(args, result)
+        finish(args, test_sets, result)
+
+
+def finish(args: argparse.Namespace, test_sets: list[TestSet], result: dict) -> None:
+    # In the order of the suites, also after a resumed evaluation.
+    result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
+    result["table"] = report.by_row(result)
+    results.save(args.json, result)
+    print_report(args, result)
 
 
 def print_report(args: argparse.Namespace, result: Mapping) -> None:

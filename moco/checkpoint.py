@@ -139,14 +139,8 @@ def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> Backb
     if not state:
         raise UsageError(f"{source}: it holds no backbone weights")
     own = {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}
-    children = {str(i): name for i, (name, _) in enumerate(network.named_children())}
-    for prefix in _prefixes(state, next(iter(own)), children):
-        found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        if not found.keys() & own.keys():
-            found = {_by_name(name, children): value for name, value in found.items()}
-        if all(name in found or name.endswith(COUNTER) for name in own):
-            break
-    else:
+    found, prefix = _named_as(network, list(own), state)
+    if not found:
         names = ", ".join(list(state)[:2])
         raise UsageError(f"{source}: it holds no weights of this --arch ({names}, …); check --arch")
     modules = {name.split(".")[0] for name in own}
@@ -158,6 +152,18 @@ def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> Backb
         weights.setdefault(name, torch.zeros_like(value, device="cpu"))
     where = f"{container + ': ' if container else ''}{prefix}*"
     return Backbone(weights, f"{len(weights)} tensors from {where}, {len(state) - len(weights)} others left out")
+
+
+def _named_as(network: nn.Module, own: list[str], state: Mapping) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors under the first prefix that has all of the network's names, and that prefix; ({}, "") if none has."""
+    children = {str(i): name for i, (name, _) in enumerate(network.named_children())}
+    for prefix in _prefixes(state, own[0], children):
+        found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if not found.keys() & set(own):
+            found = {_by_name(name, children): value for name, value in found.items()}
+        if all(name in found or name.endswith(COUNTER) for name in own):
+            return found, prefix
+    return {}, ""
 
 
 def _tensors_of(checkpoint: Mapping) -> tuple[dict[str, torch.Tensor], str]:

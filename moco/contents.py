@@ -41,6 +41,7 @@ TEXT = (lambda v: isinstance(v, str) and v != "", "a text")
 PERCENT = _number(-1, 100)  # -1: no epoch is over yet
 DICT = (lambda v: isinstance(v, dict) and all(isinstance(name, str) for name in v), "a dict with text keys")
 NAMES = _list_of(TEXT, distinct=True)
+STEPS = _int(1, 2**31)
 RULES = {
     "epoch": _int(0, 2**31),
     "step": _int(0, 2**31),
@@ -109,16 +110,21 @@ def _check_within_epoch(saved: Mapping, source: str) -> None:
     steps = saved["images"] // saved["images_per_step"]
     if saved["step"] > steps:  # as many: saved before the evaluation at the end
         raise UsageError(f"{source}: its step is {saved['step']}, but an epoch has {steps} steps")
-    means = saved["means"]
-    sound = isinstance(means, dict) and {"names", "sums", "steps"} <= means.keys()
-    sound = sound and NAMES[0](means["names"]) and type(means["steps"]) is int and means["steps"] > 0
-    sizes = means.get("sizes", [None] * len(means["names"])) if sound else []
-    sound = sound and isinstance(sizes, (list, tuple)) and len(sizes) == len(means["names"])
-    sound = sound and all(size is None or type(size) is int and size > 0 for size in sizes)
-    width = sum(size or 1 for size in sizes) if sound else 0
-    sums = means["sums"] if sound else None
-    if not (isinstance(sums, torch.Tensor) and is_dense(sums) and sums.dim() == 2 and sums.shape[1] == width):
+    if not _is_running_means(saved["means"]):
         raise UsageError(f"{source}: its means are not those of a run within an epoch")
+
+
+def _is_running_means(means: object) -> bool:
+    """Whether this is a state of metrics.RunningMeans: names, their sizes (once there were none), sums, steps."""
+    if not isinstance(means, dict) or not {"names", "sums", "steps"} <= means.keys() or not NAMES[0](means["names"]):
+        return False
+    sizes, sums = means.get("sizes", [None] * len(means["names"])), means["sums"]
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != len(means["names"]):
+        return False
+    if not all(size is None or STEPS[0](size) for size in sizes) or not STEPS[0](means["steps"]):
+        return False
+    width = sum(size or 1 for size in sizes)
+    return isinstance(sums, torch.Tensor) and is_dense(sums) and sums.dim() == 2 and sums.shape[1] == width
 
 
 def check_optimizer(saved: Mapping, source: str, parameters: Sequence[torch.Tensor]) -> None:

@@ -175,30 +175,40 @@ def translate_error(error: BaseException) -> RunError | None:
             f"the processes can no longer reach each other ({first_line(text)}); look for the first message of the"
             " others, then continue with --resume auto"
         )
-    if getattr(error, "errno", None) == errno.EAGAIN or any(sign in text for sign in NO_PROCESS_SIGNS):
-        return RunError(NO_PROCESS_LEFT)
-    if getattr(error, "errno", None) == errno.ENOSPC:
-        return RunError(
-            f"no space left ({error}): on /dev/shm or on the disk; free some, or use -j 0 if it is /dev/shm"
-        )
-    if isinstance(error, OSError) and any(os.strerror(number) in text for number in DATA_GONE):
-        return RunError(
-            f"a file system no longer answers ({first_line(text)}); mount it again, then continue with --resume auto"
-        )
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-        return RunError(f"too many open files ({first_line(text)}); raise the limit (ulimit -n), or use a smaller -j")
-    if isinstance(error, (ConnectionError, EOFError)):  # while a worker was handing over a batch
-        return RunError(WORKER_KILLED)
-    if "DataLoader worker" in text or "shared memory" in text:
-        if any(sign in text for sign in SHARED_MEMORY_SIGNS):
-            return RunError(SHARED_MEMORY_FULL)
-        if "is killed by signal" in text or "exited unexpectedly" in text:
-            return RunError(WORKER_KILLED)
+    message = _system_message(error, text) or _loading_message(error, text)
+    if message:
+        return RunError(message)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return RunError(
             f"out of memory ({first_line(text) or 'MemoryError'}); use a smaller --batch-size or --moco-k,"
             " or --precision bf16"
         )
+    return None
+
+
+def _system_message(error: BaseException, text: str) -> str | None:
+    """What a limit of the system that was reached means."""
+    number = getattr(error, "errno", None)
+    if number == errno.EAGAIN or any(sign in text for sign in NO_PROCESS_SIGNS):
+        return NO_PROCESS_LEFT
+    if number == errno.ENOSPC:
+        return f"no space left ({error}): on /dev/shm or on the disk; free some, or use -j 0 if it is /dev/shm"
+    if isinstance(error, OSError) and any(os.strerror(gone) in text for gone in DATA_GONE):
+        return f"a file system no longer answers ({first_line(text)}); mount it again, then continue with --resume auto"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"too many open files ({first_line(text)}); raise the limit (ulimit -n), or use a smaller -j"
+    return None
+
+
+def _loading_message(error: BaseException, text: str) -> str | None:
+    """What an error of handing over a batch means."""
+    if isinstance(error, (ConnectionError, EOFError)):
+        return WORKER_KILLED
+    if "DataLoader worker" in text or "shared memory" in text:
+        if any(sign in text for sign in SHARED_MEMORY_SIGNS):
+            return SHARED_MEMORY_FULL
+        if "is killed by signal" in text or "exited unexpectedly" in text:
+            return WORKER_KILLED
     return None
 
 

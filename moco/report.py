@@ -150,31 +150,35 @@ def differences(report: Mapping) -> list[str]:
 
 def notes(report: Mapping) -> list[str]:
     """A line per column: its images and preprocessing, and what is unexpected or missing."""
-    lines = []
-    for suite, title in TITLES.items():
-        cells = [cell for key, cell in report["cells"].items() if key.split("/")[0] == suite]
-        if not cells:
-            continue
-        preprocessing = "; ".join(dict.fromkeys(cell["preprocessing"] for cell in cells))
-        line = f"{title}: {sum(cell['n'] for cell in cells)} images, {preprocessing}"
-        if suite == "corruption":
-            line += f", {len(cells)} corruptions × severities"
-            if missing(report):
-                line += f"; partial, {len(missing(report))} of 75 are missing ({', '.join(missing(report)[:3])}, …)"
-            if _resized(report):
-                line += (
-                    f"; RESIZED: images of {len(_resized(report))} of these do not have the crop's"
-                    f" {report['image_size']} px, so the figure is not comparable with ImageNet-C's"
-                )
-        if suite == "stylized" and "Resize" not in preprocessing:
-            line += " (not resized: the images have the crop's size already)"
-        odd = next((cell["warning"] for cell in cells if cell["warning"]), "")
-        lines.append(line + (f"; unexpected: {odd}" if odd and not report["limit"] else ""))
+    lines = [_note(report, suite) for suite in TITLES if _cells(report, suite)]
     if report.get("not_evaluated"):
         lines.append(not_evaluated(report["not_evaluated"]))
     if report["limit"]:
         lines.append(f"partial evaluation: only the first {report['limit']} images of each class (--limit)")
     return lines
+
+
+def _cells(report: Mapping, suite: str) -> list[dict]:
+    return [cell for key, cell in report["cells"].items() if key.split("/")[0] == suite]
+
+
+def _note(report: Mapping, suite: str) -> str:
+    cells = _cells(report, suite)
+    preprocessing = "; ".join(dict.fromkeys(cell["preprocessing"] for cell in cells))
+    line = f"{TITLES[suite]}: {sum(cell['n'] for cell in cells)} images, {preprocessing}"
+    if suite == "corruption":
+        line += f", {len(cells)} corruptions × severities"
+        if missing(report):
+            line += f"; partial, {len(missing(report))} of 75 are missing ({', '.join(missing(report)[:3])}, …)"
+        if _resized(report):
+            line += (
+                f"; RESIZED: images of {len(_resized(report))} of these do not have the crop's"
+                f" {report['image_size']} px, so the figure is not comparable with ImageNet-C's"
+            )
+    if suite == "stylized" and "Resize" not in preprocessing:
+        line += " (not resized: the images have the crop's size already)"
+    odd = next((cell["warning"] for cell in cells if cell["warning"]), "")
+    return line + (f"; unexpected: {odd}" if odd and not report["limit"] else "")
 
 
 def unusual_preprocessing(report: Mapping, test_set: TestSet, image_size: int) -> str:
@@ -216,7 +220,7 @@ def check_published(rows: Iterable[str]) -> None:
 
 def incomplete(report: Mapping, suite: str) -> str:
     """Why the figure of a suite cannot be compared with the published one; "" if it can."""
-    cells = [cell for key, cell in report["cells"].items() if key.split("/")[0] == suite]
+    cells = _cells(report, suite)
     if not cells:
         return "not tested"
     if report["limit"]:
@@ -229,16 +233,19 @@ def incomplete(report: Mapping, suite: str) -> str:
         return f"{len(missing(report))} of 75 corruptions × severities are missing"
     if suite == "corruption" and _resized(report):
         return f"images of another size than {PUBLISHED_SIZE} px, for example in {_resized(report)[0]}"
+    return next(filter(None, (_odd_counts(cell, suite) for cell in cells)), "")
+
+
+def _odd_counts(cell: Mapping, suite: str) -> str:
+    """How a cell's classes and images differ in number from the published set; "" if they do not."""
     classes = RENDITION_CLASSES if suite == "rendition" else PUBLISHED_CLASSES
     expected = robustness.EXPECTED_COUNTS.get(suite, RENDITION_COUNTS)
-    for cell in cells:
-        counts = {wnid: count["n"] for wnid, count in cell["results"][0]["classes"].items()}
-        if len(counts) != classes:
-            return f"{cell['n']} images of {len(counts)} classes, published: {classes} classes"
-        if odd := [f"{wnid} has {n}" for wnid, n in counts.items() if n not in expected]:
-            usual = f"{expected[0]} to {expected[-1]}" if len(expected) > 1 else expected[0]
-            return f"{len(odd)} classes do not have {usual} images, for example {odd[0]}"
-    return ""
+    counts = {wnid: count["n"] for wnid, count in cell["results"][0]["classes"].items()}
+    if len(counts) != classes:
+        return f"{cell['n']} images of {len(counts)} classes, published: {classes} classes"
+    odd = [f"{wnid} has {n}" for wnid, n in counts.items() if n not in expected]
+    usual = f"{expected[0]} to {expected[-1]}" if len(expected) > 1 else expected[0]
+    return f"{len(odd)} classes do not have {usual} images, for example {odd[0]}" if odd else ""
 
 
 def comparison(report: Mapping) -> str:
@@ -253,19 +260,26 @@ def comparison(report: Mapping) -> str:
         return "\n".join(["--compare paper: no column is complete", *remarks])
     grid = [["", *(TITLES[suite] for suite in suites)]]
     for name, row in by_row(report).items():
-        paper, ours = published()[name], {suite: row[TITLES[suite]] for suite in suites}
-        grid.append([f"{name}, measured here", *(mean_std(ours[suite]) for suite in suites)])
-        grid.append([f"{name}, paper", *("{:.2f}±{:.2f}".format(*paper[suite]) for suite in suites)])
-        distances = [(statistics.fmean(ours[suite]) - paper[suite][0]) / paper[suite][1] for suite in suites]
-        grid.append(["difference in the paper's std", *(f"{distance:+.1f}" for distance in distances)])
-        if paper["note"]:
-            remarks.append(f"{name}: {paper['note']}")
+        grid += _beside_paper(name, {suite: row[TITLES[suite]] for suite in suites})
+        if note := published()[name]["note"]:
+            remarks.append(f"{name}: {note}")
     if "stylized" in suites:
         used = report["cells"]["stylized"]["preprocessing"]
         remarks.append(f"Stylized: measured here with {used}; the paper does not tell which preprocessing it used")
     if report["wnids_sha256"] != IMAGENET_100_SHA256:
         remarks.append("the classes are not those of preprocess/imagenet_100.txt, which the paper's are taken to be")
     return "\n".join([_markdown(grid), *remarks])
+
+
+def _beside_paper(name: str, ours: Mapping[str, Sequence[float]]) -> list[list[str]]:
+    """Three lines of a table: our {suite: a figure per run}, the paper's, and their distance."""
+    paper = published()[name]
+    distances = [(statistics.fmean(runs) - paper[suite][0]) / paper[suite][1] for suite, runs in ours.items()]
+    return [
+        [f"{name}, measured here", *map(mean_std, ours.values())],
+        [f"{name}, paper", *("{:.2f}±{:.2f}".format(*paper[suite]) for suite in ours)],
+        ["difference in the paper's std", *(f"{distance:+.1f}" for distance in distances)],
+    ]
 
 
 def plot(report: Mapping, path: str) -> None:
