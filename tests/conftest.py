@@ -1,9 +1,13 @@
 """Tiers and fixtures."""
 
+import signal
+
 import pytest
 import torch
 from helpers import write_folder
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a job in the background; the scripts would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # the same rounding everywhere, and no spinning on busy cores
 
 
