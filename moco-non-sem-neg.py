@@ -340,10 +340,10 @@ def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> N
 
 
 def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
-    """Draw the views of eight training images."""
+    """Draw the views of up to eight training images."""
     seed = distributed.resolve_seed(args.seed, {}, torch.device("cpu"))
     dataset = RetryDataset(TwoCrops(data.photos, args.image_size, data.textures), data.labels)
-    sampler = GlobalBatchSampler(len(dataset), min(8, len(dataset)), seed, DistContext())
+    sampler = GlobalBatchSampler(len(dataset), min(8, args.batch_size, len(dataset)), seed, DistContext())
     crops, _ = next(iter(loader.train_loader(dataset, sampler, 0, torch.device("cpu"))))
     rng = distributed.derive_rng(seed, 0, 0, 0)
     views.save_views(args.preview, *make_views(crops, rng, args, torch.device("cpu")), title=f"{args.robust} negative")
