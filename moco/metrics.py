@@ -86,7 +86,7 @@ def read_jsonl(path: str) -> tuple[list[dict], int]:
         for line in file:
             try:
                 record = json.loads(line) if line.endswith(b"\n") else None
-            except ValueError:
+            except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict) and type(record.get("epoch")) is int:
                 records.append(record)

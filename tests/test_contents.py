@@ -368,6 +368,41 @@ def test_damaged_log_lines_are_dropped_and_counted(tmp_path, damage):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [json.loads(sound[0]), json.loads(sound[2])]
 
 
+def random_log(rng):
+    """Lines of a log, some of them damaged in one of many ways; the epochs of the sound ones of pre-training."""
+    lines, epochs = [], []
+    for epoch in range(rng.randrange(6)):
+        line = json.dumps({"epoch": epoch, "loss": rng.random()}).encode() + b"\n"
+        kind = rng.randrange(8)
+        if kind == 0:
+            line = line[: rng.randrange(len(line))] + b"\n"
+        elif kind == 1:
+            line = bytes(rng.randrange(256) for _ in range(rng.randrange(40))).replace(b"\n", b"") + b"\n"
+        elif kind == 2:
+            line = json.dumps(rng.choice([[], 3, None, "x", {}, {"epoch": "0"}, {"epoch": None}])).encode() + b"\n"
+        elif kind == 3:
+            line = b"[" * 5000 + b"\n"
+        else:
+            epochs.append(epoch)
+        lines.append(line)
+    if lines and rng.random() < 0.3:
+        lines[-1] = lines[-1][:-1]  # killed while it was written
+        epochs = [epoch for epoch in epochs if epoch < len(lines) - 1]
+    return b"".join(lines), epochs
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(2000, marks=pytest.mark.slow)])
+def test_random_logs_keep_their_sound_lines(tmp_path, count):
+    path, rng = tmp_path / "log.jsonl", random.Random(count)
+    for _ in range(count):
+        content, epochs = random_log(rng)
+        path.write_bytes(content)
+        resumed = rng.randrange(7)
+        metrics.truncate_jsonl(str(path), resumed)
+        records, damaged = metrics.read_jsonl(str(path))
+        assert damaged == 0 and [record["epoch"] for record in records] == [e for e in epochs if e < resumed]
+
+
 def test_equal_accuracy_does_not_replace_the_best_epoch():
     heads = classifier.LinearHeads([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
     best = classifier.BestHead([-1, -1], 0)
