@@ -57,7 +57,7 @@ def list_images(directory: str | Path) -> ImageFolder:
     if not classes:
         raise UsageError(f"{directory}: it has no class folders")
     paths, labels, empty, listed = [], [], [], {}
-    _list_once(str(directory), listed)
+    _list_once(str(directory), os.path.realpath(directory), listed)
     for label, name in enumerate(sorted(classes)):
         files = _images_below(str(directory / name), listed)
         if not files:
@@ -109,22 +109,24 @@ def scan_folder(folder: str) -> tuple[list[str], list[str]]:
 
 def _images_below(top: str, listed: dict[str, str]) -> list[str]:
     """The sorted paths of the images below a class folder."""
-    images, waiting = [], [top]
+    images, waiting = [], [(top, os.path.realpath(top))]
     while waiting:
-        folder = waiting.pop()
-        _list_once(folder, listed)
+        folder, real = waiting.pop()
+        _list_once(folder, real, listed)
         folders, files = scan_folder(folder)
         images += [os.path.join(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
-        waiting += [os.path.join(folder, name) for name in folders]
+        for name in folders:
+            path = os.path.join(folder, name)
+            # realpath looks at every folder above, so only for links
+            waiting.append((path, os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)))
     return sorted(images)
 
 
-def _list_once(folder: str, listed: dict[str, str]) -> None:
+def _list_once(folder: str, real: str, listed: dict[str, str]) -> None:
     """Raise UsageError if the folder is, or lies above, one that is listed already: it was reached by a link.
 
     listed: {real path of a listed folder or of one above it: the path by which it was reached}; the folder is added.
     """
-    real = os.path.realpath(folder)
     if real in listed:
         raise UsageError(
             f"{folder}: a link makes images count twice: {real} is or holds what is listed as {listed[real]}; remove"

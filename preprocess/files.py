@@ -132,7 +132,7 @@ def list_images(directory: Path) -> dict[str, list[str]]:
     read or a link leads nowhere, and if links lead to the same folder twice, as all loops do.
     """
     listed = {}
-    list_once(directory, listed)
+    list_once(directory, os.path.realpath(directory), listed)
     images = {name: images_in(directory / name, listed) for name in class_folders(directory)}
     empty = [name for name, names in images.items() if not names]
     if not images:
@@ -155,14 +155,19 @@ def images_in(top: Path, listed: dict[str, str] | None = None) -> list[str]:
 
     listed: what list_once keeps, where several class folders are listed.
     """
-    images, waiting = [], [""]
+    images, waiting = [], [("", os.path.realpath(top))]
     listed = {} if listed is None else listed
     while waiting:
-        below = waiting.pop()
-        list_once(top / below, listed)
-        folders, names = scan_folder(str(top / below))
+        below, real = waiting.pop()
+        folder = os.path.join(top, below) if below else str(top)
+        list_once(folder, real, listed)
+        folders, names = scan_folder(folder)
         images += [os.path.join(below, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        waiting += [os.path.join(below, name) for name in folders]
+        for name in folders:
+            path = os.path.join(folder, name)
+            # realpath looks at every folder above, so only for links
+            real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
+            waiting.append((os.path.join(below, name), real_path))
     return sorted(images)
 
 
@@ -196,12 +201,11 @@ def scan_folder(folder: str) -> tuple[list[str], list[str]]:
     return folders, files
 
 
-def list_once(folder: Path, listed: dict[str, str]) -> None:
+def list_once(folder: str | Path, real: str, listed: dict[str, str]) -> None:
     """Raise UsageError if the folder is, or lies above, one that is listed already: it was reached by a link.
 
     listed: {real path of a listed folder or of one above it: the path by which it was reached}; the folder is added.
     """
-    real = os.path.realpath(folder)
     if real in listed:
         raise UsageError(
             f"{folder}: a link makes images count twice: {real} is or holds what is listed as {listed[real]}; remove"

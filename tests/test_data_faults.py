@@ -201,6 +201,19 @@ def test_both_sides_know_the_same_images():
     assert files.IMAGE_SUFFIXES == datasets.IMG_EXTENSIONS and files.NOT_DATA == datasets.NOT_DATA
 
 
+def test_a_tree_deeper_than_the_recursion_limit(tmp_path, listing):
+    folders = [str(tmp_path / "train"), str(tmp_path / "train" / "n01")]
+    for _ in range(1050):
+        folders.append(folders[-1] + "/d")
+    for folder in folders:
+        os.mkdir(folder)
+    Path(folders[-1], "a.JPEG").touch()
+    assert len(listing[0](tmp_path / "train")) == 1
+    os.remove(Path(folders[-1], "a.JPEG"))  # pytest's own removal is recursive
+    for folder in reversed(folders):
+        os.rmdir(folder)
+
+
 @pytest.mark.parametrize("fault", ["a link to the root", "a dangling class link", "a class link to a class"])
 @pytest.mark.parametrize("script", [PRETRAIN, PROBE, EVALUATE])
 def test_every_script_refuses_a_misleading_tree(tmp_path, script, fault):
@@ -226,15 +239,15 @@ def linear_checkpoint(outputs):
 class RandomTree:
     """A random folder of class folders: `images`, what its listing must give, and `refused`, whether it must not."""
 
-    NAMES = ("a", "b c", "ü", "n\udcff", "new\nline", "x" * 200, "-r", "%s", "{}")
+    NAMES = ("a", "b c", "ü", "n\udcff", "new\nline", "x" * 200, "-r", "%s", "{}x")
 
     def __init__(self, root, seed):
         self.rng, self.root, self.images, self.refused, self.count = random.Random(seed), root, set(), False, 0
         self.outside = root.parent / "outside"
         self.outside.mkdir()
         root.mkdir()
-        for number in range(self.rng.randint(1, 3)):
-            self.fill_class(f"{self.name()}-{number}")
+        for _ in range(self.rng.randint(1, 3)):
+            self.fill_class(self.name())
         if self.rng.random() < 0.2:
             self.mislead(root)
         if self.rng.random() < 0.3:
@@ -242,7 +255,7 @@ class RandomTree:
 
     def name(self):
         self.count += 1
-        return f"{self.rng.choice(self.NAMES)}{self.count}"
+        return f"{self.rng.choice(self.NAMES)}_{self.count}"
 
     def fill_class(self, name):
         below = len(self.images)
