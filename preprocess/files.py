@@ -348,16 +348,24 @@ def stop_workers() -> None:
 
 
 def _leave_with_parent() -> None:
-    """In a worker: ends when its parent does, even if that is killed; an interrupt at the terminal is the parent's."""
+    """In a worker: end when the parent does, even if that is killed, and take along the programs that run for it."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # of this worker and its programs; an interrupt at the terminal is the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for signum in END_SIGNALS:
-        if signal.getsignal(signum) is _exit_on_signal:
-            signal.signal(signum, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _end_group)
+    if signal.getsignal(END_SIGNALS[1]) is _exit_on_signal:
+        signal.signal(END_SIGNALS[1], _end_group)
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
 def _wait_for_parent() -> None:
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    _end_group()
+
+
+def _end_group(*_: object) -> NoReturn:
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
