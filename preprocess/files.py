@@ -338,7 +338,8 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
         stop_workers()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        with contextlib.suppress(RuntimeError):  # a signal while its thread was being started: it cannot be joined
+            pool.shutdown(cancel_futures=True)
 
 
 def stop_workers() -> None:
