@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import write_folder
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as of a job in the background; the scripts would inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for signum in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(signum) is signal.SIG_IGN:  # as in the background, or under nohup: the scripts would inherit it
+        signal.signal(signum, lambda signum, frame: None)  # not a handler that is inherited
 torch.set_num_threads(1)  # the same rounding everywhere, and no spinning on busy cores
 
 
