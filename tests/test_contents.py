@@ -375,7 +375,7 @@ def random_log(rng):
         line = json.dumps({"epoch": epoch, "loss": rng.random()}).encode() + b"\n"
         kind = rng.randrange(8)
         if kind == 0:
-            line = line[: rng.randrange(len(line))] + b"\n"
+            line = line[: rng.randrange(len(line) - 1)] + b"\n"
         elif kind == 1:
             line = bytes(rng.randrange(256) for _ in range(rng.randrange(40))).replace(b"\n", b"") + b"\n"
         elif kind == 2:
