@@ -25,6 +25,7 @@ from typing import NamedTuple
 if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends silently; cli_main restores it
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -336,7 +337,7 @@ def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, args: arg
         group["lr"] = lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
 
 
-def to_device(batch: tuple, rng, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def to_device(batch: tuple, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """The loader's uint8 images and labels → normalised images and labels on the device."""
     images, labels = batch
     return classifier.to_input(images, device), labels.to(device, non_blocking=True)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends silently; cli_main restores it
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -296,7 +297,9 @@ def is_due(epoch: int, freq: int, epochs: int) -> bool:
 # ---------------------------------------------------------------- data, checkpoints, terminal
 
 
-def make_views(crops: torch.Tensor, rng, args: argparse.Namespace, device: torch.device) -> tuple[torch.Tensor, ...]:
+def make_views(
+    crops: torch.Tensor, rng: np.random.Generator, args: argparse.Namespace, device: torch.device
+) -> tuple[torch.Tensor, ...]:
     """The loader's uint8 crops → query, key and negatives on the device."""
     crops = crops.to(device, non_blocking=True)
     recipe = augment.V2 if args.aug_plus else augment.V1

@@ -57,7 +57,7 @@ def resolve_world_size(
     return local_world_size, local_world_size * nodes
 
 
-def launch(worker: Callable, args: tuple, **settings):
+def launch(worker: Callable, args: tuple, **settings) -> object:
     """Run worker(ctx, *args) in this process or in one process per GPU, by the settings of `resolve_world_size`.
 
     1. torchrun: its environment has the ranks; the options are not needed.

@@ -83,7 +83,7 @@ def add_data_options(parser: argparse.ArgumentParser, workers: int = 32, nargs: 
     add_workers_option(group, workers)
 
 
-def add_workers_option(group, workers: int = 32) -> None:
+def add_workers_option(group: argparse._ArgumentGroup, workers: int = 32) -> None:
     group.add_argument(
         "-j",
         "--workers",
@@ -102,7 +102,7 @@ def add_training_options(
     lr: float | list[float],
     schedule: list[int],
     weight_decay: float,
-):
+) -> argparse._ArgumentGroup:
     """The optimisation options with these defaults. A list as `lr` makes --lr take several values."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", default=epochs, type=positive_int, metavar="N", help="total number of epochs")
@@ -156,7 +156,7 @@ def add_training_options(
     return group
 
 
-def add_precision_options(parser: argparse.ArgumentParser):
+def add_precision_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("speed")
     group.add_argument(
         "--precision",
@@ -169,7 +169,7 @@ def add_precision_options(parser: argparse.ArgumentParser):
     return group
 
 
-def add_output_options(parser: argparse.ArgumentParser, ckpt_path: str):
+def add_output_options(parser: argparse.ArgumentParser, ckpt_path: str) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("checkpoints and reports")
     group.add_argument("--ckpt_path", default=ckpt_path, metavar="CKPT", help="folder for checkpoints and log.jsonl")
     group.add_argument(
@@ -187,7 +187,7 @@ def add_output_options(parser: argparse.ArgumentParser, ckpt_path: str):
     return group
 
 
-def add_dry_run_option(group) -> None:
+def add_dry_run_option(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dry-run", action="store_true", help="check everything, print the settings, then exit")
 
 

@@ -9,7 +9,7 @@ is the baseline; run i of another row is compared with run i of the baseline, wh
 import argparse
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -192,7 +192,7 @@ def draw_runs(pen: Pen, x: float, heights: Sequence[float], figures: Sequence[fl
     pen.text(x, min(*heights, statistics.fmean(heights) - 9) - 5, f"{statistics.fmean(figures):.0f}", 17, colour, "mb")
 
 
-def cycled(colours: Sequence[str]):
+def cycled(colours: Sequence[str]) -> Iterator[str]:
     """The colours over and over: more rows than colours are still drawn."""
     while True:
         yield from colours

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn as nn
+from torch.utils.data import DataLoader
 
 from moco import checkpoint, distributed, metrics
 from moco.distributed import DistContext
@@ -94,7 +95,7 @@ class Run:
         where = f"epoch {self.epoch}" + (f" step {self.step}" if self.step else "")
         self.print(f"starting at {where} (counted from 0), device {self.ctx.device}, seed {self.seed}")
 
-    def steps(self, loader, prepare: Callable, epoch: int) -> Iterator:
+    def steps(self, loader: DataLoader, prepare: Callable, epoch: int) -> Iterator:
         """The epoch's batches, each as prepare(batch, rng) returns it on the device; done steps are skipped.
 
         rng: a NumPy generator. All randomness of a step follows from (seed, epoch, step, rank), so that a resumed run

@@ -7,6 +7,7 @@ the choice also counts how often a block's pixels were used before, and no patch
 steps at the cuts are levelled out over some pixels around them (Pérez et al., Poisson Image Editing, SIGGRAPH 2003).
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ def lay_blocks(patches: np.ndarray, size: int, rng: np.random.Generator, blocks:
     return canvas.sources[:size, :size]
 
 
-def waves(count):
+def waves(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows and columns of the blocks of count×count that can be laid at once, wave by wave.
 
     Blocks a knight's move apart neither touch nor need each other; neighbours at the left and at the top come before.
@@ -80,7 +81,7 @@ class Canvas:
     sources: the index into the patches' pixels of every pixel laid so far; places: patch, top and left of each block.
     """
 
-    def __init__(self, patches, size, rng, blocks):
+    def __init__(self, patches: np.ndarray, size: int, rng: np.random.Generator, blocks: Blocks):
         self.rng, self.blocks, self.patches = rng, blocks, patches
         count, height, width, _ = patches.shape
         colours = patches - patches.mean(axis=(0, 1, 2), dtype=np.float32)  # small numbers: float32 holds their squares
@@ -100,7 +101,7 @@ class Canvas:
         self.sources = np.zeros((along * blocks.step + overlap,) * 2, np.int64)
         self.places = np.zeros((along, along, 3), int)
 
-    def lay(self, rows, columns):
+    def lay(self, rows: np.ndarray, columns: np.ndarray) -> None:
         """Lay one wave of N blocks: choose each among all positions of all patches, cut it, and paste it."""
         at = np.arange(self.blocks.side)
         here = self.blocks.step * rows[:, None, None] + at[:, None], self.blocks.step * columns[:, None, None] + at
@@ -116,7 +117,7 @@ class Canvas:
         self.bin_uses += np.bincount(self.bins[block].ravel(), minlength=512)
         self.sources[here] = np.where(self.kept(before, block, neighbours), before, block)
 
-    def overlap_errors(self, before, neighbours):
+    def overlap_errors(self, before: np.ndarray, neighbours: tuple) -> np.ndarray:
         """Squared differences between the overlaps and every position of a block: (N, positions)."""
         overlap = self.blocks.overlap
         strips = before[:, :, :overlap], before[:, :overlap]
@@ -126,12 +127,12 @@ class Canvas:
             errors[exists] += norm - 2 * (wanted @ samples) + np.square(wanted).sum(1)[:, None]
         return errors
 
-    def colour_uses(self):
+    def colour_uses(self) -> np.ndarray:
         """How often the colours of the block at each position were used so far, on average: (P, rows, columns)."""
         uses = (self.bin_uses / np.maximum(self.bin_sizes, 1))[self.bins]
         return block_means(uses.reshape(self.patches.shape[:3]), self.blocks.side)
 
-    def choose(self, row, column, error, colour_uses):
+    def choose(self, row: int, column: int, error: np.ndarray, colour_uses: np.ndarray) -> None:
         """Set the place of one block, the cheapest that is allowed, and count its pixels as used."""
         blocks, samples = self.blocks, len(self.windows[0])
         cost = cost_of_positions(error.reshape(self.shape), samples, self.used + colour_uses, self.rng)
@@ -145,7 +146,7 @@ class Canvas:
         self.counts[place[0]] += 1
         count_use(self.used[place[0]], *place[1:], blocks.side)
 
-    def kept(self, before, block, neighbours):
+    def kept(self, before: np.ndarray, block: np.ndarray, neighbours: tuple) -> np.ndarray:
         """Where the pixels laid before stay: up to the cheapest cut through each overlap, (N, side, side) of bool."""
         overlap = self.blocks.overlap
         difference = np.square(self.pixels[block] - self.pixels[before]).sum(3)
@@ -157,14 +158,14 @@ class Canvas:
         return keep
 
 
-def cell_means(images, cell):
+def cell_means(images: np.ndarray, cell: tuple[int, int]) -> np.ndarray:
     """(N, H, W, 3) to (N, H/h, W/w, 3), means of h×w pixels: enough to compare overlaps, at less work."""
     n, height, width, _ = images.shape
     h, w = cell
     return images.reshape(n, height // h, h, width // w, w, 3).mean(axis=(2, 4))
 
 
-def all_windows(patches, size, cell, side):
+def all_windows(patches: np.ndarray, size: tuple[int, int], cell: tuple[int, int], side: int) -> np.ndarray:
     """cell_means of (height, width) windows at all positions of a block of `side`, as columns (numbers, positions)."""
     (h, w), (height, width) = cell, size
     rows, columns = patches.shape[1] - h + 1, patches.shape[2] - w + 1
@@ -180,14 +181,14 @@ def all_windows(patches, size, cell, side):
     return windows.reshape(height // h * (width // w) * 3, -1)
 
 
-def block_means(values, side):
+def block_means(values: np.ndarray, side: int) -> np.ndarray:
     """(P, H, W) to the means over the block at each position, (P, rows, columns) float32."""
     sums = np.pad(values.cumsum(1).cumsum(2), ((0, 0), (1, 0), (1, 0)))
     sums = sums[:, side:, side:] - sums[:, :-side, side:] - sums[:, side:, :-side] + sums[:, :-side, :-side]
     return (sums / side**2).astype(np.float32)
 
 
-def cost_of_positions(error, samples, uses, rng):
+def cost_of_positions(error: np.ndarray, samples: int, uses: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """What taking a block from each position (P, rows, columns) costs: overlap error, earlier uses, a little chance.
 
     error: squared, summed over `samples` numbers. Its unit is what the best twentieth of the positions reach, or one
@@ -199,18 +200,18 @@ def cost_of_positions(error, samples, uses, rng):
     return 6 * error / (3 + error) + BALANCE * uses + 0.1 * rng.random(error.shape, np.float32)
 
 
-def forbid_near(cost, place, apart):
+def forbid_near(cost: np.ndarray, place: np.ndarray, apart: int) -> None:
     patch, top, left = place
     cost[patch, max(top - apart, 0) : top + apart + 1, max(left - apart, 0) : left + apart + 1] = np.inf
 
 
-def count_use(used, top, left, side):
+def count_use(used: np.ndarray, top: int, left: int, side: int) -> None:
     """Add, to each position of a patch, the share of its block that the block at (top, left) covers."""
     rows, columns = (np.maximum(0, side - np.abs(np.arange(n) - start)) for n, start in zip(used.shape, (top, left)))
     used += rows[:, None] * columns / np.float32(side * side)
 
 
-def before_cut(difference):
+def before_cut(difference: np.ndarray) -> np.ndarray:
     """The cheapest cut from top to bottom through each of N strips: (N, length, width) of bool, True left of the cut.
 
     difference: (N, length, width), what cutting at a pixel costs. A cut moves at most one pixel sideways a row.
@@ -258,7 +259,7 @@ def close_cuts(patches: np.ndarray, sources: np.ndarray, reach: float = DEFAULT.
 
 
 @lru_cache
-def cosine_basis(size, reach):
+def cosine_basis(size: int, reach: float) -> tuple[np.ndarray, np.ndarray]:
     """The cosine transform (size, size), in which 1/reach² − Δ with reflecting borders is diagonal: (size, size)."""
     k = np.arange(size)
     basis = np.sqrt(2 / size) * np.cos(np.pi * k[:, None] * (k + 0.5) / size)

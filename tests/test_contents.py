@@ -131,7 +131,7 @@ def test_arch_comes_from_the_file_unless_it_is_given(runs, tmp_path):
     assert dry_run(PRETRAIN, *TINY[2:], *resume, runs / "data")[0] == 0
 
 
-def test_a_published_file_without_optimizer_starts_from_zero_momenta(runs, tmp_path):
+def test_a_file_without_optimizer_starts_from_zero_momenta(runs, tmp_path):
     saved = torch.load(runs / "pre" / "checkpoint_0000.pth.tar", weights_only=True)
     cleaned = {name: saved[name] for name in ("epoch", "arch", "state_dict")}
     torch.save(cleaned, tmp_path / "cleaned.pth.tar")

@@ -29,14 +29,14 @@ def test_the_grid_is_plain_mocos_and_holds_the_defaults_once():
     assert stages["best"] == [] and len(stages["paired"]) == 10 and len(stages["sweep"]) == 12
 
 
-def test_the_best_settings_are_those_of_the_highest_val_once_the_grid_is_complete():
+def test_the_best_settings_have_the_highest_val_of_the_grid():
     grid = effect.stages({})["grid"]
     assert effect.best_settings(results(grid[:-1])) is None
     assert effect.best_settings(results(grid)) == grid[-1].settings
     assert {run.settings for run in effect.stages(results(grid))["best"]} == {grid[-1].settings}
 
 
-def test_no_two_runs_share_a_name_and_options_follow_the_settings():
+def test_no_two_runs_share_a_name():
     runs = [run for stage in effect.stages(results(effect.stages({})["grid"])).values() for run in stage]
     assert len({run.name for run in runs}) == len(set(runs))
     options = effect.Run(effect.MAIN, 2.5, 7, effect.changed(lr=0.12, moco_k=512)).pretraining_options()
@@ -44,7 +44,7 @@ def test_no_two_runs_share_a_name_and_options_follow_the_settings():
     assert "--robust=none" in effect.Run(effect.MAIN, None, 7).pretraining_options()
 
 
-def test_differences_are_paired_by_seed_and_leave_out_seeds_without_a_pair():
+def test_differences_are_paired_by_seed():
     plain, patch = effect.PLAIN, effect.PATCH
     runs = [effect.Run(effect.MAIN, alpha, seed) for seed in (101, 102) for alpha in (None, 2)]
     (row,) = effect.difference_row(

@@ -249,7 +249,7 @@ def test_two_photos_of_one_texture_are_refused(imagenet, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["symlink", "hardlink", "copy"])
-def test_the_subset_holds_the_listed_classes_and_a_second_run_changes_nothing(imagenet, tmp_path, mode):
+def test_the_subset_holds_the_listed_classes_and_stays(imagenet, tmp_path, mode):
     for split in ("train", "val"):
         write_photo(imagenet / split / "n03" / "other.JPEG")
     destination = tmp_path / "i100"
@@ -355,7 +355,7 @@ def test_fashion_mnist_from_the_files_of_its_archive(tmp_path):
     )
 
 
-def test_stl10_has_its_images_without_labels_as_a_data_set_of_their_own(tmp_path):
+def test_stl10_keeps_its_unlabelled_images_apart(tmp_path):
     """Through the script's own functions: torchvision checks the real files' sums, which a miniature cannot have."""
     import torchvision_folders
 

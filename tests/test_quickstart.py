@@ -70,7 +70,7 @@ def run_quickstart(folder, **settings):
     return result, commands
 
 
-def test_every_row_is_trained_and_probed_with_every_seed_and_the_table_stands_alone(tmp_path):
+def test_every_row_is_trained_and_probed_with_every_seed(tmp_path):
     result, commands = run_quickstart(tmp_path, QUICKSTART_SEEDS="2")
     assert result.returncode == 0, result.stderr
     training = [
@@ -88,7 +88,7 @@ def test_every_row_is_trained_and_probed_with_every_seed_and_the_table_stands_al
     assert Image.open(tmp_path / "out" / "result.png").size == (quickstart.WIDTH, quickstart.HEIGHT)
 
 
-def test_what_is_done_is_not_done_again_and_the_texture_row_can_be_left_out(tmp_path):
+def test_what_is_done_is_not_done_again(tmp_path):
     run_quickstart(tmp_path, QUICKSTART_TEXTURE="0")
     (tmp_path / "out" / "patch2-0" / "done").unlink()  # as if interrupted in the probe
     result, commands = run_quickstart(tmp_path, QUICKSTART_TEXTURE="0")

@@ -73,7 +73,7 @@ def test_same_generator_same_texture_and_another_another(patches):
     assert patches.std() == 0 or not np.array_equal(one, other)
 
 
-def test_what_is_rare_gets_its_turn_though_flat_regions_fit_better():
+def test_what_is_rare_gets_its_turn():
     """A light plate whose dark corner fits nothing: quilting by the overlap alone would never leave the plate."""
     patches = np.random.default_rng(0).integers(198, 202, (2, 96, 96, 3))
     dark = np.arange(96)[:, None] + np.arange(96) < 60  # a fifth of each patch

@@ -86,7 +86,7 @@ def test_another_seed_gives_other_images_under_the_same_names(small, tmp_path):
 @pytest.mark.parametrize(
     "folder, count", [("train", 2), ("val", 18), ("sketch", 18), ("stylized/val", 18), ("rendition", 18)]
 )
-def test_every_set_has_ten_class_folders_of_equally_many_64_px_images(data, folder, count):
+def test_every_set_has_ten_equal_classes_of_64_px_images(data, folder, count):
     assert names(data / folder) == SHAPES
     for shape in SHAPES:
         files = list((data / folder / shape).iterdir())
@@ -94,7 +94,7 @@ def test_every_set_has_ten_class_folders_of_equally_many_64_px_images(data, fold
         assert all(file.suffix == ".png" and pixels(file).shape == (64, 64, 3) for file in files)
 
 
-def test_the_tree_holds_the_sets_and_its_arguments_and_nothing_else(data):
+def test_the_tree_holds_the_sets_and_nothing_else(data):
     assert names(data) == ["corruption", "rendition", "shapes.json", "sketch", "stylized", "train", "val"]
     assert json.loads((data / "shapes.json").read_text()) == {
         "version": shapes.VERSION,
@@ -110,7 +110,7 @@ def test_no_image_appears_twice(data):
     assert len(set(images)) == len(images)
 
 
-def test_stylized_files_name_each_of_the_nine_other_classes_equally_often(data):
+def test_stylized_files_name_the_other_classes_equally_often(data):
     for shape in SHAPES:
         owners = Counter(name.split("-")[0] for name in names(data / "stylized" / "val" / shape))
         assert owners == {other: 2 for other in SHAPES if other != shape}
@@ -129,7 +129,7 @@ def test_every_corruption_has_five_severities_of_56_px_images(data):
 
 
 @pytest.mark.parametrize("corruption", CORRUPTIONS)
-def test_corruptions_move_away_from_the_val_image_of_the_same_name_as_severity_grows(data, corruption):
+def test_corruptions_grow_with_severity(data, corruption):
     changes = []
     for severity in range(1, 6):
         files = (data / "corruption" / corruption / str(severity)).glob("*/*.png")
@@ -162,7 +162,7 @@ def scenes(split, count=120):
     return [shapes.scene_of(3, split, label, number)[0] for label in range(10) for number in range(count)]
 
 
-def test_half_of_the_photos_have_their_own_texture_and_the_others_any():
+def test_half_of_the_photos_have_their_own_texture():
     own = np.mean([scene.texture == shapes.OWN[scene.shape] for scene in scenes("train")])
     assert own == pytest.approx(shapes.RHO + (1 - shapes.RHO) / 10, abs=0.06)
     counts = Counter(scene.texture for scene in scenes("train"))
@@ -192,13 +192,13 @@ def test_what_is_not_the_class_is_drawn_for_each_photo():
     assert np.mean([scene.hollow for scene in drawn]) == pytest.approx(shapes.HOLLOW, abs=0.05)
 
 
-def test_object_and_ground_are_told_apart_by_their_grey_level_before_tinting():
+def test_object_and_ground_differ_in_their_grey_level():
     colours = [shapes.draw_colours(np.random.default_rng(number)) for number in range(200)]
     assert all(colour.min() >= -0.1 and colour.max() <= 1.1 for pair in colours for colour in pair)
     assert np.mean([abs(fill.mean() - ground.mean()) > 0.1 for fill, ground in colours]) > 0.9
 
 
-def test_hollow_photos_have_one_ground_and_a_contour_that_can_be_seen():
+def test_hollow_photos_have_a_contour_that_can_be_seen():
     hollow = [
         (scene, rng)
         for number in range(60)
