@@ -376,6 +376,13 @@ def mechanism_table(results: dict[str, dict], measured: dict[str, dict]) -> str:
     return markdown(["", "seeds", *columns.values()], rows)
 
 
+def second_probe_table(measured: dict[str, dict]) -> str:
+    """The five pairs under the other probe; corruption was not measured with it."""
+    flat = {name: {"figures": line["second probe"]} for name, line in measured.items()}
+    columns = ("val", "Sketch", "Stylized", "Rendition")
+    return comparison(flat, [PLAIN, PATCH], [("alpha 2 − plain", PATCH, PLAIN)], columns=columns)
+
+
 def tables(results: dict[str, dict], measured: dict[str, dict]) -> dict[str, str]:
     """{mark in docs/effect.md: what stands there}"""
     sweep = [PLAIN, *(Arm(f"alpha {alpha:g}", alpha) for alpha in (0, 1, 1.5, 2, 2.5, 3))]
@@ -396,6 +403,7 @@ def tables(results: dict[str, dict], measured: dict[str, dict]) -> dict[str, str
         "fashion": comparison(
             results, fashion, [("alpha 2 − plain", fashion[1], fashion[0])], SEEDS[:3], ("val", "Corruption")
         ),
+        "probe": second_probe_table(measured),
         "mechanism": mechanism_table(results, measured),
     }
     if best is None:
