@@ -1,7 +1,8 @@
 """Pre-train MoCo with non-semantic negatives (Ge et al., NeurIPS 2021).
 
 Single process, on a GPU or CPU:
-    python moco-non-sem-neg.py --mlp --moco-t 0.2 --aug-plus --cos --alpha 2 --ckpt_path ckpts/RUN DIR
+    python moco-non-sem-neg.py --batch-size 128 --mlp --moco-t 0.2 --aug-plus --cos --moco-k 16384 --alpha 2 \\
+      --patch-ratio 16 72 --ckpt_path ckpts/RUN DIR
 All GPUs of this machine:
     python moco-non-sem-neg.py --multiprocessing-distributed --world-size 1 --rank 0 … DIR
     torchrun --nproc-per-node=8 moco-non-sem-neg.py … DIR
@@ -201,12 +202,12 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
 
     # --- data: the workers decode and crop; augmentation runs on the training device
-    batch_size = options.per_rank(args.batch_size, ctx.local_world_size)
+    batch_size = options.per_rank(args.batch_size, ctx.local_world_size)  # this process's; the option is the node's
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     dataset = RetryDataset(TwoCrops(data.photos, args.image_size, data.textures), data.labels)
     sampler = GlobalBatchSampler(len(dataset), batch_size, seed, ctx)
     train_loader = loader.train_loader(dataset, sampler, workers, ctx.device)
-    prepare = functools.partial(make_views, args=args, device=ctx.device)
+    prepare = functools.partial(make_views, args=args, device=ctx.device)  # crops → query, key, negatives
     knn_loaders = classifier.knn_loaders(inputs.knn or (), args.image_size, batch_size, workers, ctx)
 
     # --- model and optimizer
@@ -223,7 +224,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
         precision=args.precision, print_freq=args.print_freq, save_steps=args.save_steps,
         max_bad_images=args.max_bad_images,
     )  # fmt: skip
-    run.resume(saved, args.start_epoch)
+    run.resume(saved, args.start_epoch)  # optimizer, scaler, epoch and step; the model was loaded above
     if args.compile:
         model.encoder_q.compile()
         model.encoder_k.compile()

@@ -18,7 +18,7 @@ from moco.encoders import autocast, float32_linear
 def contrastive_logits(
     q: torch.Tensor, k: torch.Tensor, t: torch.Tensor, queue: torch.Tensor, temperature: float, alpha: float
 ) -> torch.Tensor:
-    """Logits of the paper's equation 3; the positive is column 0, so the loss is cross_entropy(logits, 0).
+    """Logits of the paper's equation 3; the positive is column 0, so the loss is the cross-entropy with label 0.
 
     q: queries (N, C); k: keys (N, C); t: non-semantic negatives (N, n, C), n may be 0; queue: older keys (C, K).
     All features have unit length. alpha multiplies the similarity q·t, inside the exponential.

@@ -1,6 +1,6 @@
 """Patch negatives: images that keep the local texture of a query and lose its shape.
 
-Ge et al., NeurIPS 2021, section 3.2.
+Ge et al., NeurIPS 2021, section 3.2. Texture negatives are made beforehand, by preprocess/imagenet_texture_syn.py.
 """
 
 import numpy as np
