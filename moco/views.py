@@ -9,7 +9,7 @@ from moco import augment
 from moco.negatives import patch_negatives
 
 TILE = 224  # px; smaller crops are enlarged to about this side in a picture
-LABEL_HEIGHT, GAP = 28, 6  # px
+LABEL_HEIGHT, GAP = 34, 6  # px
 
 
 def training_views(
@@ -54,9 +54,9 @@ def save_grid(path: str, columns: dict[str, torch.Tensor]) -> None:
     first = next(iter(columns.values()))
     scale = max(1, TILE // first.shape[3])
     side, rows = scale * first.shape[3], len(first)
-    cell = max(side, 96) + GAP  # room for the label
+    cell = side + GAP
     sheet = Image.new("RGB", (cell * len(columns) + GAP, LABEL_HEIGHT + rows * (side + GAP)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(16)
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(min(side, TILE) // 9)
     for column, (label, images) in enumerate(columns.items()):
         left = GAP + column * cell
         pen.text((left + 2, 5), label, fill="black", font=font)
