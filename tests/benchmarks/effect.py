@@ -217,7 +217,7 @@ def run_all(work: Path, jobs: int, only: list[str]) -> None:
 
 
 def measure_mechanism(work: Path) -> None:
-    """For each finished run on generated data, a line of work/mechanism.jsonl: cosines and linear readouts."""
+    """For each finished run on generated data, a line of work/mechanism.jsonl: cosines, readouts, other tests."""
     import torch
 
     from tests.benchmarks import effect_mechanism
@@ -236,6 +236,7 @@ def measure_mechanism(work: Path) -> None:
             "cosines": effect_mechanism.cosines(encode, sorted((data / "val").glob("*/*.png"))[::3]),
             "readouts": effect_mechanism.readouts(encode, data, seed),
             "second probe": effect_mechanism.second_probe(encode, data),
+            "sketch tones": effect_mechanism.sketch_tones(head, data),
         }
         with path.open("a") as file:
             file.write(json.dumps(found) + "\n")
@@ -383,6 +384,13 @@ def second_probe_table(measured: dict[str, dict]) -> str:
     return comparison(flat, [PLAIN, PATCH], [("alpha 2 − plain", PATCH, PLAIN)], columns=columns)
 
 
+def sketch_table(measured: dict[str, dict]) -> str:
+    """The five pairs on the same sketches in other tones."""
+    flat = {name: {"figures": line["sketch tones"]} for name, line in measured.items()}
+    columns = tuple(next(iter(flat.values()))["figures"]) if flat else ()
+    return comparison(flat, [PLAIN, PATCH], [("alpha 2 − plain", PATCH, PLAIN)], columns=columns)
+
+
 def tables(results: dict[str, dict], measured: dict[str, dict]) -> dict[str, str]:
     """{mark in docs/effect.md: what stands there}"""
     sweep = [PLAIN, *(Arm(f"alpha {alpha:g}", alpha) for alpha in (0, 1, 1.5, 2, 2.5, 3))]
@@ -404,6 +412,7 @@ def tables(results: dict[str, dict], measured: dict[str, dict]) -> dict[str, str
             results, fashion, [("alpha 2 − plain", fashion[1], fashion[0])], SEEDS[:3], ("val", "Corruption")
         ),
         "probe": second_probe_table(measured),
+        "tones": sketch_table(measured),
         "mechanism": mechanism_table(results, measured),
     }
     if best is None:

@@ -19,6 +19,17 @@ from moco.encoders import build_encoder
 
 CROP, PATCH_RATIO = 56, (4, 18)  # px
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# The same sketches in other tones: the images in [0, 1], black on white → images in [0, 1].
+SKETCH_TONES = {
+    "black on white": lambda images: images,
+    "black on 0.8": lambda images: 0.8 * images,
+    "black on 0.65": lambda images: 0.65 * images,
+    "black on 0.5": lambda images: 0.5 * images,
+    "black on 0.35": lambda images: 0.35 * images,
+    "0.2 on 0.8": lambda images: 0.2 + 0.6 * images,
+    "white on black": lambda images: 1 - images,
+    "white on 0.5": lambda images: 1 - 0.5 * images,
+}
 AUGMENT = v2.Compose(
     [  # MoCo v2's
         v2.RandomResizedCrop(CROP, (0.2, 1)),
@@ -32,11 +43,17 @@ AUGMENT = v2.Compose(
 Encoder = Callable[[torch.Tensor], torch.Tensor]  # images (N, 3, CROP, CROP) in [0, 1] to features (N, d)
 
 
-def load_backbone(checkpoint: Path) -> torch.nn.Module:
-    """The backbone of a linear checkpoint of main_lincls.py, its head replaced by the identity."""
+def load_classifier(checkpoint: Path) -> torch.nn.Module:
+    """The network of a linear checkpoint of main_lincls.py, backbone and head."""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     model = build_encoder(saved["arch"], len(saved["wnids"]))
     model.load_state_dict({name.removeprefix("module."): value for name, value in saved["state_dict"].items()})
+    return model
+
+
+def load_backbone(checkpoint: Path) -> torch.nn.Module:
+    """As load_classifier, the head replaced by the identity."""
+    model = load_classifier(checkpoint)
     model.fc = torch.nn.Identity()
     return model
 
@@ -128,6 +145,17 @@ def second_probe(encode: Encoder, data: Path, seed: int = 0) -> dict[str, float]
         x = standardized(features, encode(v2.functional.center_crop(images, [CROP, CROP])))[1]
         result[column] = 100 * ((x @ weights).argmax(1) == wanted).float().mean().item()
     return result
+
+
+def sketch_tones(checkpoint: Path, data: Path) -> dict[str, float]:
+    """Accuracy in percent of a linear checkpoint on the sketches in each of SKETCH_TONES."""
+    classify = encoder(load_classifier(checkpoint))
+    images, wanted = labelled(data / "sketch")
+    images = v2.functional.center_crop(images, [CROP, CROP])
+    return {
+        name: 100 * (classify(tone(images)).argmax(1) == wanted).float().mean().item()
+        for name, tone in SKETCH_TONES.items()
+    }
 
 
 def labelled(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
