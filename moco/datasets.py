@@ -3,12 +3,14 @@
 import errno
 import functools
 import os
+import random
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torchvision.transforms as transforms
 from PIL import Image
@@ -18,6 +20,7 @@ from torchvision.transforms import v2
 
 from moco.errors import RunError, UsageError
 from moco.images import MAX_PIXELS, BadImage, open_rgb, read_rgb
+from moco.sequences import LabelList, PathList
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MoCo's pre-training crops
 REPLACEMENTS = 10  # images of the same class that are tried in place of an unreadable one
@@ -27,17 +30,17 @@ NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume I
 class ImageFolder(NamedTuple):
     """The images of a folder of class folders: sorted paths, labels, and the sorted class names of label 0, 1, …"""
 
-    paths: list[str]
-    labels: list[int]
+    paths: Sequence[str]
+    labels: Sequence[int]
     classes: list[str]
 
 
 class TrainingImages(NamedTuple):
     """The images to pre-train on. `textures` are those of the photos, in the same order, or None."""
 
-    photos: list[str]
-    textures: list[str] | None
-    labels: list[int]
+    photos: Sequence[str]
+    textures: Sequence[str] | None
+    labels: Sequence[int]
     classes: list[str]
     unmatched: str = ""  # how many photos were left out because they have no texture, with examples
 
@@ -56,19 +59,21 @@ def list_images(directory: str | Path) -> ImageFolder:
     classes, _ = scan_folder(str(directory))
     if not classes:
         raise UsageError(f"{directory}: it has no class folders")
-    paths, labels, empty, listed = [], [], [], {}
+    root = str(directory / "_").removesuffix("_")
+    names, counts, empty, listed = [], [], [], {}
     _list_once(str(directory), os.path.realpath(directory), listed)
-    for label, name in enumerate(sorted(classes)):
-        files = _images_below(str(directory / name), listed)
+    for name in sorted(classes):
+        files = _images_below(root, name, listed)
         if not files:
             empty.append(name)
-        paths += files
-        labels += [label] * len(files)
+        names.append(os.fsencode("".join(files)))
+        counts.append(len(files))
     if empty:
         raise UsageError(
             f"{directory}: no image in {_count_and_first(empty)}; remove the empty class folders or fill them"
         )
-    return ImageFolder(paths, labels, sorted(classes))
+    labels = LabelList(np.repeat(np.arange(len(counts)), counts))
+    return ImageFolder(PathList(root, b"".join(names)), labels, sorted(classes))
 
 
 def is_folder(path: str | Path) -> bool:
@@ -107,18 +112,19 @@ def scan_folder(folder: str) -> tuple[list[str], list[str]]:
     return folders, files
 
 
-def _images_below(top: str, listed: dict[str, str]) -> list[str]:
-    """The sorted paths of the images below a class folder."""
-    images, waiting = [], [(top, os.path.realpath(top))]
+def _images_below(root: str, name: str, listed: dict[str, str]) -> list[str]:
+    """The sorted names, relative to root, of the images below the class folder root + name, each with a final NUL."""
+    images, waiting = [], [(name, os.path.realpath(root + name))]
     while waiting:
         folder, real = waiting.pop()
-        _list_once(folder, real, listed)
-        folders, files = scan_folder(folder)
-        images += [os.path.join(folder, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
-        for name in folders:
-            path = os.path.join(folder, name)
+        _list_once(root + folder, real, listed)
+        folders, files = scan_folder(root + folder)
+        images += [f"{folder}/{file}\0" for file in files if file.lower().endswith(IMG_EXTENSIONS)]
+        for inner in folders:
+            path = os.path.join(root, folder, inner)
             # realpath looks at every folder above, so only for links
-            waiting.append((path, os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)))
+            inner_real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, inner)
+            waiting.append((f"{folder}/{inner}", inner_real))
     return sorted(images)
 
 
@@ -184,28 +190,32 @@ def list_texture_pairs(data: str) -> TrainingImages:
     """
     texture_dir, photo_dir = Path(split_path(data, "train")), Path(split_path(str(photo_root(data)), "train"))
     textures, photos = list_images(texture_dir), list_images(photo_dir)
-    texture_of, photo_of = (
-        {os.path.splitext(os.path.relpath(path, root))[0]: path for path in folder.paths}
-        for root, folder in ((texture_dir, textures), (photo_dir, photos))
-    )
-    for root, folder, path_of in (texture_dir, textures, texture_of), (photo_dir, photos, photo_of):
-        if alike := sorted(set(folder.paths) - set(path_of.values())):
+    texture_of, photo_of = _indices_by_stem(textures.paths), _indices_by_stem(photos.paths)
+    for root, folder, index_of in (texture_dir, textures, texture_of), (photo_dir, photos, photo_of):
+        if len(index_of) < len(folder.paths):
+            alike = sorted(set(range(len(folder.paths))).difference(index_of.values()))
             raise UsageError(
                 f"{root}: images that differ from another in the suffix only, so that their pairs are not known:"
-                f" {_count_and_first(alike)}; remove them"
+                f" {_count_and_first(folder.paths.take(alike))}; remove them"
             )
-    without_photo = sorted(texture_of[name] for name in texture_of.keys() - photo_of.keys())
+    without_photo = textures.paths.take(sorted(texture_of[stem] for stem in texture_of.keys() - photo_of.keys()))
     if without_photo:
         raise UsageError(f"{data}: textures without their photo in {photo_dir}: {_count_and_first(without_photo)}")
-    without_texture = sorted(photo_of[name] for name in photo_of.keys() - texture_of.keys())
-    names, label_of = sorted(texture_of), dict(zip(textures.paths, textures.labels))
+    without_texture = photos.paths.take(sorted(photo_of[stem] for stem in photo_of.keys() - texture_of.keys()))
+    stems = sorted(texture_of)
+    chosen = [texture_of[stem] for stem in stems]
     return TrainingImages(
-        [photo_of[name] for name in names],
-        [texture_of[name] for name in names],
-        [label_of[texture_of[name]] for name in names],
+        photos.paths.take(photo_of[stem] for stem in stems),
+        textures.paths.take(chosen),
+        LabelList(np.asarray(textures.labels)[chosen]),
         textures.classes,
         _count_and_first(without_texture) if without_texture else "",
     )
+
+
+def _indices_by_stem(paths: PathList) -> dict[str, int]:
+    """{path relative to the root, without its suffix: index}; of equal ones the last."""
+    return {name[: name.rindex(".")]: index for index, name in enumerate(paths.names())}
 
 
 def _count_and_first(names: Sequence[str], count: int = 5) -> str:
@@ -327,9 +337,17 @@ class RetryDataset(Dataset):
 
     def _candidates(self, index: int, seed: int) -> Iterator[int]:
         yield index
-        others = [other for other, label in enumerate(self.labels) if label == self.labels[index] and other != index]
-        generator = torch.Generator().manual_seed(seed)
-        yield from (others[i] for i in torch.randperm(len(others), generator=generator)[:REPLACEMENTS].tolist())
+        order, sorted_labels = self._by_class
+        first, end = (np.searchsorted(sorted_labels, self.labels[index], side) for side in ("left", "right"))
+        chosen = random.Random(seed).sample(range(first, end), min(REPLACEMENTS + 1, end - first))
+        yield from [other for position in chosen if (other := int(order[position])) != index][:REPLACEMENTS]
+
+    @functools.cached_property
+    def _by_class(self) -> tuple[np.ndarray, np.ndarray]:
+        """All indices by class, and their labels: a search through millions of labels per image would take longer."""
+        labels = np.asarray(self.labels, np.int32)
+        order = np.argsort(labels, kind="stable").astype(np.int32)
+        return order, labels[order]
 
 
 class StrictDataset(Dataset):

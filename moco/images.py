@@ -21,11 +21,11 @@ NO_FAST_JPEG = "this torchvision has no JPEG decoder (torchvision.io.decode_jpeg
 
 
 class BadImage(Exception):
-    """A file that cannot be read as an image: `path`, and the `reason`."""
+    """A file that cannot be read as an image: `path`, the `reason`, and its `data` if there are some."""
 
-    def __init__(self, path: str | Path, reason: str):
+    def __init__(self, path: str | Path, reason: str, data: bytes | None = None):
         super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
+        self.path, self.reason, self.data = str(path), reason, data
 
 
 def read_rgb(path: str | Path) -> torch.Tensor:
@@ -69,18 +69,43 @@ def _decode_jpeg(data: bytes) -> torch.Tensor:
 def _read(path: str | Path, decode: Callable):
     try:
         return _try_read(path, decode)
-    except BadImage:
-        time.sleep(RETRY_SECONDS)
-        return _try_read(path, decode)
+    except BadImage as bad:
+        if _may_wait():
+            time.sleep(RETRY_SECONDS)
+        image = _try_read(path, decode, damaged=bad.data)
+        if image is None:
+            raise
+        return image
 
 
-def _try_read(path: str | Path, decode: Callable):
+def _try_read(path: str | Path, decode: Callable, damaged: bytes | None = None):
+    """decode(image, data) of a file; None if its data are the `damaged` ones that could not be decoded before."""
+    data = None
     try:
         data = Path(path).read_bytes()
+        if data == damaged:
+            return None
         with _no_warnings(), Image.open(io.BytesIO(data)) as image:  # reads the header only: size and format
             return decode(image, data)
     except Exception as error:  # on damaged data decoders raise nearly anything, struct.error and SyntaxError included
-        raise BadImage(path, f"{type(error).__name__}: {error}".replace("\n", " ")) from error
+        raise BadImage(path, f"{type(error).__name__}: {error}".replace("\n", " "), data) from error
+
+
+_first_wait, _waited = None, 0.0  # when this process first waited for a file, and how long in all, s
+
+
+def _may_wait() -> bool:
+    """Whether to wait before the second attempt: in each process for one second and 2 % of the time since, at most.
+
+    Waiting for thousands of bad files would take as long as reading the others.
+    """
+    global _first_wait, _waited
+    now = time.monotonic()
+    _first_wait = _first_wait or now
+    if _waited + RETRY_SECONDS > 1 + 0.02 * (now - _first_wait):
+        return False
+    _waited += RETRY_SECONDS
+    return True
 
 
 @contextmanager

@@ -43,11 +43,12 @@ class GlobalBatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(distributed.derive_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_images, generator=generator).tolist()
-        seeds = torch.randint(2**62, (self.num_images,), generator=generator).tolist()
+        order = torch.randperm(self.num_images, generator=generator)
+        seeds = torch.randint(2**62, (self.num_images,), generator=generator)
         for step in range(self.first_step, len(self)):
             start = step * self.global_batch_size + self.ctx.rank * self.batch_size
-            yield [(order[i], seeds[i]) for i in range(start, start + self.batch_size)]
+            batch = slice(start, start + self.batch_size)
+            yield list(zip(order[batch].tolist(), seeds[batch].tolist()))
 
     def global_batch(self, step: int) -> list[int]:
         """The image indices of a step of this epoch over all ranks; steps count from 0."""

@@ -20,6 +20,7 @@ from moco.classifier import predictions
 from moco.distributed import DistContext
 from moco.errors import UsageError
 from moco.images import open_rgb
+from moco.sequences import LabelList, PathList
 
 SUITES = ("val", "corruption", "sketch", "stylized", "rendition")
 CORRUPTIONS = {
@@ -64,8 +65,8 @@ class TestSet(NamedTuple):
 
     key: str  # "val", "corruption/fog/3"
     folder: str
-    paths: list[str]
-    labels: list[int]
+    paths: Sequence[str]
+    labels: Sequence[int]
 
     @property
     def suite(self) -> str:
@@ -159,7 +160,7 @@ def class_root(directory: str) -> str:
     return inner if datasets.is_folder(inner) else directory
 
 
-def list_by_wnid(directory: str, wnids: Sequence[str], limit: int | None = None) -> tuple[list[str], list[int]]:
+def list_by_wnid(directory: str, wnids: Sequence[str], limit: int | None = None) -> tuple[PathList, LabelList]:
     """(paths, labels) of the images whose class folder is one of `wnids`; a label is the wnid's index in that list.
 
     limit: only the first so many of each class. Classes are matched by folder name, never by order. Raises UsageError
@@ -167,18 +168,19 @@ def list_by_wnid(directory: str, wnids: Sequence[str], limit: int | None = None)
     """
     folder = datasets.list_images(directory)
     label_of = {wnid: index for index, wnid in enumerate(wnids)}
-    taken, kept = [0] * len(folder.classes), []
-    for path, label in zip(folder.paths, folder.labels):
+    taken, kept, labels = [0] * len(folder.classes), [], []
+    for index, label in enumerate(folder.labels):
         wnid = folder.classes[label]
         if wnid in label_of and (limit is None or taken[label] < limit):
             taken[label] += 1
-            kept.append((path, label_of[wnid]))
+            kept.append(index)
+            labels.append(label_of[wnid])
     if not kept:
         raise UsageError(
             f"{directory}: none of its {len(folder.classes)} class folders ({folder.classes[0]}, …) is a class of the"
             f" head ({wnids[0]}, …)"
         )
-    return [path for path, _ in kept], [label for _, label in kept]
+    return folder.paths.take(kept), LabelList(labels)
 
 
 def corruption_folders(directory: str) -> dict[tuple[str, int], str]:
