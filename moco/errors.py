@@ -62,6 +62,7 @@ def cli_main(main: Callable[[], object]) -> None:
     except BaseException as error:
         code = _exit_code(error)
         if code is None:
+            _kill_loading()  # Python would wait for a stopped one
             raise
     _end_loading(code)
     if code:

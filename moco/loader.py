@@ -2,7 +2,6 @@
 
 import errno
 import functools
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -11,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 
-from moco import distributed, signals
+from moco import distributed, signals, workers
 from moco.datasets import RetryDataset
 from moco.distributed import DistContext
 from moco.errors import SHARED_MEMORY_FULL, RunError, UsageError, is_local_main
 
+WAIT_SECONDS = 600  # for a batch: a file system may hang, or somebody may stop a loading process
+WAIT_SLICE = 5  # seconds of it, after which the loading processes are checked
 LONGEST_TEMP_DIR = 70  # bytes; a socket's path has at most 107, of which multiprocessing adds up to 35
 
 
@@ -57,35 +58,64 @@ class GlobalBatchSampler(Sampler):
         return [index for index, _ in next(iter(everywhere))]
 
 
+class PatientLoader(DataLoader):
+    """A DataLoader with `workers` processes, which persist over all passes: see moco/workers.py.
+
+    Raises RunError if the system lacks what they need, and if there is no batch for WAIT_SECONDS.
+    """
+
+    def __init__(self, dataset: Dataset, count: int, device: torch.device, **settings):
+        if count:
+            _check_semaphores()
+            _shorten_temp_dir()
+            settings |= {
+                "multiprocessing_context": workers.context(),
+                "persistent_workers": True,
+                "worker_init_fn": signals.leave_signals_to_trainer(),
+                "timeout": WAIT_SLICE,
+            }
+        super().__init__(dataset, num_workers=count, pin_memory=device.type == "cuda", **settings)
+
+    def __iter__(self) -> Iterator:
+        try:
+            batches = super().__iter__()
+        except RuntimeError as error:
+            _check_timed_out(error)
+            self._iterator = None  # one of the last pass's processes does not answer: start others
+            batches = super().__iter__()
+        slices = 0
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                _check_timed_out(error)
+                slices += 1  # not by the clock: this process may have been stopped, too
+                if slices * WAIT_SLICE >= WAIT_SECONDS:
+                    raise RunError(
+                        f"no batch for {WAIT_SECONDS} s: the data's file system does not answer, or the loading"
+                        " processes were stopped; continue with --resume auto once they can be read"
+                    ) from error
+                continue
+            slices = 0
+            yield batch
+
+
+def _check_timed_out(error: RuntimeError) -> None:
+    """Raise the error unless it is that of DataLoader's `timeout`, for which PyTorch has no type of its own."""
+    if "DataLoader timed out" not in str(error):
+        raise error
+
+
 def train_loader(dataset: RetryDataset, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:
     """Yields (batch, unreadable): the collated items, and the (path, reason) of the files that could not be read."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=_collate,
-        **_worker_options(workers, device),
-    )
-
-
-def _worker_options(workers: int, device: torch.device) -> dict:
-    """What all loaders have in common. The workers persist over all passes.
-
-    Raises RunError if the system lacks what they need.
-    """
-    if workers:
-        _check_semaphores()
-        _shorten_temp_dir()
-    return {
-        "num_workers": workers,
-        "pin_memory": device.type == "cuda",
-        "persistent_workers": workers > 0,
-        "worker_init_fn": signals.leave_signals_to_trainer() if workers else None,
-    }
+    return PatientLoader(dataset, workers, device, batch_sampler=sampler, collate_fn=_collate)
 
 
 def _check_semaphores() -> None:
     try:
-        multiprocessing.Lock()
+        workers.context().Lock()
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise RunError(SHARED_MEMORY_FULL) from error
@@ -131,11 +161,7 @@ def eval_loader(dataset: Dataset | Sequence[Dataset], batch_size: int, workers: 
         share = range(start + ctx.rank, start + len(part), ctx.world_size)
         batches += [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
         start += len(part)
-    return DataLoader(
-        ConcatDataset(datasets),
-        batch_sampler=batches,
-        **_worker_options(workers, ctx.device),
-    )
+    return PatientLoader(ConcatDataset(datasets), workers, ctx.device, batch_sampler=batches)
 
 
 def prefetch(batches: Iterable, prepare: Callable, device: torch.device, first_step: int = 0) -> Iterator[tuple]:

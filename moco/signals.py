@@ -107,9 +107,10 @@ def _ignore_signals(exiting, worker_id: int) -> None:
         if exiting.value:
             os._exit(0)
 
-    for signum in (signal.SIGINT, signal.SIGUSR1):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # they are blocked while a process starts
     sys.excepthook = _without_lost_connections
 
 

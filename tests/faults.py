@@ -14,7 +14,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from moco import checkpoint, datasets, images, launch, options  # noqa: E402
+from moco import checkpoint, datasets, images, launch, loader, options  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
 from moco.run import Run  # noqa: E402
 
@@ -82,6 +82,10 @@ def impatient(seconds=3):
     launch.JOIN_SECONDS = seconds
 
 
+def impatient_for_batches(seconds=2):
+    loader.WAIT_SECONDS, loader.WAIT_SLICE = seconds, 1
+
+
 def workers_as_asked():
     options.workers_per_rank = lambda total, processes: total  # not at most one per core,
     warnings.filterwarnings("ignore", "This DataLoader will create")  # which PyTorch does not like
@@ -108,6 +112,7 @@ FAULTS = {
     "SIGTERM in step 3": lambda: after_step(lambda: os.kill(os.getpid(), signal.SIGTERM), 3),
     "SIGTERM in step 8": lambda: after_step(lambda: os.kill(os.getpid(), signal.SIGTERM), 8),
     "impatient": impatient,
+    "impatient for batches": impatient_for_batches,
     "workers as asked": workers_as_asked,
     "no fast JPEG decoder": lambda: setattr(images, "has_fast_jpeg", lambda: False),
     "report listings": report_listings,
