@@ -1,0 +1,161 @@
+"""What a list of 1.28 million files costs: seconds until the first step, and memory per data loader worker.
+
+    python -m tests.benchmarks.start_up BEFORE
+
+BEFORE: a commit to compare the working tree with. The files are links to one small photo, in memory (/dev/shm, 2 GB,
+removed afterwards); the runs use a ResNet-10 on 32 px. Memory is measured with items that only look up their path: at
+the first batch, and after rank 0 of 8 has read its eighth of an epoch with 4 workers. Prints a table; takes 10 minutes.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COUNTS = {100_000: 100, 1_281_167: 1000}  # files: classes
+RANKS, WORKERS = 8, 4
+RUN = shlex.split("-a resnet10 --image-size 32 --patch-ratio 4 12 --moco-k 64 --seed 1 --print-freq 1")
+TORCHRUN = shlex.split(f"-m torch.distributed.run --standalone --nproc-per-node={RANKS}")
+
+
+def write_links(root, files, classes):
+    """The layout and the lengths of the names of ImageNet."""
+    Image.new("RGB", (40, 32), "gray").save(root / "photo.JPEG")
+    for label in range(classes):
+        name = f"n{1440764 + 7 * label:08d}"
+        (root / "train" / name).mkdir(parents=True)
+        for i in range(label, files, classes):
+            os.link(root / "photo.JPEG", root / "train" / name / f"{name}_{i % 100_000}.JPEG")
+
+
+# In a process of the measured version
+
+
+class Lookup(torch.utils.data.Dataset):
+    """A data set whose items are cheap: what remains is to look up the path."""
+
+    def __init__(self, paths):
+        self.paths = paths
+
+    def __getitem__(self, index):
+        return len(self.paths[index])
+
+
+def measure(root, method):
+    """Figures of the version on PYTHONPATH, with this default start method."""
+    from moco import datasets, loader
+    from moco.distributed import DistContext
+
+    multiprocessing.set_start_method(method)
+    times = [time.perf_counter()]
+    data = datasets.list_training_images(root)
+    times.append(time.perf_counter())
+    pickled = len(pickle.dumps(data))
+    dataset = datasets.RetryDataset(Lookup(data.photos), data.labels)
+    sampler = loader.GlobalBatchSampler(len(dataset), 32, 0, DistContext(0, RANKS, 0, RANKS))
+    batches = loader.train_loader(dataset, sampler, WORKERS, torch.device("cpu"))
+    times.append(time.perf_counter())
+    steps = iter(batches)
+    next(steps)
+    times.append(time.perf_counter())
+    first = private_memory()
+    for _ in steps:
+        pass
+    last = private_memory()
+    return {
+        "listing, s": times[1] - times[0],
+        "pickled list, MB": pickled / 1e6,
+        f"from the list to the first batch, {method}, s": times[3] - times[2],
+        f"private memory of a worker at the first batch, {method}, MB": first,
+        f"private memory of a worker after an epoch, {method}, MB": last,
+    }
+
+
+def private_memory():
+    """MB of the largest loading process that no other shares."""
+    found = []
+    for process in multiprocessing.active_children():
+        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+        found.append(sum(int(line.split()[1]) for line in rollup if line.startswith("Private_")) / 1024)
+    return max(found)
+
+
+# Whole runs
+
+
+def first_step(repository, root, launcher):
+    """Seconds from the start of the script to its first step; images in batches of 8 per rank."""
+    ranks = RANKS if launcher else 1
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["-b", 8 * ranks, "-j", WORKERS * ranks, "--ckpt_path", folder]
+        script = ["tests/faults.py", "workers as asked", "moco-non-sem-neg.py"]
+        command = [sys.executable, *launcher, *script, *RUN, *options, root]
+        start = time.perf_counter()
+        run = subprocess.Popen(
+            list(map(str, command)), cwd=repository, env=environment(repository), text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        reached = next((time.perf_counter() for line in run.stdout if line.startswith("epoch 0 ")), None)
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        time.sleep(6)  # until the last worker has noticed
+    if reached is None:
+        sys.exit("the run ended before its first step")
+    return reached - start
+
+
+def environment(repository):
+    return {**os.environ, "PYTHONPATH": f"{repository}:{repository}/tests", "OMP_NUM_THREADS": "1"}
+
+
+def figures(repository, root):
+    """All figures of one version on one folder."""
+    found = {}
+    for method in ("fork", "forkserver"):
+        command = [sys.executable, __file__, "--measure", root, method]
+        result = subprocess.run(
+            command, cwd=repository, env=environment(repository), check=True, stdout=subprocess.PIPE, text=True
+        )
+        found |= json.loads(result.stdout.splitlines()[-1])
+    found["first step of a single process, s"] = first_step(repository, root, [])
+    found[f"first step of {RANKS} ranks × {WORKERS} workers, s"] = first_step(repository, root, TORCHRUN)
+    return found
+
+
+def main():
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder, "before")
+        before.mkdir()
+        archive = subprocess.run(["git", "archive", sys.argv[1]], cwd=REPOSITORY, check=True, capture_output=True)
+        subprocess.run(["tar", "-x", "-C", before], input=archive.stdout, check=True)
+        columns = {}
+        for count, classes in {800: 2, **COUNTS}.items():
+            root = tempfile.mkdtemp(dir="/dev/shm")
+            try:
+                write_links(Path(root), count, classes)
+                for name, repository in (("before", before), ("now", REPOSITORY)):
+                    columns[f"{count:,} files, {name}"] = figures(repository, root)
+            finally:
+                shutil.rmtree(root)
+    print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+    for row in next(iter(columns.values())):
+        print(f"| {row} | {' | '.join(f'{column[row]:.3g}' for column in columns.values())} |")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--measure":
+        print(json.dumps(measure(*sys.argv[2:])))
+    else:
+        main()
