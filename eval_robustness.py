@@ -8,6 +8,7 @@
 
 import argparse
 import codecs
+import functools
 import importlib.util
 import os
 import shutil
@@ -24,7 +25,19 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from moco import classifier, datasets, distributed, images, launch, options, released, report, results, robustness
+from moco import (
+    classifier,
+    datasets,
+    distributed,
+    images,
+    launch,
+    options,
+    released,
+    report,
+    results,
+    robustness,
+    sharing,
+)
 from moco.distributed import DistContext
 from moco.errors import UsageError, cli_main, is_local_main
 from moco.robustness import TestSet
@@ -264,7 +277,8 @@ def main() -> None:
     models, pretraining, wnids, image_size = load_models(rows, args)
     # Listing all test sets first finds a wrong folder before hours of evaluation, and tells the bar its length.
     directories = {suite: getattr(args, suite) for suite in robustness.SUITES if getattr(args, suite)}
-    test_sets = robustness.list_test_sets(directories, wnids, args.limit)
+    list_test_sets = functools.partial(robustness.list_test_sets, directories, wnids, args.limit)
+    test_sets = sharing.once_per_node("test sets", list_test_sets)
     unknown = robustness.unknown_corruptions(args.corruption) if args.corruption else []
     result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
     results.reuse_results(args.json, result, test_sets)

@@ -42,6 +42,7 @@ from moco import (
     metrics,
     options,
     released,
+    sharing,
 )
 from moco.classifier import LinearHeads
 from moco.datasets import ImageFolder, ImageList, RetryDataset, StrictDataset
@@ -128,7 +129,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     saved = checkpoint.load(args.resume) if args.resume else {}
     pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
     args.arch = args.arch or arch_of_files(args, saved, pretrained)
-    train, val = list_data(args)
+    train, val = sharing.once_per_node("data", functools.partial(list_data, args))
     derived = {
         "processes": f"{world_size}, with {workers} loader workers each",
         "validation": f"{len(val.paths)} images in {len(val.classes)} classes",

@@ -40,6 +40,7 @@ from moco import (
     memory,
     metrics,
     options,
+    sharing,
     views,
 )
 from moco.builder import MoCo
@@ -144,7 +145,8 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     options.check_folder("--ckpt_path", args.ckpt_path)
     if not args.preview:
         check_unused(args.ckpt_path, args.resume, CHECKPOINTS, probe=None)
-    data = datasets.list_training_images(args.data, with_textures=args.robust == "texture")
+    list_images = functools.partial(datasets.list_training_images, args.data, with_textures=args.robust == "texture")
+    data = sharing.once_per_node("training images", list_images)
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
     needed = memory.check_memory(
@@ -314,7 +316,7 @@ def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[da
     root = datasets.photo_root(args.data) if args.robust == "texture" else args.data
     if not os.path.isdir(os.path.join(root, "val")):
         return None
-    val = datasets.list_images(os.path.join(root, "val"))
+    val = sharing.once_per_node("val", functools.partial(datasets.list_images, os.path.join(root, "val")))
     return (datasets.ImageFolder(data.photos, data.labels, data.classes), val) if val.classes == data.classes else None
 
 

@@ -91,18 +91,16 @@ def _try_read(path: str | Path, decode: Callable, damaged: bytes | None = None):
         raise BadImage(path, f"{type(error).__name__}: {error}".replace("\n", " "), data) from error
 
 
-_first_wait, _waited = None, 0.0  # when this process first waited for a file, and how long in all, s
+_started, _waited = time.monotonic(), 0.0  # of this process: when, and for how many seconds it waited for files
 
 
 def _may_wait() -> bool:
-    """Whether to wait before the second attempt: in each process for one second and 2 % of the time since, at most.
+    """Whether to wait before the second attempt: for 1 % of this process's time at most, and twice at its start.
 
-    Waiting for thousands of bad files would take as long as reading the others.
+    Waiting for each of thousands of bad files would take as long as reading the others.
     """
-    global _first_wait, _waited
-    now = time.monotonic()
-    _first_wait = _first_wait or now
-    if _waited + RETRY_SECONDS > 1 + 0.02 * (now - _first_wait):
+    global _waited
+    if _waited + RETRY_SECONDS > 2 * RETRY_SECONDS + 0.01 * (time.monotonic() - _started):
         return False
     _waited += RETRY_SECONDS
     return True

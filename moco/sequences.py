@@ -7,10 +7,13 @@ processes and are pickled as one block of bytes.
 
 import operator
 import os
+import pickle
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+
+Buffer = bytes | memoryview | pickle.PickleBuffer
 
 
 class _ArraySequence(Sequence):
@@ -44,7 +47,7 @@ class _ArraySequence(Sequence):
 class PathList(_ArraySequence):
     """The paths root + name of many files, as str. names: the bytes of each name and a NUL, one after the other."""
 
-    def __init__(self, root: str, names: bytes):
+    def __init__(self, root: str, names: Buffer):
         self.root, self._names = root, np.frombuffer(names, np.uint8)
         self._ends = np.flatnonzero(self._names == 0)
 
@@ -71,8 +74,8 @@ class PathList(_ArraySequence):
     def __iter__(self):
         return (self.root + name for name in self.names())
 
-    def __reduce__(self) -> tuple:
-        return PathList, (self.root, self._names.tobytes())
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return PathList, (self.root, pickle.PickleBuffer(self._names) if protocol >= 5 else self._names.tobytes())
 
 
 class LabelList(_ArraySequence):
