@@ -2,16 +2,20 @@
 
 The loader crops; flip, colour, blur and normalisation follow here. Each operation equals torchvision's functional one
 for the same parameters, and every image has its own parameters, drawn as torchvision draws them. Drawing is separate
-from applying, so that a texture negative can share its query's parameters. Parameters are drawn on the host: operations
-that no image of a batch needs are skipped without a CPU-GPU sync.
+from applying, so that a texture negative can share its query's parameters, and all parameters of a step can travel to
+the device together. They are drawn on the host: operations that no image of a batch needs are skipped without a CPU-GPU
+sync.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from moco.transfer import to_device
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -70,11 +74,54 @@ def draw(recipe: Recipe, n: int, rng: np.random.Generator) -> AugParams:
     )
 
 
-def apply(recipe: Recipe, params: AugParams, images: torch.Tensor) -> torch.Tensor:
-    """uint8 crops (N, 3, S, S) → normalised float32 images (N, 3, S, S)."""
+class Plan(NamedTuple):
+    """What is done to N images, by operation: NumPy arrays on the host, tensors on the device.
+
+    The j-th blend of an image is with black, its mean gray (`contrast`) or each pixel's gray (`saturation`).
+    """
+
+    flip: np.ndarray | torch.Tensor  # N, bool
+    gray: np.ndarray | torch.Tensor  # N, bool
+    jittered: np.ndarray | torch.Tensor  # N, bool
+    hue_shift: np.ndarray | torch.Tensor  # N
+    sigma: np.ndarray | torch.Tensor  # N
+    contrast: np.ndarray | torch.Tensor  # N×3, bool
+    saturation: np.ndarray | torch.Tensor  # N×3, bool
+    before: np.ndarray | torch.Tensor  # N×3: the factors of the blends before the change of hue; 1 where there is none
+    after: np.ndarray | torch.Tensor  # N×3: of those after it
+
+
+def plan(params: AugParams) -> Plan:
+    """What to do to the images with these parameters, on the host."""
+    factors = np.take_along_axis(params.factors, params.order, axis=1)
+    before_hue = np.arange(3) < params.hue_slot[:, None]
+    jittered, one = params.jittered[:, None], np.float32(1)
+    return Plan(
+        flip=params.flip,
+        gray=params.gray,
+        jittered=params.jittered,
+        hue_shift=params.hue_shift,
+        sigma=params.sigma,
+        contrast=params.order == CONTRAST,
+        saturation=params.order == SATURATION,
+        before=np.where(jittered & before_hue, factors, one),
+        after=np.where(jittered & ~before_hue, factors, one),
+    )
+
+
+def apply(
+    recipe: Recipe, params: AugParams, images: torch.Tensor, on_device: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """uint8 crops (N, 3, S, S) → normalised float32 images (N, 3, S, S).
+
+    on_device: plan(params) on the device of the images, for a caller that sent it there with other things.
+    """
+    host = plan(params)
+    on_device = to_device([host], images.device)[0] if on_device is None else on_device
     result = torch.empty(images.shape, device=images.device)
     for chunk in chunks(images):
-        result[chunk] = _apply(recipe, AugParams(*(values[chunk] for values in params)), images[chunk])
+        parts = (Plan(*(values[chunk] for values in plans)) for plans in (host, on_device))
+        result[chunk] = _apply(recipe, *parts, images[chunk])
     return result
 
 
@@ -87,28 +134,30 @@ def chunks(images: torch.Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(images), step)]
 
 
-def _apply(recipe: Recipe, params: AugParams, images: torch.Tensor) -> torch.Tensor:
-    x = _where(params.flip, lambda x: x.flip(3), images).float().div_(255)
+# Below, `host` decides what is skipped and `device` holds the same values where the images are.
+
+
+def _apply(recipe: Recipe, host: Plan, device: Plan, images: torch.Tensor) -> torch.Tensor:
+    x = _where(host.flip, device.flip, lambda x: x.flip(3), images).float().div_(255)
     if recipe.gray_first:
-        x = grayscale(x, params.gray)
-    x = color_jitter(x, params)
+        x = _where(host.gray, device.gray, grayscale, x)
+    x = color_jitter(x, host, device)
     if not recipe.gray_first:
-        x = grayscale(x, params.gray)
-    if params.sigma.any():
-        x = gaussian_blur(x, params.sigma, recipe.blur_sigma[1])
+        x = _where(host.gray, device.gray, grayscale, x)
+    if host.sigma.any():
+        x = gaussian_blur(x, device.sigma, recipe.blur_sigma[1])
     return normalize(x)
 
 
-def _where(chosen, change, x):
-    """change(x) for the images that `chosen` (N,), a boolean array, selects, and x for the others."""
-    if not chosen.any():
+def _where(host, device, change, x):
+    """change(x) for the images that a boolean (N,), given on host and device, selects, and x for the others."""
+    if not host.any():
         return x
-    return change(x) if chosen.all() else torch.where(_per_image(chosen, x), change(x), x)
+    return change(x) if host.all() else torch.where(_per_image(device), change(x), x)
 
 
-def _per_image(values, x):
-    """Host values (N,) as (N, 1, 1, 1) on the device of x. Such a small non-blocking copy is no CPU-GPU sync."""
-    return torch.as_tensor(values).to(x.device, non_blocking=True).view(-1, 1, 1, 1)
+def _per_image(values):
+    return values.view(-1, 1, 1, 1)
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
@@ -122,34 +171,33 @@ def denormalize(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([channel * std + mean for channel, mean, std in zip(x.unbind(1), MEAN, STD)], dim=1).clamp(0, 1)
 
 
-def color_jitter(x: torch.Tensor, params: AugParams) -> torch.Tensor:
-    """Brightness, contrast, saturation and hue in each image's own random order, where `params.jittered`.
+def color_jitter(x: torch.Tensor, host: Plan, device: Plan) -> torch.Tensor:
+    """Brightness, contrast, saturation and hue of images (N, 3, H, W) in [0, 1], in each one's own random order.
 
     A random order of four is a random order of three with the fourth, hue, inserted at a random place. So hue, the
     expensive one, runs once for the whole batch, with the three blends before and after it.
     """
-    factors = np.take_along_axis(params.factors, params.order, axis=1)
+    x = _blend(x, host, device, host.before, device.before)
+    x = _where(host.jittered, device.jittered, lambda x: shift_hue(x, device.hue_shift), x)
+    return _blend(x, host, device, host.after, device.after)
+
+
+def _blend(x, host, device, host_factors, factors):
+    """The three blends, where the factor is not 1: with black, with an image's mean gray or each pixel's gray."""
     for slot in range(3):
-        x = _blend(x, params.order[:, slot], factors[:, slot], where=params.jittered & (slot < params.hue_slot))
-    x = _where(params.jittered, lambda x: shift_hue(x, params.hue_shift), x)
-    for slot in range(3):
-        x = _blend(x, params.order[:, slot], factors[:, slot], where=params.jittered & (slot >= params.hue_slot))
+        chosen = host_factors[:, slot] != 1
+        if not chosen.any():
+            continue
+        target = torch.zeros((), device=x.device)
+        if (host.saturation | host.contrast)[chosen, slot].any():
+            gray = _luma(x)
+            target = _per_image(device.saturation[:, slot]) * gray
+            target += _per_image(device.contrast[:, slot]) * gray.mean(dim=(2, 3), keepdim=True)
+        x = torch.lerp(target, x, _per_image(factors[:, slot])).clamp_(0, 1)
     return x
 
 
-def _blend(x, operation, factor, where):
-    """Brightness, contrast and saturation blend an image with black, its mean gray, or each pixel's gray."""
-    if not where.any():
-        return x
-    target = torch.zeros((), device=x.device)
-    if (operation[where] != BRIGHTNESS).any():
-        gray = _luma(x)
-        target = _per_image(operation == SATURATION, x) * gray
-        target += _per_image(operation == CONTRAST, x) * gray.mean(dim=(2, 3), keepdim=True)
-    return torch.lerp(target, x, _per_image(np.where(where, factor, 1).astype(np.float32), x)).clamp_(0, 1)
-
-
-def shift_hue(x: torch.Tensor, shift: np.ndarray) -> torch.Tensor:
+def shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """Rotate the hue of RGB images (N, 3, H, W) in [0, 1] by shift (N,), in turns of the colour wheel, -0.5 to 0.5."""
     r, g, b = x.split(1, dim=1)
     value = torch.maximum(torch.maximum(r, g), b)
@@ -159,18 +207,18 @@ def shift_hue(x: torch.Tensor, shift: np.ndarray) -> torch.Tensor:
     turns = torch.where(
         value == r, (g - b) * sixth, torch.where(value == g, (b - r) * sixth + 1 / 3, (r - g) * sixth + 2 / 3)
     )
-    turns += _per_image(shift, x)
+    turns += _per_image(shift)
     # HSV to RGB in closed form: every channel is value minus chroma times a trapezoid of its distance in hue.
     distance = torch.cat([turns + 2, turns + 5 / 3, turns + 4 / 3], dim=1).frac_()  # red, green, blue; none is negative
     return distance.sub_(0.5).abs_().mul_(-6).add_(2).clamp_(0, 1).mul_(chroma).neg_().add_(value)
 
 
-def grayscale(x: torch.Tensor, where: np.ndarray) -> torch.Tensor:
-    """Convert the images that `where` (N,) selects to gray."""
-    return _where(where, lambda x: _luma(x).expand_as(x), x)
+def grayscale(x: torch.Tensor) -> torch.Tensor:
+    """RGB images (N, 3, H, W) in gray, with three equal channels."""
+    return _luma(x).expand_as(x)
 
 
-def gaussian_blur(x: torch.Tensor, sigma: np.ndarray, max_sigma: float) -> torch.Tensor:
+def gaussian_blur(x: torch.Tensor, sigma: torch.Tensor, max_sigma: float) -> torch.Tensor:
     """Blur each image (N, C, S, S) with its own sigma (N,), in pixels, with reflected borders; 0 leaves it sharp.
 
     Equals torchvision's gaussian_blur with a kernel of 2 * ceil(4 * max_sigma) + 1 taps. Rows, then columns, are cut
@@ -182,7 +230,7 @@ def gaussian_blur(x: torch.Tensor, sigma: np.ndarray, max_sigma: float) -> torch
     window = tile + 2 * radius
     offset = torch.arange(window, device=x.device).view(-1, 1) - radius - torch.arange(tile, device=x.device)
     # At 0.05 px neighbours have weight 0.
-    matrix = torch.exp(-0.5 * (offset / _per_image(sigma, x).clamp(min=0.05)).square())
+    matrix = torch.exp(-0.5 * (offset / sigma.view(-1, 1, 1, 1).clamp(min=0.05)).square())
     matrix = (matrix * (offset.abs() <= radius)).view(n, window, tile)
     matrix /= matrix.sum(dim=1, keepdim=True)
     for _ in range(2):  # along the rows, then along the columns

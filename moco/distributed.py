@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
 from moco.errors import under_torchrun as under_torchrun
+from moco.transfer import to_device
 
 
 class DistContext(NamedTuple):
@@ -164,12 +165,13 @@ def exchange_rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     owner = (order // len(x)).view(world_size(), -1)  # by receiving rank: where each wanted row is
     position = (order % len(x)).view(world_size(), -1)
     mine = owner == rank()
-    sent = x[position[mine].to(x.device, non_blocking=True)]  # to rank 0 first, to each in the order it wants
+    arrival = owner[rank()].argsort(stable=True).argsort()  # from rank 0 first: where each wanted row arrived
+    ((wanted, arrival),) = to_device([[position[mine].numpy(), arrival.numpy()]], x.device)
+    sent = x[wanted]  # to rank 0 first, to each in the order it wants
     received = torch.empty_like(sent)
     received_counts = owner[rank()].bincount(minlength=world_size()).tolist()
     dist.all_to_all_single(received, sent, received_counts, mine.sum(1).tolist())
-    arrival = owner[rank()].argsort(stable=True).argsort()  # from rank 0 first: where each wanted row arrived
-    return received[arrival.to(x.device, non_blocking=True)]
+    return received[arrival]
 
 
 # Collectives between the hosts, which do not wait for a GPU

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from moco import augment
+from moco.transfer import to_device
 
 
 def patch_negatives(
@@ -19,21 +20,37 @@ def patch_negatives(
     uniform position, neither flipped nor rotated; the last row and column are cut off at the canvas. Returns (N,
     count, C, S, S). Raises ValueError unless 1 <= low <= high <= S and the images are square.
     """
-    n, channels, size, width = images.shape
+    n, _, size, width = images.shape
     if size != width:
         raise ValueError(f"patch negatives need square images, got {size}×{width}")
+    (patches,) = to_device([draw_patches(n, size, low, high, rng, count)], images.device)
+    return cut_patches(images, *patches)
+
+
+def draw_patches(
+    n: int, size: int, low: int, high: int, rng: np.random.Generator, count: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the patch sizes (n, count, 1, 1, 1) and the windows' offsets (n, count, 2, tiles, tiles) of n images' NS.
+
+    Both in pixels of an image of size × size; offsets are from the top and from the left. Raises ValueError unless
+    1 <= low <= high <= size.
+    """
     if not 1 <= low <= high <= size:
         raise ValueError(f"patch sizes {low}..{high} do not fit images of {size} px")
     tiles = -(-size // low)  # per side, for the smallest patches
     patch_sizes = rng.integers(low, high, (n, count, 1, 1, 1), endpoint=True)
     offsets = rng.integers(0, size - patch_sizes, (n, count, 2, tiles, tiles), endpoint=True)
+    return patch_sizes.astype(np.int32), offsets.astype(np.int32)  # half of what travels to the device
 
+
+def cut_patches(images: torch.Tensor, patch_sizes: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The negatives (N, count, C, S, S) that `draw_patches` has drawn for these images."""
+    n, channels, size, _ = images.shape
+    count, tiles = offsets.shape[1], offsets.shape[-1]
     negatives = images.new_empty(n, count, channels, size, size)
     pixels = torch.arange(size, device=images.device)
     for chunk in augment.chunks(images):
-        d, offset = (
-            torch.from_numpy(drawn[chunk]).to(images.device, non_blocking=True) for drawn in (patch_sizes, offsets)
-        )
+        d, offset = patch_sizes[chunk].long(), offsets[chunk].long()
         d = d.view(-1, count, 1)
         tile, inside = pixels // d, pixels % d  # n×count×S: the tile of each row (column), and the place in it
         # n×count×1×S²: each pixel's tile

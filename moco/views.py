@@ -6,7 +6,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
 from moco import augment
-from moco.negatives import patch_negatives
+from moco.negatives import cut_patches, draw_patches
+from moco.transfer import to_device
 
 TILE = 224  # px; smaller crops are enlarged to about this side in a picture
 LABEL_HEIGHT, GAP = 34, 6  # px
@@ -27,13 +28,18 @@ def training_views(
     "texture": the third crop with the query's parameters; "none": no negatives.
     Returns normalised query (N, 3, S, S), key (N, 3, S, S) and negatives (N, n, 3, S, S) on the device of the crops.
     """
-    query_params, key_params = augment.draw(recipe, len(crops), rng), augment.draw(recipe, len(crops), rng)
-    query = augment.apply(recipe, query_params, crops[:, 0])
-    key = augment.apply(recipe, key_params, crops[:, 1])
+    n, size = len(crops), crops.shape[-1]
+    query_params, key_params = augment.draw(recipe, n, rng), augment.draw(recipe, n, rng)
+    drawn = draw_patches(n, size, *patch_ratio, rng, num_nonsem) if robust == "patch" else ()
+    query_plan, key_plan, patches = to_device(
+        [augment.plan(query_params), augment.plan(key_params), drawn], crops.device
+    )
+    query = augment.apply(recipe, query_params, crops[:, 0], query_plan)
+    key = augment.apply(recipe, key_params, crops[:, 1], key_plan)
     if robust == "patch":
-        negatives = patch_negatives(query, *patch_ratio, rng, num_nonsem)
+        negatives = cut_patches(query, *patches)
     elif robust == "texture":
-        negatives = augment.apply(recipe, query_params, crops[:, 2]).unsqueeze(1)
+        negatives = augment.apply(recipe, query_params, crops[:, 2], query_plan).unsqueeze(1)
     else:
         negatives = query.new_empty(len(query), 0, *query.shape[1:])
     return query, key, negatives

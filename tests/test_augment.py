@@ -54,7 +54,7 @@ def test_hue_equals_torchvision(images, shift):
     x[0] = 0.5  # gray: no hue
     x[1, 1:] = 0  # pure red of every brightness
     torch.testing.assert_close(
-        augment.shift_hue(x, np.full(12, shift, dtype=np.float32)), TF.adjust_hue(x, shift), atol=1e-5, rtol=0
+        augment.shift_hue(x, torch.full((12,), shift)), TF.adjust_hue(x, shift), atol=1e-5, rtol=0
     )
 
 
@@ -62,20 +62,21 @@ def test_hue_equals_torchvision(images, shift):
 @pytest.mark.parametrize("size", [20, 48, 224])
 def test_blur_equals_torchvision(sigma, size):
     x = torch.rand(2, 3, size, size)
-    blurred = augment.gaussian_blur(x, np.full(2, sigma, dtype=np.float32), 2.0)
+    blurred = augment.gaussian_blur(x, torch.full((2,), sigma), 2.0)
     torch.testing.assert_close(blurred, TF.gaussian_blur(x, 17, sigma), atol=1e-5, rtol=0)
 
 
 def test_images_that_are_not_blurred_stay_exactly_as_they_are():
     x = torch.rand(2, 3, 32, 32)
-    blurred = augment.gaussian_blur(x, np.array([0.0, 1.0], dtype=np.float32), 2.0)
+    blurred = augment.gaussian_blur(x, torch.tensor([0.0, 1.0]), 2.0)
     assert torch.equal(blurred[0], x[0]) and not torch.allclose(blurred[1], x[1], atol=1e-3)
 
 
 def test_images_without_jitter_stay_exactly_as_they_are(images):
     params = augment.draw(augment.V2, len(images), np.random.default_rng(1))._replace(jittered=np.zeros(12, dtype=bool))
     x = images.float() / 255
-    assert torch.equal(augment.color_jitter(x, params), x)
+    host = augment.plan(params)
+    assert torch.equal(augment.color_jitter(x, host, augment.Plan(*map(torch.from_numpy, host))), x)
 
 
 def test_draws_have_torchvisions_distribution():
