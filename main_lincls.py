@@ -36,6 +36,7 @@ from moco import (
     contents,
     datasets,
     distributed,
+    gpus,
     images,
     launch,
     loader,
@@ -121,6 +122,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     local_world_size, world_size = launch.resolve_world_size(**options.launch_settings(args))
     batch_size = options.per_rank(args.batch_size, local_world_size)
     workers = options.workers_per_rank(args.workers, local_world_size)
+    gpus.check_options(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
     if not args.evaluate:
         name = re.escape(run_name(args.pretrained))
@@ -252,6 +254,8 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
         save_steps=args.save_steps, max_bad_images=args.max_bad_images, probe=run_name(args.pretrained),
     )  # fmt: skip
     run.resume(inputs.saved, args.start_epoch)
+    inputs.saved.clear()  # as much memory as all heads and the backbone
+    inputs.backbone.clear()
 
     # --- epochs
     for epoch in range(run.epoch, args.epochs):

@@ -14,7 +14,6 @@ import argparse
 import functools
 import math
 import os
-import shutil
 import signal
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
@@ -34,6 +33,7 @@ from moco import (
     contents,
     datasets,
     distributed,
+    gpus,
     images,
     launch,
     loader,
@@ -68,6 +68,7 @@ class Inputs(NamedTuple):
     train: TrainingImages
     knn: tuple[datasets.ImageFolder, ...] | None  # train/ and val/ with --knn, if there is a val/ with the same classes
     saved: dict  # {} for a fresh start
+    memory: dict[str, int]  # bytes that a process needs, by part
 
 
 def parse_args() -> argparse.Namespace:
@@ -149,28 +150,26 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     data = sharing.once_per_node("training images", list_images)
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
-    needed = memory.check_memory(
+    devices = launch.devices_of(local_world_size, args.gpu)
+    gpus.check_options(devices, args.precision, args.compile)
+    needed = memory.required(
         functools.partial(build_model, args, torch.float32),
         args.arch,
         batch_size,
         args.image_size,
         crops=2 + args.num_nonsem,
         itemsize=DTYPES[args.precision].itemsize,
-        device=launch.device_of(args.gpu or 0),
-        processes=local_world_size,
     )
-    if args.compile and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise UsageError("--compile: on a CPU it needs a C++ compiler, and there is no g++; leave it out")
     if saved:
         check_resume(args, saved, data, sampler)
     workers = options.workers_per_rank(args.workers, local_world_size)
-    return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved), {
+    return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved, needed), {
         "processes": f"{world_size}, with {workers} loader workers each",
         "images": f"{len(data.photos)} in {len(data.classes)} classes",
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
         "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
-        "memory": needed,
+        "memory": memory.check_memory(needed, devices[0], processes=local_world_size),
     }
 
 
@@ -199,6 +198,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     if distributed.is_main():
         print_start(args, inputs, derived)
     memory.keep_freed_memory(ctx.device)
+    memory.check_free(inputs.memory, ctx.device)
     data, saved = inputs.train, inputs.saved
     seed = distributed.resolve_seed(args.seed, saved, ctx.device)
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
@@ -227,6 +227,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
         max_bad_images=args.max_bad_images,
     )  # fmt: skip
     run.resume(saved, args.start_epoch)  # optimizer, scaler, epoch and step; the model was loaded above
+    saved.clear()  # as much memory as weights, queue and momenta
     if args.compile:
         model.encoder_q.compile()
         model.encoder_k.compile()

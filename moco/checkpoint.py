@@ -26,7 +26,7 @@ def save(path: str, state: Mapping) -> None:
     """Write `state` to `path` so that neither a reader nor a crash ever leaves half a file. RunError if it cannot."""
     try:
         with files.atomic_write(path, "wb") as file:
-            torch.save(state, file)
+            torch.save(_on_cpu(state), file)
     except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns an OSError into a RuntimeError
         if "DataLoader worker" in str(error):  # a loading process died just now: not about this file
             raise
@@ -37,6 +37,15 @@ def save(path: str, state: Mapping) -> None:
             f"{path} could not be written ({first_line(cause)}); earlier checkpoints are intact; free some space, then"
             " continue with --resume auto"
         ) from error
+
+
+def _on_cpu(value):
+    """The value with all tensors in it on the CPU: a file of tensors on a GPU cannot be read where there is none."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, Mapping):
+        return {name: _on_cpu(item) for name, item in value.items()}
+    return type(value)(map(_on_cpu, value)) if isinstance(value, (list, tuple)) else value
 
 
 def prune(folder: str, keep: int, pattern: str) -> None:

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 
 from moco.distributed import DistContext, under_torchrun
 from moco.errors import PeerError, RunError, UsageError, cli_main, first_line, set_spawned_rank, translate_error
+from moco.gpus import say_why_on_cpu, usable_gpus
 from moco.signals import STOP_SIGNALS
 
 MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch no longer supports multicast
@@ -32,7 +33,7 @@ def resolve_world_size(
     gpu: int | None = None,
 ) -> tuple[int, int]:
     """How many processes `launch` runs on this node, and in total. Raises UsageError if its options contradict."""
-    gpus = torch.cuda.device_count()
+    gpus = usable_gpus()
     if gpu is not None and gpu >= gpus:
         raise UsageError(f"--gpu {gpu}: this machine has {gpus} GPUs; leave --gpu out to use the existing ones")
     if backend != "nccl" and not dist.is_backend_available(backend):
@@ -69,6 +70,7 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
     the processes cannot connect.
     """
     local_world_size, total = resolve_world_size(**settings)
+    say_why_on_cpu()
     backend, gpu = settings.get("backend", "nccl"), settings.get("gpu")
     if under_torchrun():
         ranks = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
@@ -82,10 +84,12 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
         if not torch.cuda.device_count():
             print("no GPU found: running one CPU process (gloo)", flush=True)
         # Pickled here: tensors in `args` would otherwise travel through /dev/shm, which containers keep small.
-        job = pickle.dumps((worker, args))
+        job = bytearray(pickle.dumps((worker, args)))  # emptied by each: it may hold a checkpoint
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by multiprocessing's resource tracker
         spawn_args = (node, nodes, local_world_size, dist_url, backend, job)
-        return _wait_for(mp.start_processes(_spawned, spawn_args, nprocs=local_world_size, join=False))
+        context = mp.start_processes(_spawned, spawn_args, nprocs=local_world_size, join=False)
+        del job, spawn_args
+        return _wait_for(context)
     device = device_of(gpu or 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # otherwise a context on GPU 0 as well
@@ -95,15 +99,17 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
 
 
 def _spawned(
-    local_rank: int, node: int, nodes: int, local_world_size: int, dist_url: str, backend: str, job: bytes
+    local_rank: int, node: int, nodes: int, local_world_size: int, dist_url: str, backend: str, job: bytearray
 ) -> None:
     rank, world_size = node * local_world_size + local_rank, nodes * local_world_size
     ctx = DistContext(rank, world_size, local_rank, local_world_size, device_of(local_rank))
     set_spawned_rank(local_rank)  # one process per node prints errors
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     os.setpgrp()  # a terminal's signals arrive once, through the parent
+    worker_and_args = pickle.loads(job)
+    job.clear()
     try:
-        cli_main(lambda: _join_and_run(ctx, dist_url, backend, *pickle.loads(job)))
+        cli_main(lambda: _join_and_run(ctx, dist_url, backend, *worker_and_args))
     except Exception:  # printed here: the parent learns of one process only, which may not be the first to fail
         traceback.print_exc()
         sys.exit(1)
@@ -218,6 +224,11 @@ def _host_and_port(dist_url: str) -> tuple[str, int]:
 
 def device_of(index: int) -> torch.device:
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def devices_of(local_world_size: int, gpu: int | None = None) -> list[torch.device]:
+    """The devices of this node's processes; gpu: that of a single process."""
+    return [device_of(gpu or index) for index in range(local_world_size)]
 
 
 def _check_loopback() -> None:

@@ -2,12 +2,12 @@
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn as nn
 
-from moco.errors import UsageError, first_line
+from moco.errors import RunError, UsageError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -24,29 +24,29 @@ def keep_freed_memory(device: torch.device) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # and the top of the heap is never returned
 
 
-def check_memory(
-    build: Callable[[], nn.Module],
-    arch: str,
-    batch_size: int,
-    image_size: int,
-    crops: int,
-    itemsize: int,
-    device: torch.device,
-    processes: int,
-) -> str:
-    """The memory that each of a machine's `processes` needs to train the MoCo that `build` returns, as a text.
+def required(
+    build: Callable[[], nn.Module], arch: str, batch_size: int, image_size: int, crops: int, itemsize: int
+) -> dict[str, int]:
+    """Bytes, by part, that a process needs to train the MoCo that `build` returns.
 
-    crops: per image (query, key, NS); itemsize: bytes per activation value. Raises UsageError if that is more than
-    there is, or if the network does not accept such batches or images.
+    crops: per image (query, key, NS); itemsize: bytes per activation value. Raises UsageError if the network does not
+    accept such batches or images.
     """
     try:
         with torch.device("meta"):
-            parts = estimate(build(), torch.empty(batch_size, 3, image_size, image_size), crops, itemsize)
+            return estimate(build(), torch.empty(batch_size, 3, image_size, image_size), crops, itemsize)
     except (RuntimeError, ValueError) as error:  # only shapes can be wrong here
         raise UsageError(
             f"--arch {arch} cannot be built or does not accept {batch_size} images of {image_size} px per process"
             f" ({first_line(error)}); 32 images of 224 px work"
         ) from error
+
+
+def check_memory(parts: Mapping[str, int], device: torch.device, processes: int) -> str:
+    """What each of a machine's `processes` needs (as `required` tells) of what there is, as a text.
+
+    Raises UsageError if that is more than there is.
+    """
     total, limit = sum(parts.values()), available(device, processes)
     if total > limit:
         listed = ", ".join(f"{name} {gigabytes(size)}" for name, size in parts.items())
@@ -55,6 +55,22 @@ def check_memory(
             " --batch-size, --moco-k or --image-size"
         )
     return f"{gigabytes(total)} of {gigabytes(limit)} per process, estimated"
+
+
+def check_free(parts: Mapping[str, int], device: torch.device) -> None:
+    """Raise RunError if this process's own GPU has less free than it needs: other programs may use it, too.
+
+    Only the process that uses a GPU may ask: asking takes some 0.5 GB of that GPU.
+    """
+    if device.type != "cuda":
+        return
+    needed, (free, total) = sum(parts.values()), torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise RunError(
+            f"GPU {device.index}: {gigabytes(free)} of {gigabytes(total)} are free, and this process needs"
+            f" {gigabytes(needed)} (estimated); end what else runs there (nvidia-smi lists it), use another GPU (--gpu,"
+            " or CUDA_VISIBLE_DEVICES), or a smaller --batch-size"
+        )
 
 
 def estimate(model: nn.Module, images: torch.Tensor, crops: int, itemsize: int) -> dict[str, int]:
@@ -84,7 +100,7 @@ def estimate(model: nn.Module, images: torch.Tensor, crops: int, itemsize: int) 
 
 
 def available(device: torch.device, processes: int) -> int:
-    """Bytes of memory for each of the `processes` that this machine runs."""
+    """Bytes of memory for each of the `processes` that this machine runs, whatever other programs use of it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes

@@ -40,7 +40,7 @@ def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(launch, "usable_gpus", lambda: 4)
     for name, value in {**TORCHRUN_RANK, "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match="this machine has 4 GPUs"):
@@ -109,9 +109,9 @@ def test_a_spawned_process_ends_the_launcher_with_its_code(spawned):
 
 def test_world_size_counts_the_processes_of_all_nodes(monkeypatch):
     several = {"multiprocessing": True, "world_size": 3, "rank": 1, "dist_url": "tcp://10.0.0.1:1"}
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(launch, "usable_gpus", lambda: 8)
     assert launch.resolve_world_size(**several) == (8, 24)
     assert launch.resolve_world_size(multiprocessing=True) == (8, 8)
     assert launch.resolve_world_size() == (1, 1)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(launch, "usable_gpus", lambda: 0)
     assert launch.resolve_world_size(**several) == (1, 3)

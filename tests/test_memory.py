@@ -32,6 +32,10 @@ def test_the_estimate_counts_what_backward_needs():
     assert parts(size=64)["activations"] == pytest.approx(4 * one["activations"], rel=0.1)
 
 
+def check(build, batch, size):
+    return memory.check_memory(memory.required(build, "some", batch, size, 3, 4), torch.device("cpu"), processes=1)
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
@@ -45,11 +49,11 @@ def test_the_estimate_counts_what_backward_needs():
 def test_what_does_not_fit_is_refused(settings, message):
     size, batch = settings.pop("size", 32), settings.pop("batch", 4)
     with pytest.raises(UsageError, match=message):
-        memory.check_memory(lambda: build(**settings), "some", batch, size, 3, 4, torch.device("cpu"), 1)
+        check(lambda: build(**settings), batch, size)
 
 
 def test_what_fits_is_a_short_line():
-    message = memory.check_memory(build, "resnet10", 4, 32, 3, 4, torch.device("cpu"), 1)
+    message = check(build, 4, 32)
     assert re.fullmatch(r"\S+ GB of \S+ GB per process, estimated", message)
 
 
