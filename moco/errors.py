@@ -166,6 +166,12 @@ def translate_error(error: BaseException) -> RunError | None:
     PyTorch has exception types for few of these, so most are recognised by their text.
     """
     text = str(error)
+    if re.search("connectFullMesh failed|Unable to find address for", text):  # of gloo, at the start
+        return RunError(
+            f"the processes cannot connect to each other over gloo ({first_line(text)[-120:]}): set GLOO_SOCKET_IFNAME"
+            " on every node to the network interface that leads to the others (listed by: ip -brief address), or see"
+            " that no node's own name stands for 127.0.1.1 in /etc/hosts; NCCL_SOCKET_IFNAME is the same for NCCL"
+        )
     if "gloo" in text and re.search("closed by peer|reset by peer|Broken pipe|Connection refused", text):
         return PeerError(
             "another process of this run has ended; see its message; continue from the last checkpoint with --resume"
