@@ -39,7 +39,8 @@ from moco import (
     sharing,
 )
 from moco.distributed import DistContext
-from moco.errors import UsageError, cli_main, is_local_main
+from moco.environment import is_local_main
+from moco.errors import UsageError, cli_main
 from moco.robustness import TestSet
 
 IMAGENET_100 = Path(__file__).parent / "preprocess" / "imagenet_100.txt"

@@ -47,7 +47,8 @@ from moco.builder import MoCo
 from moco.datasets import RetryDataset, TrainingImages, TwoCrops
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
-from moco.errors import UsageError, cli_main, is_local_main
+from moco.environment import is_local_main
+from moco.errors import UsageError, cli_main
 from moco.loader import GlobalBatchSampler
 from moco.run import Run, check_unused
 from moco.signals import StopSignal

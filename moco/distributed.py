@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco.errors import under_torchrun as under_torchrun
+from moco.environment import under_torchrun
 from moco.transfer import to_device
 
 

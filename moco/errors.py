@@ -19,6 +19,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from moco.environment import is_local_main
+
 WORKER_KILLED = (
     "a data loading process was killed from outside; if memory ran out, use a smaller -j or --batch-size;"
     " continue with --resume auto"
@@ -33,7 +35,6 @@ NO_PROCESS_LEFT = (
 )
 NO_PROCESS_SIGNS = ("can't start new thread", "Resource temporarily unavailable", "std::system_error")
 DATA_GONE = {errno.EIO, errno.ENODEV, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
-TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 SECONDS_TO_END = 5  # for the loading processes, when a script ends
 SHARED_MEMORY_SIGNS = ("Bus error", "shared memory", "No space left", "unable to write", "unable to resize")
 
@@ -235,24 +236,3 @@ def _print_error(error: Exception) -> None:
         sys.stderr.flush()
     except OSError:  # its reader has ended
         _discard(sys.stderr)
-
-
-# Which process this is, as far as its launch tells
-
-
-_spawned_rank = 0  # on this node, of a process that this program spawned
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun started this process: single variables of it may be left over in an environment."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and all(os.environ.get(name, "").isdecimal() for name in TORCHRUN_RANKS)
-
-
-def set_spawned_rank(local_rank: int) -> None:
-    global _spawned_rank
-    _spawned_rank = local_rank
-
-
-def is_local_main() -> bool:
-    """Whether this is the first process of its node. All of them find the same bad input; one reports it."""
-    return int(os.environ["LOCAL_RANK"] if under_torchrun() else _spawned_rank) == 0

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from moco.errors import UsageError, first_line, is_local_main
+from moco.environment import is_local_main
+from moco.errors import UsageError, first_line
 
 PROC = Path("/proc/driver/nvidia")
 

@@ -1,9 +1,12 @@
-"""Processes: single, spawned, torchrun, several nodes; how they rendezvous and end together."""
+"""Processes: single, spawned, torchrun, srun, several nodes; how they rendezvous and end together."""
 
+import contextlib
 import os
 import pickle
+import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 import traceback
@@ -14,8 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moco.distributed import DistContext, under_torchrun
-from moco.errors import PeerError, RunError, UsageError, cli_main, first_line, set_spawned_rank, translate_error
+from moco import environment
+from moco.distributed import DistContext
+from moco.environment import Launched
+from moco.errors import PeerError, RunError, UsageError, cli_main, first_line, translate_error
 from moco.gpus import say_why_on_cpu, usable_gpus
 from moco.signals import STOP_SIGNALS
 
@@ -38,13 +43,19 @@ def resolve_world_size(
         raise UsageError(f"--gpu {gpu}: this machine has {gpus} GPUs; leave --gpu out to use the existing ones")
     if backend != "nccl" and not dist.is_backend_available(backend):
         raise UsageError(f"--dist-backend {backend}: this PyTorch has no such backend; use nccl (without a GPU: gloo)")
-    if under_torchrun():
-        local_world_size = int(os.environ["LOCAL_WORLD_SIZE"])
-        if 0 < gpus < local_world_size:
+    if launched := by_launcher(multiprocessing, world_size, rank, dist_url):
+        if launched.launcher == "torchrun" and 0 < gpus < launched.local_world_size:
             raise UsageError(
-                f"torchrun --nproc-per-node={local_world_size}: this machine has {gpus} GPUs; use one process per GPU"
+                f"torchrun --nproc-per-node={launched.local_world_size}: this machine has {gpus} GPUs; use one process"
+                " per GPU"
             )
-        return local_world_size, int(os.environ["WORLD_SIZE"])
+        if 1 < gpus < launched.local_world_size:  # a single one may be a task's own
+            raise UsageError(
+                f"{launched.launcher}: {launched.local_world_size} processes on this node, which has {gpus} GPUs; use"
+                " one process per GPU"
+            )
+        return launched.local_world_size, launched.world_size
+    world_size, rank, dist_url = _from_env(world_size, rank, dist_url)
     if world_size < 1 and world_size != -1:
         raise UsageError(f"--world-size {world_size}: it is the number of nodes; use 1 or more")
     nodes = max(world_size, 1)
@@ -58,10 +69,57 @@ def resolve_world_size(
     return local_world_size, local_world_size * nodes
 
 
+def by_launcher(
+    multiprocessing: bool = False, world_size: int = -1, rank: int = -1, dist_url: str = MULTICAST_DEFAULT, **others
+) -> Launched | None:
+    """What torchrun, srun or the like says of this process; None if it goes by the options, or is alone.
+
+    Raises UsageError if the options would make each of several processes a run of its own.
+    """
+    try:
+        launched = environment.launched()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if launched is None or launched.launcher == "torchrun":
+        return launched
+    if not multiprocessing and world_size == -1:
+        return launched
+    if (max(world_size, 1), max(rank, 0)) == (launched.world_size, launched.rank):
+        if not multiprocessing:
+            return launched
+        if launched.local_world_size == 1:
+            return None  # each starts the processes of its node
+    if multiprocessing and world_size == -1 and dist_url == "env://" and launched.local_world_size == 1:
+        return None
+    raise UsageError(
+        f"{launched.launcher}: this is process {launched.rank} of {launched.world_size}, which contradicts --world-size"
+        f" {world_size} --rank {rank}{' --multiprocessing-distributed' if multiprocessing else ''}: leave these options"
+        " out, or start one process per node with --multiprocessing-distributed --world-size NODES --rank NODE"
+    )
+
+
+def _from_env(world_size: int, rank: int, dist_url: str) -> tuple[int, int, str]:
+    """The options with what --dist-url env:// leaves to the environment. Raises UsageError if that lacks it."""
+    if dist_url != "env://":
+        return world_size, rank, dist_url
+    values = dict(zip(("WORLD_SIZE", "RANK"), (world_size, rank)))
+    names = [name for name, value in values.items() if value == -1] + ["MASTER_ADDR", "MASTER_PORT"]
+    found = {name: os.environ.get(name, "") for name in names}
+    bad = [name for name in names if not found[name] or name != "MASTER_ADDR" and not found[name].isdecimal()]
+    if bad:
+        raise UsageError(f"--dist-url env://: the environment variable {' and '.join(bad)} is not set, or no number")
+    world_size, rank = (int(found.get(name, value)) for name, value in values.items())
+    return world_size, rank, _tcp(found["MASTER_ADDR"], int(found["MASTER_PORT"]))
+
+
+def _tcp(host: str, port: int) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
 def launch(worker: Callable, args: tuple, **settings) -> object:
     """Run worker(ctx, *args) in this process or in one process per GPU, by the settings of `resolve_world_size`.
 
-    1. torchrun: its environment has the ranks; the options are not needed.
+    1. torchrun, srun, an operator that sets RANK and WORLD_SIZE: the environment has the ranks (moco/environment.py).
     2. multiprocessing: one process per GPU of this node (one CPU process without a GPU); `world_size` is the number of
        nodes and `rank` the number of this one.
     3. world_size > 1 without multiprocessing: this process is `rank` of `world_size`.
@@ -72,11 +130,13 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
     local_world_size, total = resolve_world_size(**settings)
     say_why_on_cpu()
     backend, gpu = settings.get("backend", "nccl"), settings.get("gpu")
-    if under_torchrun():
-        ranks = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")]
-        return _join_and_run(DistContext(*ranks, device_of(ranks[2])), "env://", backend, worker, args)
-    nodes, node = total // local_world_size, max(settings.get("rank", -1), 0)
-    dist_url = settings.get("dist_url")
+    if launched := by_launcher(**settings):
+        ctx = DistContext(*launched[1:5], devices_of(local_world_size)[launched.local_rank])
+        url = "env://" if launched.launcher == "torchrun" else _tcp(_reachable(launched), launched.port)
+        return _join_and_run(ctx, url, backend, worker, args, f"{launched.launcher}, {url} ({launched.settings})")
+    options = (settings.get("world_size", -1), settings.get("rank", -1), settings.get("dist_url", MULTICAST_DEFAULT))
+    _, node, dist_url = _from_env(*options)
+    nodes, node = total // local_world_size, max(node, 0)
     if nodes == 1 and settings.get("multiprocessing"):
         _check_loopback()
         dist_url = f"tcp://127.0.0.1:{free_port()}"
@@ -103,7 +163,7 @@ def _spawned(
 ) -> None:
     rank, world_size = node * local_world_size + local_rank, nodes * local_world_size
     ctx = DistContext(rank, world_size, local_rank, local_world_size, device_of(local_rank))
-    set_spawned_rank(local_rank)  # one process per node prints errors
+    environment.set_spawned_rank(local_rank)  # one process per node prints errors
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     os.setpgrp()  # a terminal's signals arrive once, through the parent
     worker_and_args = pickle.loads(job)
@@ -144,14 +204,17 @@ def _wait_for(context: mp.ProcessContext) -> None:
         sys.exit(error.exit_code)
 
 
-def _join_and_run(ctx: DistContext, dist_url: str, backend: str, worker: Callable, args: tuple):
+def _join_and_run(ctx: DistContext, dist_url: str, backend: str, worker: Callable, args: tuple, source: str = ""):
+    """Run the worker in a process group. source: where dist_url comes from, for messages."""
     if ctx.device.type == "cuda":
         torch.cuda.set_device(ctx.device)
         if backend == "nccl":
             backend = "cpu:gloo,cuda:nccl"  # CPU tensors between the hosts, CUDA tensors over NCCL
     elif backend == "nccl":
         backend = "gloo"
-    rendezvous = {"store": _rendezvous(ctx, dist_url)} if dist_url.startswith("tcp:") else {"init_method": dist_url}
+    rendezvous = (
+        {"store": _rendezvous(ctx, dist_url, source)} if dist_url.startswith("tcp:") else {"init_method": dist_url}
+    )
     try:
         dist.init_process_group(backend, world_size=ctx.world_size, rank=ctx.rank, **rendezvous)
         result = worker(ctx, *args)
@@ -163,13 +226,14 @@ def _join_and_run(ctx: DistContext, dist_url: str, backend: str, worker: Callabl
     return result
 
 
-def _rendezvous(ctx: DistContext, dist_url: str) -> dist.Store:
+def _rendezvous(ctx: DistContext, dist_url: str, source: str = "") -> dist.Store:
     """The store through which the ranks of tcp://HOST:PORT connect, once all of them have.
 
     Raises RunError after JOIN_SECONDS, with the address that does not answer or the missing ranks, and if the port is
     taken.
     """
     host, port = _host_and_port(dist_url)
+    source = source or f"--dist-url {dist_url}"
     deadline = time.monotonic() + JOIN_SECONDS
     if ctx.rank == 0:
         try:
@@ -177,14 +241,14 @@ def _rendezvous(ctx: DistContext, dist_url: str) -> dist.Store:
         except dist.DistNetworkError as error:
             reason = "it is taken" if "EADDRINUSE" in str(error) else first_line(error)
             raise RunError(
-                f"--dist-url {dist_url}: rank 0 cannot listen on port {port} of this machine, {reason}; use another"
+                f"{source}: rank 0 cannot listen on port {port} of this machine, {reason}; use another"
                 " port on all nodes"
             ) from error
     else:
         while not _answers(host, port):
             if time.monotonic() > deadline:
                 raise RunError(
-                    f"--dist-url {dist_url}: rank {ctx.rank} waited {JOIN_SECONDS} s, and rank 0 does not answer at"
+                    f"{source}: rank {ctx.rank} waited {JOIN_SECONDS} s, and rank 0 does not answer at"
                     f" {host}, port {port}; start node 0, and use an address of it that this machine can reach"
                 )
             time.sleep(0.2)
@@ -193,7 +257,7 @@ def _rendezvous(ctx: DistContext, dist_url: str) -> dist.Store:
     while missing := [rank for rank in range(ctx.world_size) if not store.check([f"rank {rank}"])]:
         if time.monotonic() > deadline:
             raise RunError(
-                f"--dist-url {dist_url}: after {JOIN_SECONDS} s, rank {', '.join(map(str, missing))} of"
+                f"{source}: after {JOIN_SECONDS} s, rank {', '.join(map(str, missing))} of"
                 f" {ctx.world_size} ranks is missing; start its node with this address"
             )
         time.sleep(0.1)
@@ -227,8 +291,26 @@ def device_of(index: int) -> torch.device:
 
 
 def devices_of(local_world_size: int, gpu: int | None = None) -> list[torch.device]:
-    """The devices of this node's processes; gpu: that of a single process."""
-    return [device_of(gpu or index) for index in range(local_world_size)]
+    """The devices of this node's processes; gpu: that of a single process.
+
+    Where each process sees one GPU, as under Slurm with --gpus-per-task=1, that is its own.
+    """
+    alone = torch.cuda.device_count() == 1
+    return [device_of(gpu or (0 if alone else index)) for index in range(local_world_size)]
+
+
+def _reachable(launched: Launched) -> str:
+    """The host of rank 0, or its address where Slurm's name of a node is not the host's."""
+    try:
+        socket.getaddrinfo(launched.host, launched.port)
+    except OSError:
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            shown = subprocess.run(
+                ["scontrol", "show", "node", launched.host], capture_output=True, text=True, timeout=10, check=True
+            )
+            if address := re.search(r"NodeAddr=(\S+)", shown.stdout):
+                return address[1]
+    return launched.host
 
 
 def _check_loopback() -> None:

@@ -13,7 +13,8 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, defaul
 from moco import distributed, signals, workers
 from moco.datasets import RetryDataset
 from moco.distributed import DistContext
-from moco.errors import SHARED_MEMORY_FULL, RunError, UsageError, is_local_main
+from moco.environment import is_local_main
+from moco.errors import SHARED_MEMORY_FULL, RunError, UsageError
 
 WAIT_SECONDS = 600  # for a batch: a file system may hang, or somebody may stop a loading process
 WAIT_SLICE = 5  # seconds of it, after which the loading processes are checked

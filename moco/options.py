@@ -5,7 +5,8 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 
-from moco.errors import UsageError, is_local_main, one_line
+from moco.environment import is_local_main
+from moco.errors import UsageError, one_line
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -192,7 +193,7 @@ def add_dry_run_option(group: argparse._ArgumentGroup) -> None:
 
 
 def add_launch_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("distributed launch (not needed with torchrun)")
+    group = parser.add_argument_group("distributed launch (not needed with torchrun or srun)")
     group.add_argument("--multiprocessing-distributed", action="store_true", help="one process per GPU of this node")
     group.add_argument("--world-size", default=-1, type=int, metavar="N", help="number of nodes")
     group.add_argument("--rank", default=-1, type=int, metavar="R", help="this node's number, from 0")
@@ -203,6 +204,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
         help="address of node 0; one node chooses a free port",
     )
     group.add_argument("--dist-backend", default="nccl", metavar="NAME", help="without a GPU always gloo")
+    group.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch
     group.add_argument("--gpu", default=None, type=nonnegative_int, metavar="N", help="the GPU of a single process")
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from moco.errors import is_local_main, under_torchrun
+from moco.environment import is_local_main, under_torchrun
 
 Shared = TypeVar("Shared")
 ANSWER_SECONDS = 10  # for torchrun's store

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from moco import distributed
+from moco.environment import under_torchrun
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is what Slurm is asked to send
 
@@ -27,7 +28,7 @@ class StopSignal:
     """
 
     def __init__(self):
-        self._signum, self._torchrun = 0, os.getppid() if distributed.under_torchrun() else None
+        self._signum, self._torchrun = 0, os.getppid() if under_torchrun() else None
         self._waiting = self._child_ended = False
         self._report_children: Callable | None = None  # PyTorch's handler of SIGCHLD
         for signum in STOP_SIGNALS:

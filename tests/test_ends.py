@@ -27,7 +27,7 @@ from helpers import (
     write_folder,
 )
 
-from moco import checkpoint, distributed, errors, files, metrics, results
+from moco import checkpoint, environment, errors, files, metrics, results
 from moco.errors import RunError, UsageError, translate_error
 
 SCRIPTS = (PRETRAIN, PROBE, EVALUATE)
@@ -145,15 +145,15 @@ def test_a_variable_left_over_from_torchrun_is_ignored(files_of, variable):
 
 
 def test_torchruns_own_variables_are_not_ignored(monkeypatch):
-    for name in errors.TORCHRUN_RANKS:
+    for name in environment.TORCHRUN_RANKS:
         monkeypatch.setenv(name, "1")
-    assert not distributed.under_torchrun() and errors.is_local_main()
+    assert not environment.under_torchrun()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert distributed.under_torchrun() and not errors.is_local_main()
+    assert environment.under_torchrun() and not environment.is_local_main()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert errors.is_local_main()
+    assert environment.is_local_main()
     monkeypatch.setenv("LOCAL_RANK", "x")
-    assert not distributed.under_torchrun()
+    assert not environment.under_torchrun()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
