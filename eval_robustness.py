@@ -26,6 +26,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from moco import (
+    agreement,
     classifier,
     datasets,
     distributed,
@@ -221,6 +222,17 @@ def evaluate(
     result: dict,
 ) -> None:
     """Score the test sets that `result` lacks; rank 0 saves it after each. All ranks must call this."""
+    agreement.check_agreement(
+        agreement.shared_options(args),
+        {
+            "the checkpoints": lambda: agreement.digest([model.state_dict() for model in models]),
+            "the class list": lambda: agreement.describe_classes(wnids),
+            "the test sets": lambda: agreement.digest([(each.key, each.paths, each.labels) for each in test_sets]),
+            "what --json has": lambda: (
+                f"{len(result['cells'])} test sets ({agreement.digest(sorted(result['cells']))})"
+            ),
+        },
+    )
     models = [model.to(ctx.device, memory_format=torch.channels_last) for model in models]
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     distributed.barrier()  # all ranks have read the file before one writes it

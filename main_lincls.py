@@ -31,6 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from moco import (
+    agreement,
     checkpoint,
     classifier,
     contents,
@@ -223,6 +224,7 @@ def check_arch(args: argparse.Namespace, saved: Mapping, source: str) -> None:
 def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
     """Train the heads in one process, on ctx.device; every way of launching ends here."""
     stop = StopSignal()
+    check_ranks(ctx, args, inputs)
     if distributed.is_main():
         print_start(args, inputs, derived)
     seed = distributed.resolve_seed(args.seed, inputs.saved, ctx.device)
@@ -276,6 +278,22 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     distributed.barrier()  # wait for rank 0 to finish saving
 
 
+def check_ranks(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
+    """Refuse to train or test if another process of this run was started with something else."""
+    train = inputs.train or inputs.val
+    agreement.check_agreement(
+        agreement.shared_options(args),
+        {
+            "the batch of a process": lambda: options.per_rank(args.batch_size, ctx.local_world_size),
+            "the training set": lambda: agreement.describe_files(train.paths),
+            "the validation set": lambda: agreement.describe_files(inputs.val.paths),
+            "the class list": lambda: agreement.describe_classes(inputs.val.classes),
+            "the backbone": lambda: agreement.digest(inputs.backbone),
+            "the checkpoint of --resume": lambda: agreement.describe_checkpoint(inputs.saved),
+        },
+    )
+
+
 def train_one_epoch(
     backbone: nn.Module,
     ddp_heads: nn.Module,
@@ -296,6 +314,7 @@ def train_one_epoch(
 
 def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Test the best head of --resume on val/."""
+    check_ranks(ctx, args, inputs)
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
     backbone, heads = build_heads(ctx, args, inputs)
     predictor = functools.partial(classifier.predict, backbone, heads, DTYPES[args.precision])

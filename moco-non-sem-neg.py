@@ -27,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from moco import (
+    agreement,
     augment,
     checkpoint,
     classifier,
@@ -196,6 +197,7 @@ def check_resume(args: argparse.Namespace, saved: dict, data: TrainingImages, sa
 def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
     """Pre-train in one process, on ctx.device; every way of launching ends here."""
     stop = StopSignal()
+    check_ranks(ctx, args, inputs)
     if distributed.is_main():
         print_start(args, inputs, derived)
     memory.keep_freed_memory(ctx.device)
@@ -250,6 +252,22 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
         if args.keep and distributed.is_main():
             checkpoint.prune(args.ckpt_path, args.keep, r"checkpoint_\d{4,}\.pth\.tar")
     distributed.barrier()  # wait for rank 0 to finish saving
+
+
+def check_ranks(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
+    """Refuse to train if another process of this run was started with something else."""
+    data = inputs.train
+    agreement.check_agreement(
+        agreement.shared_options(args),
+        {
+            "the batch of a process": lambda: options.per_rank(args.batch_size, ctx.local_world_size),
+            "the training set": lambda: agreement.describe_files(data.photos),
+            "the textures": lambda: agreement.describe_files(data.textures or ()),
+            "the class list": lambda: agreement.describe_classes(data.classes),
+            "kNN's images": lambda: [agreement.describe_files(folder.paths) for folder in inputs.knn or ()],
+            "the checkpoint of --resume": lambda: agreement.describe_checkpoint(inputs.saved),
+        },
+    )
 
 
 def train_one_epoch(
