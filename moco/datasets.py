@@ -338,7 +338,8 @@ class RetryDataset(Dataset):
     def _candidates(self, index: int, seed: int) -> Iterator[int]:
         yield index
         order, sorted_labels = self._by_class
-        first, end = (np.searchsorted(sorted_labels, self.labels[index], side) for side in ("left", "right"))
+        label = sorted_labels.dtype.type(self.labels[index])  # another type would convert all labels
+        first, end = (int(np.searchsorted(sorted_labels, label, side)) for side in ("left", "right"))
         chosen = random.Random(seed).sample(range(first, end), min(REPLACEMENTS + 1, end - first))
         yield from [other for position in chosen if (other := int(order[position])) != index][:REPLACEMENTS]
 

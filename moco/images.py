@@ -91,18 +91,18 @@ def _try_read(path: str | Path, decode: Callable, damaged: bytes | None = None):
         raise BadImage(path, f"{type(error).__name__}: {error}".replace("\n", " "), data) from error
 
 
-_started, _waited = time.monotonic(), 0.0  # of this process: when, and for how many seconds it waited for files
+_started, _waits = time.monotonic(), 0  # of this process: since when it reads files, and how often it waited for one
 
 
 def _may_wait() -> bool:
-    """Whether to wait before the second attempt: for 1 % of this process's time at most, and twice at its start.
+    """Whether to wait before the second attempt: for 1 % of this process's time at most, and once at its start.
 
     Waiting for each of thousands of bad files would take as long as reading the others.
     """
-    global _waited
-    if _waited + RETRY_SECONDS > 2 * RETRY_SECONDS + 0.01 * (time.monotonic() - _started):
+    global _waits
+    if _waits * RETRY_SECONDS > 0.01 * (time.monotonic() - _started):
         return False
-    _waited += RETRY_SECONDS
+    _waits += 1
     return True
 
 

@@ -8,7 +8,7 @@ processes and are pickled as one block of bytes.
 import operator
 import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,9 @@ class _ArraySequence(Sequence):
         if not 0 <= position < len(self):
             raise IndexError(f"index {index} of a sequence of {len(self)}")
         return self._item(position)
+
+    def __reversed__(self) -> Iterator:
+        return reversed(list(self))  # not an item at a time
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
