@@ -66,15 +66,23 @@ def _decode_jpeg(data: bytes) -> torch.Tensor:
         return torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB)
 
 
+_started, _vain_waits = time.monotonic(), 0  # of this process: since when it reads, and how often waiting did not help
+
+
 def _read(path: str | Path, decode: Callable):
+    global _vain_waits
     try:
         return _try_read(path, decode)
     except BadImage as bad:
-        if _may_wait():
+        # Waiting for each of thousands of bad files would take as long as reading the others: 1 % of the time at most.
+        waits = _vain_waits * RETRY_SECONDS <= 0.01 * (time.monotonic() - _started)
+        if waits:
+            _vain_waits += 1
             time.sleep(RETRY_SECONDS)
         image = _try_read(path, decode, damaged=bad.data)
         if image is None:
             raise
+        _vain_waits -= waits
         return image
 
 
@@ -89,21 +97,6 @@ def _try_read(path: str | Path, decode: Callable, damaged: bytes | None = None):
             return decode(image, data)
     except Exception as error:  # on damaged data decoders raise nearly anything, struct.error and SyntaxError included
         raise BadImage(path, f"{type(error).__name__}: {error}".replace("\n", " "), data) from error
-
-
-_started, _waits = time.monotonic(), 0  # of this process: since when it reads files, and how often it waited for one
-
-
-def _may_wait() -> bool:
-    """Whether to wait before the second attempt: for 1 % of this process's time at most, and once at its start.
-
-    Waiting for each of thousands of bad files would take as long as reading the others.
-    """
-    global _waits
-    if _waits * RETRY_SECONDS > 0.01 * (time.monotonic() - _started):
-        return False
-    _waits += 1
-    return True
 
 
 @contextmanager
