@@ -1,5 +1,6 @@
 """Tiers and fixtures."""
 
+import os
 import signal
 
 import pytest
@@ -18,7 +19,19 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    if config.option.markexpr == "gpu":
+        config.option.numprocesses = 0  # one test at a time on a GPU: they look at its memory
+
+
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            if "gpu" not in config.option.markexpr:
+                item.add_marker(pytest.mark.skip(reason="gpu: run with -m gpu"))
+            elif not torch.cuda.is_available() and os.environ.get("ACCEPTANCE_DEVICE") != "cpu":
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA GPU (on the CPU: ACCEPTANCE_DEVICE=cpu)"))
     if not config.getoption("--slow"):
         skip = pytest.mark.skip(reason="slow: run with --slow")
         for item in items:

@@ -1,0 +1,234 @@
+"""Training on the GPU: its memory, its syncs, several ranks, and runs of the script that are stopped and resumed."""
+
+import contextlib
+import functools
+import itertools
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from helpers import PRETRAIN, completed, log, run_script, same, started, wait_for, weights
+
+from moco import augment, distributed, launch, loader, memory, metrics
+from moco.builder import MoCo
+from moco.distributed import DistContext
+from moco.encoders import build_encoder
+from moco.errors import PeerError, translate_error
+from moco.views import training_views
+
+pytestmark = pytest.mark.gpu
+METHOD = ("--mlp", "--aug-plus", "--moco-t", 0.2, "--alpha", 2)
+
+
+class Training:
+    """A model, and the script's loop over synthetic crops in pinned memory."""
+
+    def __init__(self, device, arch="resnet18", batch_size=16, size=64, K=4096):
+        self.device, self.batch_size, self.size = device, batch_size, size
+        torch.manual_seed(0)
+        self.model = MoCo(lambda num_classes: build_encoder(arch, num_classes), K=K, T=0.2, mlp=True, alpha=2.0)
+        self.model.to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.03, 0.9, weight_decay=1e-4, fused=True)
+        self.means = metrics.RunningMeans()
+
+    def epoch(self, steps):
+        shape = (self.batch_size, 2, 3, self.size, self.size)
+        crops = torch.randint(256, shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        options = {"recipe": augment.V2, "robust": "patch", "num_nonsem": 1, "patch_ratio": (8, 20)}
+
+        def prepare(batch, step):
+            batch = batch.to(self.device, non_blocking=True)
+            return training_views(batch, np.random.default_rng(step), **options)
+
+        for views, _ in loader.prefetch(itertools.repeat((crops, []), steps), prepare, self.device):
+            logits, labels = self.model(*views)
+            loss = F.cross_entropy(logits, labels)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.means.add({"loss": loss, **self.model.similarities})
+
+
+@contextlib.contextmanager
+def syncs_refused(device):
+    if device.type == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_steps_never_sync(device):
+    training = Training(device)
+    training.epoch(steps=2)  # cuDNN chooses its algorithms
+    with syncs_refused(device):
+        training.epoch(steps=3)
+    assert training.means.compute()["loss"] > 0
+
+
+@pytest.mark.cuda_only
+def test_a_sync_would_be_refused(device):
+    with pytest.raises(RuntimeError, match="synchroniz"), syncs_refused(device):
+        torch.ones(3, device=device).sum().item()
+
+
+@pytest.mark.cuda_only
+def test_reserved_memory_is_flat_from_the_second_epoch_on(device):
+    training, reserved = Training(device, batch_size=64, size=224), []
+    for _ in range(6):
+        training.epoch(steps=4)
+        torch.cuda.synchronize(device)
+        reserved.append(torch.cuda.memory_reserved(device))
+    assert reserved[1:] == [reserved[1]] * 5
+
+
+@pytest.mark.cuda_only
+@pytest.mark.parametrize("arch, batch_size", [("resnet18", 64), ("resnet50", 64)])
+def test_peak_memory_is_near_the_estimate(device, arch, batch_size):
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    training = Training(device, arch, batch_size, size=224, K=65536)
+    training.epoch(steps=3)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    build = functools.partial(MoCo, lambda num_classes: build_encoder(arch, num_classes), K=65536, mlp=True)
+    estimate = sum(memory.required(build, arch, batch_size, 224, crops=3, itemsize=4).values())
+    print(f"{arch}, {batch_size} images: peak {peak / 1e9:.2f} GB, estimate {estimate / 1e9:.2f} GB")
+    assert 0.6 < peak / estimate < 1.4
+
+
+# Two ranks: each on its own GPU if there are two (over NCCL, which refuses two ranks on one), else both on one (gloo)
+
+
+def in_two_ranks(folder, device, function, **options):
+    """[what function(ctx) returns on each rank]; `options` are those of start_processes."""
+    arguments = (launch.free_port(), str(folder), device.type, function)
+    mp.start_processes(_rank, arguments, nprocs=2, start_method="forkserver", **options)
+    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(2)]
+
+
+def _rank(rank, port, folder, kind, function):
+    torch.set_num_threads(1)
+    gpus = torch.cuda.device_count() if kind == "cuda" else 0
+    device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
+    ctx = DistContext(rank, 2, rank, 2, device)
+    backend = "nccl" if gpus > 1 else "gloo"
+    launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", backend, _save_result, (function, folder))
+
+
+def _save_result(ctx, function, folder):
+    torch.save(function(ctx, folder), Path(folder, f"{ctx.rank}.pt"))
+
+
+def steps(ctx, folder=None, training=False):
+    """Weights, queue and losses after three steps of a global batch of 8, on the CPU."""
+    torch.manual_seed(0)
+    model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=20, m=0.9, T=0.2, alpha=2.0)
+    model.train(training).to(ctx.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, fused=True)
+    ddp_model, losses = distributed.wrap_ddp(model, ctx.device), []
+    generator = torch.Generator().manual_seed(1)
+    for step in range(3):
+        distributed.seed_shuffles(0, step)
+        images = torch.randn(3, 8, 3, 32, 32, generator=generator)
+        query, key, negative = (view.chunk(ctx.world_size)[ctx.rank].to(ctx.device) for view in images)
+        logits, labels = ddp_model(query, key, negative.unsqueeze(1))
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append((distributed.all_reduce(loss.detach().clone()) / ctx.world_size).item())
+    weights = torch.cat([weight.detach().flatten() for weight in model.encoder_q.parameters()]).cpu()
+    return {"losses": losses, "queue": model.queue.cpu(), "weights": weights}
+
+
+def steps_in_train_mode(ctx, folder):
+    return steps(ctx, folder, training=True)
+
+
+def shuffled(ctx, folder):
+    rows = torch.arange(ctx.rank * 6, ctx.rank * 6 + 6, device=ctx.device).float().view(6, 1)
+    some, order = distributed.batch_shuffle(rows)
+    return {"rows": rows.cpu(), "shuffled": some.cpu(), "back": distributed.batch_unshuffle(some, order).cpu()}
+
+
+def test_unshuffle_undoes_shuffle(device, tmp_path):
+    ranks = in_two_ranks(tmp_path, device, shuffled)
+    assert torch.cat([rank["shuffled"] for rank in ranks]).sort(dim=0).values.flatten().tolist() == list(range(12))
+    for rank in ranks:
+        assert torch.equal(rank["back"], rank["rows"]) and not torch.equal(rank["shuffled"], rank["rows"])
+
+
+def test_two_ranks_equal_one(device, tmp_path):
+    """With BatchNorm in eval mode, where sharing a batch must not matter."""
+    alone = steps(DistContext(device=device))
+    for rank in in_two_ranks(tmp_path, device, steps):
+        assert rank["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+        torch.testing.assert_close(rank["queue"], alone["queue"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(rank["weights"], alone["weights"], atol=1e-4, rtol=1e-3)
+
+
+def test_two_ranks_keep_equal_weights(device, tmp_path):
+    one, other = in_two_ranks(tmp_path, device, steps_in_train_mode)
+    assert torch.equal(one["weights"], other["weights"]) and torch.equal(one["queue"], other["queue"])
+
+
+def killed(ctx, folder):
+    """Rank 1 is killed after some steps; rank 0 writes when it has noticed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from the parent, which notices, too
+    try:
+        for step in range(1000):
+            steps(ctx)
+            distributed.all_reduce_max(0)  # the heartbeat of Run.after_step
+            if ctx.rank == 1 and step == 1:
+                Path(folder, "killed").write_text(str(time.time()))
+                os.kill(os.getpid(), signal.SIGKILL)
+    except RuntimeError as error:
+        if isinstance(translate_error(error), PeerError):
+            Path(folder, "noticed").write_text(str(time.time()))
+        raise
+
+
+def test_a_killed_rank_is_noticed_within_30_s(device, tmp_path):
+    with pytest.raises(mp.ProcessExitedException):
+        in_two_ranks(tmp_path, device, killed, join=True)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "noticed").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert float((tmp_path / "noticed").read_text()) - float((tmp_path / "killed").read_text()) < 30
+
+
+# The script, at ImageNet's sizes
+
+
+def test_a_signal_saves_and_ends_the_run(photos, sizes, environment, tmp_path):
+    options = [*sizes, *METHOD, "--print-freq", 1, "--epochs", 1000, "--ckpt_path", tmp_path, photos]
+    process = started(PRETRAIN, *options, env=environment)
+    wait_for(process, "epoch 1 ")
+    process.send_signal(signal.SIGTERM)
+    result = completed(process)
+    assert result.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM" in result.stdout, result.stderr
+    assert (tmp_path / "checkpoint_latest.pth.tar").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_resumed_run_equals_an_uninterrupted_one(photos, sizes, environment, tmp_path, precision):
+    def run(folder, epochs, *more):
+        options = [*sizes, *METHOD, "--seed", 1, "--precision", precision, "--knn", "--epochs", epochs, *more]
+        run_script(PRETRAIN, *options, "--ckpt_path", tmp_path / folder, photos, env=environment)
+
+    run("whole", 2)
+    run("parts", 1)
+    run("parts", 2, "--resume", "auto")
+    one, other = (tmp_path / folder / "checkpoint_0001.pth.tar" for folder in ("whole", "parts"))
+    assert same(weights(one), weights(other))
+    assert log(tmp_path / "whole")[-1] == log(tmp_path / "parts")[-1]
+    assert all(value.device.type == "cpu" for value in torch.load(one)["state_dict"].values())
