@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from moco import (
     agreement,
+    claim,
     classifier,
     datasets,
     distributed,
@@ -39,6 +40,7 @@ from moco import (
     robustness,
     sharing,
 )
+from moco.claim import Claim
 from moco.distributed import DistContext
 from moco.environment import is_local_main
 from moco.errors import UsageError, cli_main
@@ -220,6 +222,7 @@ def evaluate(
     image_size: int,
     test_sets: list[TestSet],
     result: dict,
+    output: Claim,
 ) -> None:
     """Score the test sets that `result` lacks; rank 0 saves it after each. All ranks must call this."""
     agreement.check_agreement(
@@ -233,6 +236,7 @@ def evaluate(
             ),
         },
     )
+    output.take()
     models = [model.to(ctx.device, memory_format=torch.channels_last) for model in models]
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     distributed.barrier()  # all ranks have read the file before one writes it
@@ -294,6 +298,7 @@ def main() -> None:
     test_sets = sharing.once_per_node("test sets", list_test_sets)
     unknown = robustness.unknown_corruptions(args.corruption) if args.corruption else []
     result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
+    output = claim.of_file("--json", args.json)  # before it is read
     results.reuse_results(args.json, result, test_sets)
     if args.dry_run:
         derived = {
@@ -308,7 +313,7 @@ def main() -> None:
         return options.print_config(args, derived, args.verbose)
     if unknown and is_local_main():
         print(report.not_evaluated(unknown), file=sys.stderr)
-    launch.launch(evaluate, (args, models, wnids, image_size, test_sets, result), gpu=args.gpu)
+    launch.launch(evaluate, (args, models, wnids, image_size, test_sets, result, output), gpu=args.gpu)
     keys = [test_set.key for test_set in test_sets]
     if args.corruption and robustness.missing_corruptions(keys) and not args.allow_partial:
         sys.exit(1)

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from moco import (
     agreement,
     checkpoint,
+    claim,
     classifier,
     contents,
     datasets,
@@ -46,6 +47,7 @@ from moco import (
     released,
     sharing,
 )
+from moco.claim import Claim
 from moco.classifier import LinearHeads
 from moco.datasets import ImageFolder, ImageList, RetryDataset, StrictDataset
 from moco.distributed import DistContext
@@ -65,6 +67,7 @@ class Inputs(NamedTuple):
     pretraining: dict | None  # the options of the pre-training, where known
     saved: dict  # of --resume; {} for a fresh start
     image_size: int
+    claim: Claim  # of --ckpt_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -125,6 +128,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     workers = options.workers_per_rank(args.workers, local_world_size)
     gpus.check_options(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
+    output = claim.of_folder("--ckpt_path", args.ckpt_path)  # before anything in it is read
     if not args.evaluate:
         name = re.escape(run_name(args.pretrained))
         files = rf"(checkpoint_robust|model_best)_{name}\.pth\.tar"
@@ -154,7 +158,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     classifier.check_image_size(model, args.arch, image_size)
     derived |= {"network": args.arch, "crops": f"{image_size} px"} | ({"backbone": origin} if pretrained else {})
     options_of_pretraining = pretrained.get("options") or saved.get("pretraining")
-    return Inputs(train, val, backbone, options_of_pretraining, saved, image_size), derived
+    return Inputs(train, val, backbone, options_of_pretraining, saved, image_size, output), derived
 
 
 def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder]:
@@ -225,6 +229,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     """Train the heads in one process, on ctx.device; every way of launching ends here."""
     stop = StopSignal()
     check_ranks(ctx, args, inputs)
+    inputs.claim.take()
     if distributed.is_main():
         print_start(args, inputs, derived)
     seed = distributed.resolve_seed(args.seed, inputs.saved, ctx.device)

@@ -30,6 +30,7 @@ from moco import (
     agreement,
     augment,
     checkpoint,
+    claim,
     classifier,
     contents,
     datasets,
@@ -45,6 +46,7 @@ from moco import (
     views,
 )
 from moco.builder import MoCo
+from moco.claim import Claim
 from moco.datasets import RetryDataset, TrainingImages, TwoCrops
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
@@ -70,6 +72,7 @@ class Inputs(NamedTuple):
     train: TrainingImages
     knn: tuple[datasets.ImageFolder, ...] | None  # train/ and val/ with --knn, if there is a val/ with the same classes
     saved: dict  # {} for a fresh start
+    claim: Claim  # of --ckpt_path
     memory: dict[str, int]  # bytes that a process needs, by part
 
 
@@ -140,6 +143,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     if args.robust == "texture" and args.num_nonsem != 1:
         raise UsageError(f"--num-nonsem {args.num_nonsem}: there is one texture per photo; with --robust texture use 1")
     options.check_epochs(args)
+    output = claim.of_folder("--ckpt_path", args.ckpt_path)  # before anything in it is read
     saved = checkpoint.load(args.resume) if args.resume else {}
     args.arch = args.arch or contents.arch_of(saved, f"--resume {args.resume}") or "resnet50"
     local_world_size, world_size = launch.resolve_world_size(**options.launch_settings(args))
@@ -165,7 +169,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     if saved:
         check_resume(args, saved, data, sampler)
     workers = options.workers_per_rank(args.workers, local_world_size)
-    return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved, needed), {
+    return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved, output, needed), {
         "processes": f"{world_size}, with {workers} loader workers each",
         "images": f"{len(data.photos)} in {len(data.classes)} classes",
         "images per step": sampler.global_batch_size,
@@ -198,6 +202,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     """Pre-train in one process, on ctx.device; every way of launching ends here."""
     stop = StopSignal()
     check_ranks(ctx, args, inputs)
+    inputs.claim.take()
     if distributed.is_main():
         print_start(args, inputs, derived)
     memory.keep_freed_memory(ctx.device)

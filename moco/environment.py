@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 PORTS = range(15000, 30000)  # for a Slurm step's rank 0: below those that the system gives to clients
+SHELL_STEPS = 0xFFFFFFF0  # Slurm's step numbers from here on are of batch and interactive shells
 _spawned_rank = 0  # on this node, of a process that this program spawned
 
 
@@ -111,8 +112,10 @@ def _by_slurm() -> Launched | None:
 
 
 def _in_slurm_step() -> bool:
-    """Whether srun started this process. A batch script has a rank, too, but no step, and is alone."""
+    """Whether srun started this process. Batch scripts and shells have a rank, too, and are alone."""
     if "SLURM_PROCID" not in os.environ or "SLURM_LOCALID" not in os.environ:
+        return False
+    if _number("SLURM_STEP_ID", 0) >= SHELL_STEPS:
         return False
     return "SLURM_STEP_ID" in os.environ or "SLURM_JOB_ID" not in os.environ or os.environ["SLURM_PROCID"] != "0"
 

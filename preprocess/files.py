@@ -3,12 +3,17 @@
 import argparse
 import contextlib
 import errno
+import functools
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
+import secrets
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +37,7 @@ MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: PIL's limit against deco
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: colour profiles may be larger than PIL's 1 MB
 NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
 END_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
+PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial$")  # the end of an unfinished file's name
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
@@ -250,17 +256,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that, even after a crash or when two processes write it, there is either nothing or all of it.
 
-    OSError if it cannot be written.
+    It is written under a name that no other process has, and no link has, then renamed. OSError if it cannot be
+    written. moco/files.py has a function of the same kind.
     """
-    partial = f"{path}.partial"
+    _remove_abandoned(os.path.dirname(path) or ".")
     while True:
-        # "a": another process may be writing it. No link is followed, which someone else could have put there.
-        with open(partial, "ab", opener=_open_no_link) as file:
-            lock(file)
-            if not _is_current(file, partial):
-                continue  # the other process was faster, and has renamed or removed it
+        partial = f"{path}.{secrets.token_hex(8)}.partial"
+        with open(partial, "xb") as file:
+            lock(file)  # until it is renamed: unlocked ones count as abandoned
+            if not os.path.exists(partial):
+                continue  # another process took it for abandoned before it was locked
             try:
-                file.truncate(0)
                 file.write(data)
                 file.flush()
                 os.replace(partial, path)
@@ -271,21 +277,21 @@ def write_whole(path: Path, data: bytes) -> None:
             return
 
 
-def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+@functools.cache
+def _remove_abandoned(folder: str) -> None:
+    """Remove what processes that were killed left unfinished in a folder; once, since listing it takes time."""
+    with os.scandir(folder) as entries:
+        names = [entry.path for entry in entries if PARTIAL.search(entry.name) and entry.is_file(follow_symlinks=False)]
+    for name in names:
+        with contextlib.suppress(OSError), open(name, "r+b") as file:
+            if lock(file, wait=False, supported=False):
+                os.remove(name)
 
 
-def _is_current(file: BinaryIO, path: str) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
+def lock(file: BinaryIO | int, wait: bool = True, supported: bool = True) -> bool:
+    """Lock a file against other processes until it is closed; False if it is locked and `wait` is False.
 
-
-def lock(file: BinaryIO | int, wait: bool = True) -> bool:
-    """Lock a file or folder against other processes until it is closed; False if it is locked and `wait` is False.
-
-    A file system without locks, or Windows, counts as not locked by others.
+    On a file system without locks, and on Windows, the answer is `supported`.
     """
     if fcntl:
         try:
@@ -295,20 +301,38 @@ def lock(file: BinaryIO | int, wait: bool = True) -> bool:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF):
                 raise
-    return True
+            return supported
+    return True if fcntl else supported
 
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Wait until no other process has the folder, which must exist, in a block of this; the system frees it at exit."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if not lock(descriptor, wait=False):
-            print(f"another process is writing {printable(folder)}; waiting for it", file=sys.stderr, flush=True)
-            lock(descriptor)
+    """Wait until no other process has the folder, which must exist, in a block of this; the system frees it at exit.
+
+    The lock is on a file beside the folder, or in it where that cannot be written; over NFS folders themselves cannot
+    be locked. The file stays.
+    """
+    real = os.path.realpath(folder)
+    beside = os.path.join(os.path.dirname(real), f".{os.path.basename(real)}.lock")
+    if not os.access(os.path.dirname(real), os.W_OK):
+        beside = os.path.join(real, ".lock")
+    with open(beside, "a+b", opener=_open_no_link) as file:
+        if not lock(file, wait=False):
+            file.seek(0)
+            owner = file.read().decode(errors="replace")
+            print(
+                f"another process is writing {printable(folder)} ({owner}); waiting for it", file=sys.stderr, flush=True
+            )
+            lock(file)
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}".encode())
+        file.flush()
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 # Processes

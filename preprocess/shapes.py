@@ -391,8 +391,9 @@ def claim(out: Path, wanted: str) -> bool:
     if done.is_file() and done.read_text() == wanted:
         return False
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()) and not (begun.is_file() and begun.read_text() == wanted):
+        if any(path.name != ".lock" for path in out.iterdir()) and not (
+            begun.is_file() and begun.read_text() == wanted
+        ):
             raise ValueError(f"--out {out} holds something else; try a new folder")
         begun.write_text(wanted)
     except OSError as error:
@@ -404,14 +405,19 @@ def main() -> None:
     parser, args = parse_args()
     counts = {name: getattr(args, name) for name in ("seed", "train", "test", "cell")}
     try:
-        needed = claim(args.out, json.dumps({"version": VERSION, **counts}) + "\n")
-    except ValueError as error:
-        parser.error(str(error))
-    if needed:
-        generate(args.out, **counts, workers=args.workers)
-        (args.out / BEGUN).rename(args.out / DONE)
-    else:
-        print(f"{args.out}: already there")
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out} cannot be used ({error.strerror}); try a new folder")
+    with files.only_writer(args.out):
+        try:
+            needed = claim(args.out, json.dumps({"version": VERSION, **counts}) + "\n")
+        except ValueError as error:
+            parser.error(str(error))
+        if needed:
+            generate(args.out, **counts, workers=args.workers)
+            (args.out / BEGUN).rename(args.out / DONE)
+        else:
+            print(f"{args.out}: already there")
     if args.preview:
         preview(args.seed, args.preview)
 
