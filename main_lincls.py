@@ -52,7 +52,7 @@ from moco.classifier import LinearHeads
 from moco.datasets import ImageFolder, ImageList, RetryDataset, StrictDataset
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
-from moco.errors import UsageError, cli_main
+from moco.errors import Finished, UsageError, cli_main
 from moco.loader import GlobalBatchSampler
 from moco.run import Run, check_unused
 from moco.signals import StopSignal
@@ -99,6 +99,7 @@ def parse_args() -> argparse.Namespace:
     if args.data is None and not args.export_backbone:
         parser.error("the following arguments are required: DIR")
     pattern = re.escape(latest_name(args.pretrained))
+    args.auto_resume = args.resume == "auto" or distributed.restarted()
     if distributed.restarted():
         args.resume = checkpoint.resume_path("auto", args.ckpt_path, pattern) or args.resume
     args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, pattern)
@@ -201,7 +202,8 @@ def check_resume(
     if heads != len(args.lr):
         raise UsageError(f"{source}: it has heads for {heads} learning rates, --lr has {len(args.lr)}")
     if saved["epoch"] >= args.epochs:
-        raise UsageError(f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue")
+        message = f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue"
+        raise Finished(message) if args.auto_resume else UsageError(message)
     checkpoint.check_data_order(saved, source, args.seed, sampler.num_images, sampler.global_batch_size)
     shapes = [own[name] for name in checkpoint.FC_KEYS] * heads
     contents.check_optimizer(saved["optimizers"] if "optimizers" in saved else saved["optimizer"], source, shapes)

@@ -51,7 +51,7 @@ from moco.datasets import RetryDataset, TrainingImages, TwoCrops
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
 from moco.environment import is_local_main
-from moco.errors import UsageError, cli_main
+from moco.errors import Finished, UsageError, cli_main
 from moco.loader import GlobalBatchSampler
 from moco.run import Run, check_unused
 from moco.signals import StopSignal
@@ -123,6 +123,7 @@ def parse_args() -> argparse.Namespace:
     args.robust = ROBUST_ALIASES[args.robust] if args.num_nonsem else "none"
     if args.robust == "none":
         args.num_nonsem = 0
+    args.auto_resume = args.resume == "auto" or distributed.restarted()
     if distributed.restarted():
         args.resume = checkpoint.resume_path("auto", args.ckpt_path, CHECKPOINTS) or args.resume
     args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, CHECKPOINTS)
@@ -192,7 +193,8 @@ def check_resume(args: argparse.Namespace, saved: dict, data: TrainingImages, sa
     if saved.get("optimizer", {}) != {}:  # published files may come without one
         contents.check_optimizer(saved["optimizer"], source, list(model.parameters()))
     if saved["epoch"] >= args.epochs:
-        raise UsageError(f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue")
+        message = f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue"
+        raise Finished(message) if args.auto_resume else UsageError(message)
 
 
 # ---------------------------------------------------------------- training

@@ -18,6 +18,7 @@ from moco.sequences import LabelList, PathList
 OWN_OPTIONS = {
     "data", "ckpt_path", "resume", "pretrained", "workers", "batch_size", "gpu", "rank", "local_rank", "dist_url",
     "print_freq", "verbose", "json", "plot", "val", "corruption", "sketch", "stylized", "rendition", "defaults",
+    "auto_resume",
 }  # fmt: skip
 SHOWN = 4  # ranks named per value
 

@@ -1,6 +1,7 @@
 """How a script ends when it cannot continue: one line on stderr and an exit code. A traceback is a bug of ours.
 
-Exit codes: 2 for bad input, before anything is built; 1 for a run that cannot continue; 128 + N for signal N.
+Exit codes: 2 for bad input, before anything is built; 1 for a run that cannot continue; 128 + N for signal N; 0 also if
+a run has nothing left to do.
 """
 
 import contextlib
@@ -47,6 +48,10 @@ class RunError(Exception):
     """The run cannot continue, and the input is not to blame. The message says what happened and what to do."""
 
 
+class Finished(Exception):
+    """There is nothing left to do. The message says so on stdout, and the exit code is 0: job scripts can be rerun."""
+
+
 class PeerError(RunError):
     """Another process of this run has ended; that process reports the cause."""
 
@@ -81,7 +86,11 @@ def _exit_code(error: BaseException) -> int | str | None:
         for stream in broken:
             _discard(stream)
         return 128 + signal.SIGPIPE  # silent, like a program that SIGPIPE ends
+    if isinstance(error, Finished) and is_local_main():
+        print(error)
     _flush_stdout()
+    if isinstance(error, Finished):
+        return 0
     if isinstance(error, UsageError):
         if is_local_main():
             _print_error(error)

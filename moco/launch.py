@@ -1,6 +1,7 @@
 """Processes: single, spawned, torchrun, srun, several nodes; how they rendezvous and end together."""
 
 import contextlib
+import datetime
 import os
 import pickle
 import re
@@ -22,10 +23,13 @@ from moco.distributed import DistContext
 from moco.environment import Launched
 from moco.errors import PeerError, RunError, UsageError, cli_main, first_line, translate_error
 from moco.gpus import say_why_on_cpu, usable_gpus
-from moco.signals import STOP_SIGNALS
+from moco.signals import handle_stop_signals
 
 MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch no longer supports multicast
-JOIN_SECONDS = 300  # how long processes wait for each other at the start
+# How long processes wait for each other, in seconds; docs/reliability.md lists these limits, too.
+JOIN_SECONDS = 300  # at the start, for ranks that are not there yet; torchrun has limits of its own
+COLLECTIVE_SECONDS = 600  # in a step, for a rank that has stopped or is cut off: gloo's and NCCL's own limit
+GRACE_SECONDS = 30  # for spawned ranks to save after another one has failed, as torchrun and Slurm give them
 
 
 def resolve_world_size(
@@ -145,10 +149,14 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
             print("no GPU found: running one CPU process (gloo)", flush=True)
         # Pickled here: tensors in `args` would otherwise travel through /dev/shm, which containers keep small.
         job = bytearray(pickle.dumps((worker, args)))  # emptied by each: it may hold a checkpoint
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # inherited by multiprocessing's resource tracker
-        spawn_args = (node, nodes, local_world_size, dist_url, backend, job)
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for signum in (signal.SIGUSR1, signal.SIGHUP):  # inherited by multiprocessing's resource tracker
+            signal.signal(signum, signal.SIG_IGN)
+        spawn_args = (node, nodes, local_world_size, dist_url, backend, nohup, job)
         context = mp.start_processes(_spawned, spawn_args, nprocs=local_world_size, join=False)
         del job, spawn_args
+        if not nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         return _wait_for(context)
     device = device_of(gpu or 0)
     if device.type == "cuda":
@@ -159,12 +167,20 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
 
 
 def _spawned(
-    local_rank: int, node: int, nodes: int, local_world_size: int, dist_url: str, backend: str, job: bytearray
+    local_rank: int,
+    node: int,
+    nodes: int,
+    local_world_size: int,
+    dist_url: str,
+    backend: str,
+    nohup: bool,
+    job: bytearray,
 ) -> None:
     rank, world_size = node * local_world_size + local_rank, nodes * local_world_size
     ctx = DistContext(rank, world_size, local_rank, local_world_size, device_of(local_rank))
     environment.set_spawned_rank(local_rank)  # one process per node prints errors
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    for signum in (signal.SIGUSR1,) if nohup else (signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
     os.setpgrp()  # a terminal's signals arrive once, through the parent
     worker_and_args = pickle.loads(job)
     job.clear()
@@ -188,10 +204,9 @@ def _wait_for(context: mp.ProcessContext) -> None:
             if process.is_alive():
                 os.kill(process.pid, signum)
 
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, forward)
+    handle_stop_signals(forward)
     try:
-        while not context.join(grace_period=10):
+        while not context.join(grace_period=GRACE_SECONDS):
             pass
     except mp.ProcessExitedException as error:
         if received:
@@ -216,7 +231,8 @@ def _join_and_run(ctx: DistContext, dist_url: str, backend: str, worker: Callabl
         {"store": _rendezvous(ctx, dist_url, source)} if dist_url.startswith("tcp:") else {"init_method": dist_url}
     )
     try:
-        dist.init_process_group(backend, world_size=ctx.world_size, rank=ctx.rank, **rendezvous)
+        limit = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
+        dist.init_process_group(backend, timeout=limit, world_size=ctx.world_size, rank=ctx.rank, **rendezvous)
         result = worker(ctx, *args)
     except RuntimeError as error:
         if ctx.local_rank and isinstance(translate_error(error), PeerError):

@@ -271,7 +271,7 @@ def workers_per_rank(total: int, ranks: int) -> int:
 
 def print_config(args: argparse.Namespace, derived: Mapping, verbose: bool = False) -> None:
     """Print the settings that differ from the defaults (all of them if verbose), then the derived values."""
-    settings = {name: value for name, value in vars(args).items() if name != "defaults"}
+    settings = {name: value for name, value in vars(args).items() if name in args.defaults}
     if not verbose:
         settings = {name: value for name, value in settings.items() if value != args.defaults[name]}
     width = max(map(len, [*settings, *derived]))

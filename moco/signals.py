@@ -12,7 +12,15 @@ from typing import NoReturn
 from moco import distributed
 from moco.environment import under_torchrun
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # SIGUSR1 is what Slurm is asked to send
+# SIGUSR1 is what Slurm is asked to send; SIGHUP comes from a terminal that is closed, unless nohup has it ignored.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+def handle_stop_signals(handler: Callable) -> None:
+    """Set the handler of STOP_SIGNALS; an ignored SIGHUP stays ignored, as nohup promises."""
+    for signum in STOP_SIGNALS:
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 class StopWaiting(BaseException):
@@ -31,8 +39,7 @@ class StopSignal:
         self._signum, self._torchrun = 0, os.getppid() if under_torchrun() else None
         self._waiting = self._child_ended = False
         self._report_children: Callable | None = None  # PyTorch's handler of SIGCHLD
-        for signum in STOP_SIGNALS:
-            signal.signal(signum, self._remember)
+        handle_stop_signals(self._remember)
 
     @property
     def signum(self) -> int:

@@ -1,3 +1,4 @@
+import datetime
 import functools
 import pickle
 import signal
@@ -35,6 +36,7 @@ def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
         "world_size": 4,
         "rank": 3,
         "init_method": "env://",
+        "timeout": datetime.timedelta(seconds=launch.COLLECTIVE_SECONDS),
         "ended": True,
     }
 
