@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import os
 import random
+import warnings
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -89,6 +90,8 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return model
+    # The strides of 1×1 kernels may differ (always so for bf16 or fp16), but only in dimensions of size 1.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # PyTorch is renaming this option, and warns about the old name once the new one exists.
     new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if new_name else "broadcast_buffers"
