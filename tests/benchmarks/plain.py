@@ -5,7 +5,7 @@ loop over the weights for the momentum update, SGD one weight at a time. Same me
 
     python tests/benchmarks/plain.py ARCH BATCH WORKERS EPOCHS DIR
 
-prints the images per second of the last epoch.
+prints the images per second of the last epoch, on a GPU if there is one.
 """
 
 import random
@@ -72,13 +72,14 @@ class Views(Dataset):
 
 
 class Trainer:
-    def __init__(self, arch):
+    def __init__(self, arch, device="cpu"):
         self.query_encoder, self.key_encoder = (get_model(arch, num_classes=128) for _ in range(2))
         for encoder in (self.query_encoder, self.key_encoder):
             width = encoder.fc.in_features
             encoder.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), encoder.fc)
+            encoder.to(device)
         self.key_encoder.load_state_dict(self.query_encoder.state_dict())
-        self.queue = F.normalize(torch.randn(128, K), dim=0)
+        self.queue = F.normalize(torch.randn(128, K, device=device), dim=0)
         self.position = 0
         self.optimizer = torch.optim.SGD(
             self.query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, foreach=False
@@ -102,7 +103,7 @@ class Trainer:
             )
             / T
         )
-        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+        loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -114,12 +115,13 @@ class Trainer:
 def main():
     arch, batch, workers, epochs, directory = sys.argv[1:]
     paths = [path for path, _ in ImageFolder(Path(directory, "train")).samples]
-    trainer, batch = Trainer(arch), int(batch)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trainer, batch = Trainer(arch, device), int(batch)
     loader = DataLoader(Views(paths), batch, shuffle=True, num_workers=int(workers), drop_last=True)
     for _ in range(int(epochs)):
         start = time.perf_counter()
         for query, key, negative in loader:
-            trainer.step(query, key, negative)
+            trainer.step(query.to(device), key.to(device), negative.to(device))
         speed = len(loader) * batch / (time.perf_counter() - start)
     print(speed)
 

@@ -10,6 +10,7 @@ import functools
 import json
 import multiprocessing
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -189,8 +190,7 @@ def end_to_end(photos, workers=2, rounds=3):
     speeds = {"plain": [], "fp32": [], "bf16": []}
     with tempfile.TemporaryDirectory() as folder:
         for copy in range(4):
-            Path(folder, "train").mkdir(exist_ok=True)
-            Path(folder, "train", f"n{copy}").symlink_to(Path(photos).resolve())
+            shutil.copytree(photos, Path(folder, "train", f"n{copy}"))
 
         def run(*command):
             return subprocess.run(
