@@ -4,6 +4,7 @@ import csv
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from moco import robustness
 from moco.errors import UsageError
@@ -146,6 +147,61 @@ def differences(report: Mapping) -> list[str]:
         )
         for name, row in others
     ]
+
+
+class ClassDifference(NamedTuple):
+    """One class under two rows of a report. Accuracies are top-1 in percent, means over the runs of a row."""
+
+    wnid: str
+    n: int  # images; of a suite with several test sets, those of the largest
+    base: float
+    top1: float
+    error: float  # one standard error of `change`, from the number of images, taken as independent
+
+    @property
+    def change(self) -> float:
+        return self.top1 - self.base
+
+
+def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[ClassDifference]:
+    """Each class under the rows `base` and `row`, from the most helped to the most harmed.
+
+    suite: "val", "corruption", …, or the key of one test set; of the corruptions, the standard ones count, each with
+    the same weight. Raises UsageError if the report has no such row or suite.
+    """
+    runs = [checkpoint["row"] for checkpoint in report["checkpoints"]]
+    for name in (base, row):
+        if name not in runs:
+            raise UsageError(f"no row {name}; the rows are {', '.join(dict.fromkeys(runs))}")
+    cells = _class_cells(report, suite)
+    changes = []
+    for wnid in dict.fromkeys(wnid for cell in cells for wnid in cell["results"][0]["classes"]):
+        counts = [[result["classes"][wnid] for result in cell["results"]] for cell in cells if _has(cell, wnid)]
+        means = [
+            statistics.fmean(
+                count["correct"] / count["n"] for cell in counts for run, count in zip(runs, cell) if run == name
+            )
+            for name in (base, row)
+        ]
+        n = max(cell[0]["n"] for cell in counts)
+        error = 100 * (sum(mean * (1 - mean) for mean in means) / n) ** 0.5
+        changes.append(ClassDifference(wnid, n, *(100 * mean for mean in means), error))
+    return sorted(changes, key=lambda each: (-each.change, each.wnid))
+
+
+def _class_cells(report: Mapping, suite: str) -> list[dict]:
+    """The cells whose classes count for a suite. Raises UsageError if there are none."""
+    keys = [key for key in report["cells"] if key == suite or key.startswith(suite + "/")]
+    if suite == "corruption":
+        keys = [key for key in keys if key.split("/")[1] in robustness.STANDARD]
+    if not keys:
+        suites = dict.fromkeys(key.split("/")[0] for key in report["cells"])
+        raise UsageError(f"no test set {suite}; there are {', '.join(suites)}")
+    return [report["cells"][key] for key in keys]
+
+
+def _has(cell: Mapping, wnid: str) -> bool:
+    return wnid in cell["results"][0]["classes"]
 
 
 def notes(report: Mapping) -> list[str]:
