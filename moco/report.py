@@ -338,8 +338,18 @@ def _beside_paper(name: str, ours: Mapping[str, Sequence[float]]) -> list[list[s
     ]
 
 
+def plain_text(name: str, longest: int = 60) -> str:
+    """A name as matplotlib shows it in a label: no formula in it, printable, and of a length that leaves room."""
+    name = name if len(name) <= longest else f"…{name[1 - longest :]}"
+    name = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return f" {name}" if name.startswith("_") else name  # matplotlib leaves labels out that begin with _
+
+
 def plot(report: Mapping, path: str) -> None:
-    """Draw accuracy against severity for each corruption, one line per row. Needs matplotlib."""
+    """Draw accuracy against severity for each corruption, one line per row. Needs matplotlib.
+
+    Dashed: the row's accuracy on val, if that was evaluated. Dotted: chance.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     present = {key.split("/")[1] for key in report["cells"] if key.startswith("corruption/")}
@@ -350,23 +360,30 @@ def plot(report: Mapping, path: str) -> None:
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     runs = [checkpoint["row"] for checkpoint in report["checkpoints"]]
     for name, axis in zip(names, axes):
-        for row in dict.fromkeys(runs):
-            axis.plot(*zip(*_severity_curve(report, name, runs, row)), marker=".", label=row)
+        for index, row in enumerate(dict.fromkeys(runs)):
+            colour = f"C{index}"
+            axis.plot(*zip(*_severity_curve(report, name, runs, row)), marker=".", color=colour, label=plain_text(row))
+            if clean := report["cells"].get("val"):
+                axis.axhline(_mean_top1(clean, runs, row), color=colour, linestyle="--", linewidth=0.9)
+        chance = axis.axhline(100 / len(report["wnids"]), color="gray", linestyle=":", linewidth=1.2)
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.set_xticks(list(robustness.SEVERITIES))
     for axis in axes[len(names) :]:
         axis.set_visible(False)
     figure.supxlabel("severity")
     figure.supylabel("top-1, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(set(runs))))
+    handles, labels = axes[0].get_legend_handles_labels()
+    if "val" in report["cells"]:
+        handles, labels = [*handles, axes[0].plot([], [], "--", color="gray")[0]], [*labels, "on val"]
+    figure.legend([*handles, chance], [*labels, "chance"], loc="outside upper center", ncols=min(4, len(handles) + 1))
     figure.savefig(path)
 
 
 def _severity_curve(report: Mapping, corruption: str, runs: Sequence[str], row: str) -> list[tuple[int, float]]:
     """(severity, mean top-1 of the row's runs) for the severities that were evaluated."""
     cells = {severity: report["cells"].get(f"corruption/{corruption}/{severity}") for severity in robustness.SEVERITIES}
-    return [
-        (severity, statistics.fmean(result["top1"] for run, result in zip(runs, cell["results"]) if run == row))
-        for severity, cell in cells.items()
-        if cell
-    ]
+    return [(severity, _mean_top1(cell, runs, row)) for severity, cell in cells.items() if cell]
+
+
+def _mean_top1(cell: Mapping, runs: Sequence[str], row: str) -> float:
+    return statistics.fmean(result["top1"] for run, result in zip(runs, cell["results"]) if run == row)

@@ -1,0 +1,192 @@
+"""Pictures of training logs and of evaluations: what is drawn, and what is left out with a word."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, run_script
+from test_class_differences import VAL, made
+
+from moco import plot, report
+from moco.errors import UsageError
+
+drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+
+
+def write_log(folder, *records, end=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "log.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + end)
+    return str(path)
+
+
+def call(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
+    plot.main()
+
+
+def drawn(figure, title):
+    """The points of each line in the panel of that title."""
+    (axis,) = (axis for axis in figure.axes if axis.get_title() == title)
+    return [list(zip(*map(list, line.get_data()))) for line in axis.lines if len(line.get_xdata())]
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@drawing
+def test_curves_of_runs_of_different_lengths_and_keys(tmp_path):
+    plain = [{"epoch": e, "loss": 3.0 - e, "q_k": 0.5, "q_queue": 0.0, "spread": 0.9} for e in range(3)]
+    patch = [{"epoch": e, "loss": 4.0 - e, "q_k": 0.6, "q_t": 0.1, "knn_top1": 20.0 + e} for e in range(2)]
+    paths = [write_log(tmp_path / "plain", *plain), write_log(tmp_path / "patch", *patch)]
+    figure = plot.curves(plot.read_runs(paths))
+    assert legend(figure) == ["plain", "patch"]
+    assert drawn(figure, "loss") == [[(0, 3.0), (1, 2.0), (2, 1.0)], [(0, 4.0), (1, 3.0)]]
+    assert len(drawn(figure, "cosine")) == 4  # q·k twice, q·queue of one, q·t of the other
+    assert drawn(figure, "spread") == [[(0, 0.9), (1, 0.9), (2, 0.9)]]
+    assert drawn(figure, "200-nearest-neighbour top-1, %") == [[(0, 20.0), (1, 21.0)]]
+    assert all("probe" not in axis.get_title() for axis in figure.axes)
+
+
+@drawing
+def test_curves_of_a_probe_are_lines_of_its_heads(tmp_path):
+    lines = [
+        {"probe": "0199", "epoch": e, "lr": [30 / 10**e, 1 / 10**e], "loss": [7e5, 1.0], "val_acc1": [20.0, 60.0 + e]}
+        for e in range(2)
+    ]
+    path = write_log(tmp_path / "run", {"epoch": 0, "loss": 5.0}, *lines)
+    figure = plot.curves(plot.read_runs([path]))
+    assert legend(figure) == ["run", "run, probe 0199, lr 30", "run, probe 0199, lr 1"]
+    assert drawn(figure, "probe: top-1 on val/, %") == [[(0, 20.0), (1, 20.0)], [(0, 60.0), (1, 61.0)]]
+    scales = {axis.get_title(): axis.get_yscale() for axis in figure.axes}
+    assert scales["loss"] == "linear" and scales["probe: loss"] == "log"  # or one head would flatten the other
+
+
+@drawing
+def test_curves_leave_out_what_is_damaged_and_say_so(tmp_path, capsys):
+    odd = [{"epoch": 0, "loss": float("nan"), "spread": True}, {"epoch": 1, "loss": 2.0, "spread": "x"}]
+    cut = write_log(tmp_path / "cut", *odd, end='{"epoch": 2, "lo')
+    figure = plot.curves(plot.read_runs([cut, write_log(tmp_path / "new")]))
+    assert drawn(figure, "loss") == [[(1, 2.0)]] and [axis.get_title() for axis in figure.axes] == ["loss"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"{cut}: 1 damaged lines are left out",
+        f"{tmp_path}/new/log.jsonl: no epoch in it, left out",
+    ]
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["a/log.jsonl"], ["a"]),
+        (["a/log.jsonl", "b/log.jsonl"], ["a", "b"]),
+        (["a/1/log.jsonl", "b/1/log.jsonl"], ["a/1", "b/1"]),
+        (["a/log.jsonl", "a/b/log.jsonl"], ["a", "a/b"]),
+        (["a/x.jsonl", "a/y.jsonl"], ["x", "y"]),
+    ],
+)
+def test_runs_are_named_by_folder_as_far_as_they_differ(paths, names):
+    assert plot.run_names(paths) == names
+
+
+@drawing
+@pytest.mark.parametrize("name", ["$a_1$", "_hidden", "a$b", "é\udcff", "x" * 300])
+def test_any_folder_or_row_name_is_a_label(name, tmp_path):
+    runs = plot.series_of(name, [{"epoch": 0, "loss": 1.0}])
+    figure = plot.curves(runs)
+    figure.savefig(tmp_path / "a.png")
+    (label,) = legend(figure)
+    end = name[-50:].replace("\udcff", r"\udcff").replace("$", r"\$")
+    assert label.endswith(end) and len(label) <= 62
+    plot.classes(made({"val": VAL}, ["plain", name, name]), "val", "plain", name).savefig(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["no/log.jsonl"], "no/log.jsonl: no such file"),
+        (["empty"], "empty: a folder; name the log in it, empty/log.jsonl"),
+        (["empty/log.jsonl"], "nothing to draw: no epoch in empty/log.jsonl"),
+        (["other/log.jsonl"], "none of the figures of a training run"),
+        (["other/log.jsonl", "--out", "a.txt"], "--out a.txt: its name must end in .png or .pdf or .svg"),
+        (["other/no.json"], "other/no.json: it cannot be read as JSON"),
+        (["other/list.json"], "other/list.json: it cannot be read as JSON"),
+        (["other/some.json"], "other/some.json: it holds no results of an evaluation"),
+        (["val.json", "val.json"], "an evaluation is drawn by itself"),
+        (["val.json", "--rows", "plain", "x"], "no row x; the rows are plain, patch"),
+        (["val.json", "--set", "sketch"], "no test set sketch; there are val"),
+        (["one.json"], "it has one row, plain; evaluate two rows"),
+    ],
+)
+@drawing
+def test_what_cannot_be_drawn_is_refused(arguments, reason, tmp_path, monkeypatch):
+    write_log(tmp_path / "empty")
+    write_log(tmp_path / "other", {"epoch": 0, "else": 1})
+    for name, text in (("list", "[]"), ("some", '{"a": 1}')):
+        (tmp_path / f"other/{name}.json").write_text(text)
+    (tmp_path / "val.json").write_text(json.dumps(made({"val": VAL})))
+    (tmp_path / "one.json").write_text(json.dumps(made({"val": VAL[:1]}, ["plain"])))
+    with pytest.raises(UsageError) as refusal:
+        call(monkeypatch, "--out", "a.png", *arguments)
+    assert reason in str(refusal.value) and not list(tmp_path.glob("a.*"))
+
+
+def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="^matplotlib is not installed; pip install matplotlib$"):
+        call(monkeypatch, write_log(tmp_path, {"epoch": 0, "loss": 1.0}), "--out", "a.png")
+
+
+@drawing
+def test_class_differences_are_drawn_from_an_evaluation(tmp_path, monkeypatch, capsys):
+    (tmp_path / "r.json").write_text(json.dumps(made({"val": VAL})))
+    call(monkeypatch, "r.json", "--out", "r.svg")
+    assert capsys.readouterr().out == "wrote r.svg\n" and (tmp_path / "r.svg").stat().st_size > 5_000
+    (axis,) = plot.classes(made({"val": VAL}), "val", "plain", "patch").axes
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([20, -30])
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["cat", "dog"]
+    assert axis.get_title() == "val: patch against plain\n1 classes helped, 1 harmed, of 2"
+
+
+@drawing
+def test_of_many_classes_the_most_helped_and_harmed_are_drawn():
+    images = {f"c{index:03}": 100 for index in range(101)}
+    results = [
+        {"classes": {name: {"n": n, "correct": 50} for name, n in images.items()}},
+        {"classes": {name: {"n": n, "correct": index} for index, (name, n) in enumerate(images.items())}},
+    ]
+    (axis,) = plot.classes(made({"val": results}, ["a", "b"]), "val", "a", "b").axes
+    names = [text.get_text() for text in axis.get_yticklabels()]
+    assert names == [f"c{index:03}" for index in (*range(100, 80, -1), *range(19, -1, -1))]
+    assert "50 classes helped, 50 harmed, of 101; drawn: the 20 at either end" in axis.get_title()
+
+
+@drawing
+def test_the_corruption_plot_has_lines_for_val_and_chance(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    cells = {f"corruption/fog/{s}": [{"top1": 60.0 - s}, {"top1": 70.0 - s}] for s in (1, 3)}
+    evaluation = made(cells, ["a", "b"]) | {"wnids": list("abcde")}
+    report.plot(evaluation, "a.png")
+    evaluation["cells"]["val"] = {"results": [{"top1": 80.0}, {"top1": 75.0}]}
+    report.plot(evaluation, "a.png")
+    without, with_val = ([list(map(float, line.get_ydata())) for line in figure.axes[0].lines] for figure in figures)
+    assert without == [[59.0, 57.0], [69.0, 67.0], [20.0, 20.0]]
+    assert sorted(each for each in with_val if len(each)) == sorted([*without, [80.0, 80.0], [75.0, 75.0]])
+    assert [legend(figure) for figure in figures] == [["a", "b", "chance"], ["a", "b", "on val", "chance"]]
+
+
+@pytest.mark.slow
+@drawing
+def test_the_log_of_a_run_can_be_drawn(data, tmp_path):
+    run_script(PRETRAIN, *SMALL, "--epochs", 2, "--knn", "--knn-freq", 1, "--ckpt_path", tmp_path / "run", data)
+    run_script(
+        PROBE, *SMALL_PROBE, "--lr", 0.1, 1, "--epochs", 2, "--ckpt_path", tmp_path / "run",
+        "--pretrained", tmp_path / "run/checkpoint_0001.pth.tar", data,
+    )  # fmt: skip
+    figure = plot.curves(plot.read_runs(["run/log.jsonl"]))
+    assert legend(figure) == ["run", "run, probe 0001, lr 0.1", "run, probe 0001, lr 1"]
+    assert len([axis for axis in figure.axes if axis.get_title()]) == 8
