@@ -267,10 +267,14 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     inputs.backbone.clear()
 
     # --- epochs
+    exploded: set[int] = set()  # the heads of which a line has said so
     for epoch in range(run.epoch, args.epochs):
         adjust_learning_rate(optimizer, epoch, args)
         train_one_epoch(backbone, ddp_heads, run.steps(train_loader, prepare, epoch), optimizer, run, dtype)
         stats = run.epoch_stats()
+        if new := classifier.exploded(stats["loss"], len(train.classes)) - exploded:
+            run.print(classifier.explosion_hint(new, args.lr, stats["loss"], len(train.classes)))
+            exploded |= new
         predictor = functools.partial(classifier.predict, backbone, heads, dtype)
         with run.evaluation():
             results = classifier.evaluate(predictor, val_loader, ctx.device)

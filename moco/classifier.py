@@ -20,6 +20,7 @@ from moco.encoders import autocast, build_encoder
 from moco.errors import UsageError, first_line
 
 KNN_K, KNN_TEMPERATURE = 200, 0.07
+EXPLODED = 2  # times ln(classes), the loss of guessing: over an epoch, heads that learn stay below 1.2
 
 
 # Models
@@ -124,6 +125,22 @@ class BestHead:
         is_best = acc1s[self.winner] > max(self.acc1s)
         self.acc1s = [max(pair) for pair in zip(acc1s, self.acc1s)]
         return is_best
+
+
+def exploded(losses: Sequence[float], classes: int) -> set[int]:
+    """The indices of the heads whose mean loss over an epoch shows that the learning rate is too large for them."""
+    return {head for head, loss in enumerate(losses) if not loss <= EXPLODED * math.log(classes)}  # NaN is one, too
+
+
+def explosion_hint(heads: Iterable[int], lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
+    """A line that names the learning rates of exploded heads, and some to try instead."""
+    heads = sorted(heads)
+    least = min(lrs[head] for head in heads)
+    return (
+        f"the loss exploded with --lr {' '.join(f'{lrs[head]:g}' for head in heads)}: it is"
+        f" {' '.join(f'{losses[head]:.6g}' for head in heads)}, where guessing has {math.log(classes):.2f}; try --lr"
+        f" {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features, the best is kept"
+    )
 
 
 # Evaluation
