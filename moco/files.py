@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import glob
 import json
 import os
@@ -13,6 +12,11 @@ import sys
 import time
 from collections.abc import Iterator
 from typing import IO
+
+try:
+    import fcntl
+except ImportError:  # Windows, where the scripts end before they need it
+    fcntl = None
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
 _held: dict[str, int] = {}  # descriptors of locks that this process holds until it ends

@@ -12,6 +12,13 @@ from typing import NoReturn
 from moco import distributed
 from moco.environment import under_torchrun
 
+if sys.platform == "win32":  # it lacks what this module is about, and all scripts import it
+    sys.stderr.write(
+        "error: native Windows has no POSIX signals and cannot run this script; use WSL"
+        " (https://learn.microsoft.com/windows/wsl/install), where everything is as on Linux\n"
+    )
+    sys.exit(2)
+
 # SIGUSR1 is what Slurm is asked to send; SIGHUP comes from a terminal that is closed, unless nohup has it ignored.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
