@@ -22,8 +22,14 @@ def contrastive_logits(
 
     q: queries (N, C); k: keys (N, C); t: non-semantic negatives (N, n, C), n may be 0; queue: older keys (C, K).
     All features have unit length. alpha multiplies the similarity q·t, inside the exponential.
-    Returns (N, 1 + K + n).
+    Returns (N, 1 + K + n). Raises ValueError for other shapes, which broadcasting could hide.
     """
+    if q.dim() != 2 or k.shape != q.shape or t.dim() != 3 or t.shape[::2] != q.shape or queue.shape[:-1] != q.shape[1:]:
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in zip("qkt", (q, k, t)))
+        raise ValueError(
+            f"the features must be q (N, C), k (N, C), t (N, n, C) and queue (C, K), not {shapes} and queue"
+            f" {tuple(queue.shape)}; one negative per query is t.unsqueeze(1)"
+        )
     positive = (q * k).sum(dim=1, keepdim=True)  # N×1
     negative = q @ queue  # N×K
     nonsemantic = alpha * (t * q.unsqueeze(1)).sum(dim=2)  # N×n; a bmm here would need a C compiler on CUDA
@@ -72,7 +78,13 @@ class MoCo(nn.Module):
 
         im_q, im_k: query and key crops (N, 3, H, W); im_t: negatives of the query crops (N, n, 3, H, W).
         Returns logits (N, 1 + K + n) and labels (N,), all 0. `self.similarities` then describes this batch.
+        Raises ValueError for other shapes.
         """
+        if im_q.dim() != 4 or im_k.shape != im_q.shape or im_t.dim() != 5 or len(im_t) != len(im_q):
+            shapes = ", ".join(str(tuple(images.shape)) for images in (im_q, im_k, im_t))
+            raise ValueError(
+                f"the images must be im_q (N, 3, H, W), im_k (N, 3, H, W) and im_t (N, n, 3, H, W), not {shapes}"
+            )
         q = self._features(self.encoder_q, im_q)  # N×C
         with torch.no_grad():
             self._update_key_encoder()

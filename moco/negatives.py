@@ -18,8 +18,13 @@ def patch_negatives(
     images: (N, C, S, S), any dtype and device. For each image and negative a patch size d ~ U{low..high} (pixels,
     inclusive) is drawn. The S×S canvas is tiled from the top left with d×d windows of the image, each at its own
     uniform position, neither flipped nor rotated; the last row and column are cut off at the canvas. Returns (N,
-    count, C, S, S). Raises ValueError unless 1 <= low <= high <= S and the images are square.
+    count, C, S, S). Raises ValueError unless 1 <= low <= high <= S and the images are a batch of square ones.
     """
+    if images.dim() != 4:
+        raise ValueError(
+            f"patch negatives need a batch of images (N, C, S, S), got the shape {tuple(images.shape)}; of one image,"
+            " images.unsqueeze(0) makes a batch"
+        )
     n, _, size, width = images.shape
     if size != width:
         raise ValueError(f"patch negatives need square images, got {size}×{width}")
