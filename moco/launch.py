@@ -28,7 +28,7 @@ from moco.signals import handle_stop_signals
 MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch no longer supports multicast
 # How long processes wait for each other, in seconds; docs/reliability.md lists these limits, too.
 JOIN_SECONDS = 300  # at the start, for ranks that are not there yet; torchrun has limits of its own
-COLLECTIVE_SECONDS = 600  # in a step, for a rank that has stopped or is cut off: gloo's and NCCL's own limit
+COLLECTIVE_SECONDS = 900  # in a step, for a rank that is cut off or waits for its data (600 s at most): gloo and NCCL
 GRACE_SECONDS = 30  # for spawned ranks to save after another one has failed, as torchrun and Slurm give them
 
 
