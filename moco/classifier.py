@@ -133,13 +133,15 @@ def exploded(losses: Sequence[float], classes: int) -> set[int]:
 
 
 def explosion_hint(heads: Iterable[int], lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
-    """A line that names the learning rates of exploded heads, and some to try instead."""
+    """A line that names the learning rates of these exploded heads, and some to try if no other head learns."""
     heads = sorted(heads)
     least = min(lrs[head] for head in heads)
+    advice = f"try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features"
+    sound = [f"{lr:g}" for head, lr in enumerate(lrs) if head not in exploded(losses, classes)]
     return (
         f"the loss exploded with --lr {' '.join(f'{lrs[head]:g}' for head in heads)}: it is"
-        f" {' '.join(f'{losses[head]:.6g}' for head in heads)}, where guessing has {math.log(classes):.2f}; try --lr"
-        f" {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features, the best is kept"
+        f" {' '.join(f'{losses[head]:.6g}' for head in heads)}, where guessing has {math.log(classes):.2f};"
+        f" {'not so with --lr ' + ' '.join(sound) if sound else advice}; the best head is kept"
     )
 
 

@@ -29,9 +29,16 @@ def test_a_loss_above_that_of_guessing_tells_an_exploded_head(classes, losses, h
 
 
 def test_the_hint_names_the_learning_rates_to_try():
-    assert explosion_hint({2, 1}, [0.1, 3, 30], [0.5, 40.25, math.nan], 10) == (
-        "the loss exploded with --lr 3 30: it is 40.25 nan, where guessing has 2.30; try --lr 0.003 0.03 0.3: a head"
-        " for each on the same features, the best is kept"
+    assert explosion_hint({1, 0}, [30, 3], [713_068, math.nan], 10) == (
+        "the loss exploded with --lr 30 3: it is 713068 nan, where guessing has 2.30; try --lr 0.003 0.03 0.3: a head"
+        " for each on the same features; the best head is kept"
+    )
+
+
+def test_the_hint_names_the_learning_rates_that_do():
+    assert explosion_hint({3}, [0.1, 1, 3, 30], [0.9, 1.1, 99, 713_068], 10) == (
+        "the loss exploded with --lr 30: it is 713068, where guessing has 2.30; not so with --lr 0.1 1; the best head"
+        " is kept"
     )
 
 
@@ -56,7 +63,7 @@ def test_heads_that_learn_are_never_called_exploded():
 
 
 def test_a_probe_that_explodes_says_once_which_option_to_try(shared_data, tmp_path):
-    settings = [*SMALL_PROBE, "--epochs", 3, "--lr", 0.001, 5000, "--ckpt_path", tmp_path, shared_data]
+    settings = [*SMALL_PROBE, "--epochs", 3, "--lr", 8000, 5000, "--ckpt_path", tmp_path, shared_data]
     lines = [line for line in run_script(PROBE, *settings).stdout.splitlines() if "exploded" in line]
-    assert len(lines) == 1 and lines[0].startswith("the loss exploded with --lr 5000: it is ")
-    assert lines[0].endswith("try --lr 5 50 500: a head for each on the same features, the best is kept")
+    assert len(lines) == 1 and lines[0].startswith("the loss exploded with --lr 8000 5000: it is ")
+    assert lines[0].endswith("try --lr 5 50 500: a head for each on the same features; the best head is kept")
