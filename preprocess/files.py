@@ -344,10 +344,11 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
     RunError if one of them is killed. The processes end with this one, however it ends.
     """
     pool = ProcessPoolExecutor(workers, initializer=_leave_with_parent)
+    chunk = max(1, min(8, len(jobs) // (4 * workers)))  # few long jobs are shared by all workers
     try:
         # In a log, where every update is a line, update every 30 s.
         yield from tqdm(
-            pool.map(function, jobs, chunksize=8),
+            pool.map(function, jobs, chunksize=chunk),
             total=len(jobs),
             unit=unit,
             smoothing=0.02,

@@ -12,7 +12,7 @@ from helpers import EVALUATE, PRETRAIN, PROBE, REPOSITORY
 PREPARATION = [
     str(path.relative_to(REPOSITORY))
     for path in sorted((REPOSITORY / "preprocess").glob("*.py"))
-    if "ArgumentParser" in path.read_text() and "__main__" in path.read_text()
+    if "files.Parser(" in path.read_text()
 ]
 
 

@@ -1,0 +1,216 @@
+"""Corrupt one's own photos as ImageNet-C was made: 19 corruptions at five severities.
+
+    pip install imagecorruptions-imaug
+    python preprocess/corruptions.py --val data/val --out data-c
+    python preprocess/corruptions.py --val small/val --out small-c --size 64
+
+Reads DIR/<class>/<name>.*, or that below DIR/val, resizes and crops each photo as in testing (at 224 px: Resize(256),
+CenterCrop(224)), and writes OUT/<corruption>/<severity>/<class>/<name>.JPEG at quality 85, which
+`eval_robustness.py --corruption OUT` reads. The last four corruptions, the extra ones, are in no average there. An
+image is a function of the seed, its path below the class folders, the corruption and the severity. The script can be
+stopped and run again: existing images are kept.
+
+ImageNet-C: Hendrycks & Dietterich, ICLR 2019.
+"""
+
+import argparse
+import functools
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import files  # before numpy
+import numpy as np
+from PIL import Image
+from torchvision import transforms
+
+os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # read when the library loads OpenCV: the processes are as many as the cores
+
+# fmt: off
+CORRUPTIONS = (
+    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
+    "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
+    "speckle_noise", "gaussian_blur", "spatter", "saturate",
+)
+# fmt: on
+OWN_SEED = ("impulse_noise", "glass_blur")  # take theirs as an argument, the others use numpy's global generator
+SEVERITIES = range(1, 6)
+LEAST_SIZE = 32  # px, the library's limit
+QUALITY = 85  # of the JPEGs, as of ImageNet-C's
+MARK = "corruptions.json"  # in OUT: how its images were made
+PACKAGE = "imagecorruptions-imaug"
+
+
+class Recipe(NamedTuple):
+    """How corrupted images are made."""
+
+    source: Path  # the folder of class folders
+    out: Path
+    size: int  # px, the side of the images
+    seed: int
+
+
+def library() -> ModuleType:
+    """The module that corrupts. UsageError if it, or what it needs, is not installed."""
+    try:
+        import imagecorruptions
+    except ImportError as error:
+        raise files.UsageError(
+            f"the corruptions are those of the package {PACKAGE}, which cannot be imported ({error}): pip install"
+            f" {PACKAGE}"
+        ) from error
+    missing = set(CORRUPTIONS) - set(imagecorruptions.get_corruption_names("all"))
+    if missing:
+        raise files.UsageError(
+            f"the installed imagecorruptions has no {', '.join(sorted(missing))}; pip install {PACKAGE}"
+        )
+    return imagecorruptions
+
+
+def version() -> str:
+    """Of the library: another one may make other images."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def crop(path: Path, size: int) -> tuple[Image.Image, bool]:
+    """(RGB photo as a test sees it, size×size, whether it had to be enlarged). ValueError if it is too narrow."""
+    with Image.open(path) as image:
+        photo = files.to_rgb(image)
+    short, shorter = min(photo.size), round(size * 256 / 224)
+    if max(photo.size) * shorter**2 > files.MAX_PIXELS * short:
+        raise ValueError("{}x{} px: too narrow to resize its shorter side to {} px".format(*photo.size, shorter))
+    preset = transforms.Compose([transforms.Resize(shorter), transforms.CenterCrop(size)])
+    return preset(photo), short < shorter
+
+
+def corrupt(image: Image.Image, name: str, severity: int, seed: int) -> np.ndarray:
+    """The corrupted RGB image, uint8 (H, W, 3): the same for the same seed, 0 to 2**32 - 1."""
+    np.random.seed(seed)
+    options = {"seed": seed} if name in OWN_SEED else {}
+    return library().corrupt(np.asarray(image), corruption_name=name, severity=severity, **options)
+
+
+def seed_of(seed: int, photo: str, name: str, severity: int) -> int:
+    """32 bits for one image, independent of workers and restarts."""
+    text = f"{seed} {name} {severity} {photo}".encode(errors="surrogateescape")  # names need not be UTF-8
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "little")
+
+
+def images_of(photo: str, out: Path) -> dict[tuple[str, int], Path]:
+    """{(corruption, severity): file} of the photo at this path below the class folders."""
+    name = os.path.splitext(photo)[0] + ".JPEG"
+    return {(each, severity): out / each / str(severity) / name for each in CORRUPTIONS for severity in SEVERITIES}
+
+
+def write_images(photo: str, recipe: Recipe) -> tuple[str, bool, str | None]:
+    """Write what is missing of a photo: (photo, whether it was enlarged, why it was left out or None)."""
+    missing = {key: path for key, path in images_of(photo, recipe.out).items() if not path.exists()}
+    made, enlarged = {}, False
+    try:
+        image, enlarged = crop(recipe.source / photo, recipe.size)
+        for (name, severity), path in missing.items():
+            corrupted = corrupt(image, name, severity, seed_of(recipe.seed, photo, name, severity))
+            data = io.BytesIO()
+            Image.fromarray(corrupted).save(data, "JPEG", quality=QUALITY)
+            made[path] = data.getvalue()
+    except Exception as error:  # a decoder may raise anything on a broken file; the other photos go on
+        return photo, enlarged, f"{type(error).__name__}: {error}"
+    for path, data in made.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, data)
+    return photo, enlarged, None
+
+
+def list_photos(source: Path, limit: int | None) -> list[str]:
+    """The paths below `source` of the first `limit` photos of each class. UsageError if two would share a file."""
+    photos = [f"{name}/{file}" for name, images in files.list_images(source).items() for file in images[:limit]]
+    twins = len(photos) - len({os.path.splitext(photo)[0] for photo in photos})
+    if twins:
+        raise files.UsageError(
+            f"--val {source}: {twins} photos differ from another in the suffix only, and would share one file; rename"
+            " them"
+        )
+    return photos
+
+
+def claim(out: Path, settings: dict) -> None:
+    """Make `out` the folder of images made with these settings. UsageError where it holds others."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.UsageError(f"--out {out} cannot be made ({error.strerror}); name a new folder") from error
+    mark, wanted = out / MARK, json.dumps(settings) + "\n"
+    with files.only_writer(out):
+        if mark.is_file():
+            if mark.read_text() != wanted:
+                raise files.UsageError(
+                    f"--out {out}: it holds images made with {mark.read_text().strip()}, not {wanted.strip()}; use the"
+                    " same options, or a new folder"
+                )
+        elif {path.name for path in out.iterdir()} - {f"{MARK}.partial", *files.NOT_DATA}:
+            raise files.UsageError(f"--out {out}: it holds something else; name a new folder")
+        else:
+            files.write_whole(mark, wanted.encode())
+
+
+def parse_args() -> argparse.Namespace:
+    """The options. Ends the script with exit code 2 where they are wrong."""
+    parser = files.Parser("Corrupt photos as ImageNet-C was made, for eval_robustness.py --corruption.")
+    parser.add_argument("--val", type=Path, required=True, metavar="DIR", help="photos, <class>/* or val/<class>/*")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="OUT", help="images, OUT/<corruption>/<severity>/<class>/*.JPEG"
+    )
+    parser.add_argument(
+        "--size", type=files.at_least_one, default=224, metavar="PX", help="side of the images: the tested crop size"
+    )
+    parser.add_argument("--limit", type=files.at_least_one, metavar="N", help="only the first N photos of each class")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same images")
+    parser.add_workers()
+    args = parser.parse_args()
+    if args.size < LEAST_SIZE:
+        parser.error(
+            f"--size {args.size}: the library corrupts images of {LEAST_SIZE} px or more; use {LEAST_SIZE}, and"
+            " eval_robustness.py resizes them to the crop"
+        )
+    if not args.val.is_dir():
+        parser.error(f"--val {args.val}: no such folder; it must hold one folder of photos per class")
+    if (args.val / "val").is_dir():
+        args.val = args.val / "val"
+    if args.out.resolve() == args.val.resolve() or args.val.resolve() in args.out.resolve().parents:
+        parser.error(f"--out {args.out} lies in the photos' folder, where it would be a class; name another")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    library()
+    photos = list_photos(args.val, args.limit)
+    recipe = Recipe(args.val, args.out, args.size, args.seed)
+    claim(args.out, {"size": args.size, "seed": args.seed, "quality": QUALITY, PACKAGE: version()})
+    jobs = [photo for photo in photos if not all(path.exists() for path in images_of(photo, args.out).values())]
+    per_photo = len(CORRUPTIONS) * len(SEVERITIES)
+    print(
+        f"{len(photos)} photos, {len(photos) - len(jobs)} of them done; {per_photo} images each, {args.workers}"
+        " processes",
+        flush=True,
+    )
+    small, broken = 0, []
+    write = functools.partial(write_images, recipe=recipe)
+    for photo, enlarged, reason in files.in_processes(write, jobs, args.workers, "photo"):
+        small += enlarged
+        broken += [(photo, reason)] if reason else []
+    enlarged = f"; {small} photos below {round(args.size * 256 / 224)} px were enlarged first" if small else ""
+    print(f"wrote the corruptions of {len(jobs) - len(broken)} photos, {args.size} px{enlarged}")
+    return files.report_broken(broken)
+
+
+if __name__ == "__main__":
+    files.cli_main(main)
