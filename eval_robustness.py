@@ -1,7 +1,8 @@
 """Test linear checkpoints on the robustness sets: one table row per checkpoint, or mean±std of several runs per NAME.
 
     python eval_robustness.py --pretrained ckpts/RUN/model_best_0199.pth.tar --val imagenet-100 \\
-      --corruption imagenet-c --sketch imagenet-sketch --stylized stylized-imagenet --rendition imagenet-r
+      --corruption imagenet-c --sketch imagenet-sketch --stylized stylized-imagenet --rendition imagenet-r \\
+      --set imagenet-a=imagenet-a
     python eval_robustness.py --pretrained patch-k16384-a2=RUN1.pth.tar,RUN2.pth.tar,RUN3.pth.tar --compare paper …
     torchrun --nproc-per-node=8 eval_robustness.py …
 """
@@ -11,6 +12,7 @@ import codecs
 import functools
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import sys
@@ -50,7 +52,7 @@ IMAGENET_100 = Path(__file__).parent / "preprocess" / "imagenet_100.txt"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.OptionParser("Test linear checkpoints on ImageNet-C, -Sketch, -R and Stylized-ImageNet.")
+    parser = options.OptionParser("Test linear checkpoints on ImageNet-C, -Sketch, -R, Stylized-ImageNet and others.")
     # fmt: off
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained", nargs="+", action="extend", default=[], metavar="ROW",
@@ -64,6 +66,8 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("--sketch", metavar="DIR", help="<wnid>/*")
     data.add_argument("--stylized", metavar="DIR", help="<wnid>/*, or val/<wnid>/*")
     data.add_argument("--rendition", metavar="DIR", help="<wnid>/*")
+    data.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=DIR", dest="sets",
+                      help="further sets, <wnid>/* or val/<wnid>/*, in a column NAME; shape bias of cue conflicts")
     data.add_argument("--limit", type=options.positive_int, metavar="N", help="only the first N images per class")
     options.add_workers_option(data)
     data.add_argument("-b", "--batch-size", default=256, type=options.positive_int, metavar="N",
@@ -88,8 +92,9 @@ def validate_args(args: argparse.Namespace, rows: Iterable[str]) -> None:
     """Refuse what could only fail later."""
     if not args.pretrained:
         raise UsageError("nothing to test: --pretrained names the linear checkpoints")
-    if not any(getattr(args, suite) for suite in robustness.SUITES):
-        raise UsageError("nothing to test on: use any of " + " ".join(f"--{suite} DIR" for suite in robustness.SUITES))
+    if not args.sets and not any(getattr(args, suite) for suite in robustness.SUITES):
+        suites = " ".join(f"--{suite} DIR" for suite in robustness.SUITES)
+        raise UsageError(f"nothing to test on: use any of {suites} --set NAME=DIR")
     if args.compare:
         report.check_published(rows)
     if args.plot and not args.corruption:
@@ -113,6 +118,19 @@ def parse_rows(entries: Iterable[str]) -> dict[str, list[str]]:
             raise UsageError(f"--pretrained {entry}: the name {name} is taken by another row")
         rows[name] = split_files(files)
     return rows
+
+
+def parse_sets(entries: Iterable[str]) -> dict[str, str]:
+    """{name: directory} of NAME=DIR entries."""
+    sets: dict[str, str] = {}
+    for entry in entries:
+        name, _, directory = entry.partition("=")
+        if not directory or os.path.isdir(entry):
+            name = re.sub(r"[^\w.+-]", "-", os.path.basename(os.path.normpath(entry))) or "NAME"
+            raise UsageError(f"--set {entry}: a set needs a name and a folder, as in --set {name}={entry}")
+        report.check_set_name(name, sets)
+        sets[name] = directory
+    return sets
 
 
 def split_files(text: str) -> list[str]:
@@ -289,11 +307,12 @@ def main() -> None:
     args = parse_args()
     if args.list_released:
         return print(released.listing())
-    rows = parse_rows(args.pretrained)
+    rows, sets = parse_rows(args.pretrained), parse_sets(args.sets)
     validate_args(args, rows)
     models, pretraining, wnids, image_size = load_models(rows, args)
     # Listing all test sets first finds a wrong folder before hours of evaluation, and tells the bar its length.
     directories = {suite: getattr(args, suite) for suite in robustness.SUITES if getattr(args, suite)}
+    directories |= {f"{robustness.FURTHER}/{name}": directory for name, directory in sets.items()}
     list_test_sets = functools.partial(robustness.list_test_sets, directories, wnids, args.limit)
     test_sets = sharing.once_per_node("test sets", list_test_sets)
     unknown = robustness.unknown_corruptions(args.corruption) if args.corruption else []

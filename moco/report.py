@@ -1,6 +1,7 @@
 """What an evaluation prints and draws: the Markdown table, the comparison with the paper, a plot."""
 
 import csv
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ TITLES = {
     "stylized": "Stylized",
     "rendition": "Rendition",
 }
-SHARED = "Rendition, shared classes"
+SHARED = ", shared classes"  # a second column: decisions among the classes of the set only
+CUES = ("Shape bias", "Shape accuracy", "Texture accuracy")
+EXTRA, MCE = "Corruption, extra four", "mCE"
 PUBLISHED = Path(__file__).parent / "data" / "published.csv"  # the published table, as in README.md
 PUBLISHED_CLASSES, PUBLISHED_SIZE = 100, 224
 RENDITION_CLASSES, RENDITION_COUNTS = 19, range(40, 500)  # those in ImageNet-100; roughly how many images each has
@@ -27,7 +30,7 @@ IMAGENET_100_SHA256 = "d61d354b64beb3ce2c2c9cf04a874298362dc9fcd589e15ee34c5e459
 
 
 def figures(report: Mapping, run: int) -> dict[str, float]:
-    """{column: figure} of the run-th checkpoint: the published table's columns, then the others."""
+    """{column: figure} of the run-th checkpoint: the published table's columns, then the others, further sets last."""
     results = {key: cell["results"][run] for key, cell in report["cells"].items()}
     top1 = {key: result["top1"] for key, result in results.items() if key.startswith("corruption/")}
     corruption = robustness.corruption_figures(top1, len(report["wnids"]))
@@ -38,23 +41,61 @@ def figures(report: Mapping, run: int) -> dict[str, float]:
         elif suite == "corruption" and title in corruption:
             table[title] = corruption.pop(title)
     if "rendition" in results:
-        table[SHARED] = results["rendition"]["top1_shared_classes"]
+        table[TITLES["rendition"] + SHARED] = results["rendition"]["top1_shared_classes"]
     table |= corruption
-    for result in results.values():
-        if result.get("shape_bias") is not None:
-            table["Shape bias"] = result["shape_bias"]
+    for suite, title in TITLES.items():
+        if suite in results:
+            table |= _cue_figures(results[suite], "" if suite == "stylized" else f"{title}: ")
+    for key, name in further_sets(report).items():
+        table |= {name: results[key]["top1"], name + SHARED: results[key]["top1_shared_classes"]}
+        table |= _cue_figures(results[key], f"{name}: ")
     return table
 
 
+def _cue_figures(result: Mapping, prefix: str) -> dict[str, float]:
+    """Shape bias, shape accuracy and texture accuracy in percent, if the set tells both cues."""
+    if result.get("shape_bias") is None:
+        return {}
+    n = result.get("conflicts", result["n"])
+    return {
+        prefix + CUES[0]: result["shape_bias"],
+        **{
+            prefix + title: 100 * result[decisions] / n
+            for title, decisions in zip(CUES[1:], ("shape_decisions", "texture_decisions"))
+            if decisions in result
+        },
+    }
+
+
+def further_sets(report: Mapping) -> dict[str, str]:
+    """{key: name} of the sets that are no column of the published table."""
+    prefix = f"{robustness.FURTHER}/"
+    return {key: key.removeprefix(prefix) for key in report["cells"] if key.startswith(prefix)}
+
+
+def check_set_name(name: str, others: Iterable[str]) -> None:
+    """Raise UsageError unless `name` can be a column of the table beside the built-in ones and `others`."""
+    built_in = [*TITLES, *TITLES.values(), *CUES, EXTRA, MCE, "model", "K", "alpha"]
+    same = next((each for each in [*others, *built_in] if each.casefold() == name.casefold()), None)
+    if same is not None:
+        kind = "a further set" if same in others else "a column of the table"
+        raise UsageError(f"--set {name}=…: {same} is {kind} already; use another name")
+    if not re.fullmatch(r"\w[\w .+-]*", name) or len(name) > 40:
+        raise UsageError(
+            f"--set {name}=…: a name is up to 40 letters, digits, spaces and . + - _, as in --set imagenet-a=DIR"
+        )
+
+
 def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
-    """{row: {column: a figure per run}}, without the shared-classes column if it repeats Rendition in every row."""
+    """{row: {column: a figure per run}}, without a shared-classes column that repeats the set's own in every row."""
     rows = {}
     for run, checkpoint in enumerate(report["checkpoints"]):
         for column, figure in figures(report, run).items():
             rows.setdefault(checkpoint["row"], {}).setdefault(column, []).append(figure)
-    if all(row.get(SHARED) == row.get("Rendition") for row in rows.values()):
-        for row in rows.values():
-            row.pop(SHARED, None)
+    for column in [column for column in next(iter(rows.values()), {}) if column.endswith(SHARED)]:
+        if all(row.get(column) == row.get(column.removesuffix(SHARED)) for row in rows.values()):
+            for row in rows.values():
+                row.pop(column, None)
     return rows
 
 
@@ -103,6 +144,10 @@ def _title(report: Mapping, column: str) -> str:
     marks = []
     if column == TITLES["corruption"]:
         marks = ["partial"] * bool(missing(report)) + ["resized"] * bool(_resized(report))
+    for key, name in further_sets(report).items():
+        categories = report["cells"][key].get("categories")
+        if categories and (column == name or column.startswith(f"{name}: ")):
+            marks = [f"{len(categories)} of 16 categories"]
     return f"{column} ({', '.join(marks)})" if marks else column
 
 
@@ -206,7 +251,8 @@ def _has(cell: Mapping, wnid: str) -> bool:
 
 def notes(report: Mapping) -> list[str]:
     """A line per column: its images and preprocessing, and what is unexpected or missing."""
-    lines = [_note(report, suite) for suite in TITLES if _cells(report, suite)]
+    titles = TITLES | further_sets(report)
+    lines = [_note(report, suite, title) for suite, title in titles.items() if _cells(report, suite)]
     if report.get("not_evaluated"):
         lines.append(not_evaluated(report["not_evaluated"]))
     if report["limit"]:
@@ -215,13 +261,13 @@ def notes(report: Mapping) -> list[str]:
 
 
 def _cells(report: Mapping, suite: str) -> list[dict]:
-    return [cell for key, cell in report["cells"].items() if key.split("/")[0] == suite]
+    return [cell for key, cell in report["cells"].items() if key == suite or key.startswith(f"{suite}/")]
 
 
-def _note(report: Mapping, suite: str) -> str:
+def _note(report: Mapping, suite: str, title: str) -> str:
     cells = _cells(report, suite)
     preprocessing = "; ".join(dict.fromkeys(cell["preprocessing"] for cell in cells))
-    line = f"{TITLES[suite]}: {sum(cell['n'] for cell in cells)} images, {preprocessing}"
+    line = f"{title}: {sum(cell['n'] for cell in cells)} images, {preprocessing}"
     if suite == "corruption":
         line += f", {len(cells)} corruptions × severities"
         if missing(report):
@@ -233,6 +279,10 @@ def _note(report: Mapping, suite: str) -> str:
             )
     if suite == "stylized" and "Resize" not in preprocessing:
         line += " (not resized: the images have the crop's size already)"
+    if categories := cells[0].get("categories"):
+        line += f", decided between {len(categories)} of 16 categories ({', '.join(categories)}) by mean probability"
+    if suite != "corruption" and (conflicts := cells[0]["results"][0].get("conflicts", cells[0]["n"])) < cells[0]["n"]:
+        line += f"; {CUES[0]} over the {conflicts} of these images whose cues are two different classes of the head"
     odd = next((cell["warning"] for cell in cells if cell["warning"]), "")
     return line + (f"; unexpected: {odd}" if odd and not report["limit"] else "")
 

@@ -93,6 +93,8 @@ def add(report: dict, test_set: TestSet, results: list[dict], image_size: int, w
         "warning": test_set.warning(wnids),
         "results": merged,
     }
+    if test_set.categories:
+        report["cells"][test_set.key]["categories"] = list(test_set.categories)
     for checkpoint, entry in zip(report["checkpoints"], known):
         if entry:
             same = report["earlier"][checkpoint["sha256"]]
@@ -165,7 +167,8 @@ REPORT = {
 CELL = {"folder": "text", "n": "count", "preprocessing": "text"}
 RESULT = {"top1": "percent", "top1_shared_classes": "percent", "n": "count", "classes": "object"}
 SHAPE_BIAS = {
-    "shape_decisions": "number of hits", "texture_decisions": "number of hits", "shape_bias": "percent or null",
+    "conflicts": "count", "shape_decisions": "number of hits", "texture_decisions": "number of hits",
+    "shape_bias": "percent or null",
 }  # fmt: skip
 ENTRY = {
     "version": "version", "image_size": "count", "limit": "count or null", "wnids_sha256": "text",
@@ -240,7 +243,10 @@ def _check_entry(where: str, entry: object) -> None:
     result = entry["result"]
     _check(where, result, RESULT)
     if SHAPE_BIAS.keys() & result.keys():
-        _check(where, result, SHAPE_BIAS)
+        told = {"conflicts": result["n"], **result}
+        _check(where, told, SHAPE_BIAS)
+        if told["shape_decisions"] + told["texture_decisions"] > told["conflicts"]:
+            raise _Odd(f"{where}: more decisions for shape or texture than the {told['conflicts']} images with both")
     for wnid, counts in result["classes"].items():
         _check(f"{where}.classes.{wnid}", counts, {"n": "count", "correct": "number of hits"})
         if counts["correct"] > counts["n"]:

@@ -1,7 +1,8 @@
 """The test sets of the paper's robustness columns: folders, classes by wnid, corruptions, averages.
 
 ImageNet-C and mCE: Hendrycks & Dietterich, ICLR 2019. ImageNet-Sketch: Wang et al., NeurIPS 2019. Stylized-ImageNet
-and shape bias: Geirhos et al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021.
+and shape bias: Geirhos et al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021. Any other set of images in class
+folders has a name of its own.
 """
 
 import os
@@ -15,14 +16,15 @@ import torch.nn as nn
 import torchvision.transforms as transforms
 from PIL import Image
 
-from moco import datasets, distributed, loader
+from moco import cues, datasets, distributed, loader
 from moco.classifier import predictions
 from moco.distributed import DistContext
 from moco.errors import UsageError
 from moco.images import open_rgb
-from moco.sequences import LabelList, PathList
+from moco.sequences import LabelList
 
 SUITES = ("val", "corruption", "sketch", "stylized", "rendition")
+FURTHER = "set"  # the suite of a further set; its key is set/<name>
 CORRUPTIONS = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
     "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -63,24 +65,31 @@ class TestSet(NamedTuple):
 
     __test__ = False  # not a test class for pytest
 
-    key: str  # "val", "corruption/fog/3"
+    key: str  # "val", "corruption/fog/3", "set/imagenet-a"
     folder: str
     paths: Sequence[str]
-    labels: Sequence[int]
+    labels: Sequence[int]  # places in the list of the head's classes, or in `categories`
+    textures: list[int] | None = None  # as labels, -1: another class; None: file names do not tell
+    categories: Mapping[str, list[int]] | None = None  # {category: outputs}, if the folders are categories of classes
 
     @property
     def suite(self) -> str:
         return self.key.split("/")[0]
 
+    @property
+    def protocol(self) -> str:
+        """The suite whose preprocessing applies."""
+        return "stylized" if self.categories else self.suite
+
     def preprocessing(self, size: int) -> str:
         """What is done to images of the published size, for crops of `size` px."""
-        name, _ = presets(size)[preset_index(self.suite, size if self.suite in GENERATED else 2 * size, size)]
+        name, _ = presets(size)[preset_index(self.protocol, size if self.protocol in GENERATED else 2 * size, size)]
         return name
 
     def preprocessing_of_images(self, size: int) -> str:
         """What is done to the first image of each class, read from their headers."""
         first = dict(zip(reversed(self.labels), reversed(self.paths))).values()
-        used = [preset_index(self.suite, side, size) for side in map(_shorter_side, first) if side]
+        used = [preset_index(self.protocol, side, size) for side in map(_shorter_side, first) if side]
         return describe_preprocessing([used.count(index) for index in range(len(presets(size)))], size)
 
     def warning(self, wnids: Sequence[str]) -> str:
@@ -111,16 +120,16 @@ def presets(size: int) -> list[tuple[str, Callable[[Image.Image], torch.Tensor]]
     ]
 
 
-def preset_index(suite: str, side: int, size: int) -> int:
+def preset_index(protocol: str, side: int, size: int) -> int:
     """Which of `presets` an image gets whose shorter side has `side` px.
 
     Generated images of the crop's size are not resized: it would cut off a part of what was made to be seen whole.
     Larger ones are treated like photos, as is done with one's own corruptions of photos. Smaller corrupted ones, as in
     Tiny-ImageNet-C, are enlarged to the crop; a crop alone would pad them with black.
     """
-    if suite in GENERATED and side == size:
+    if protocol in GENERATED and side == size:
         return 0
-    return 2 if suite == "corruption" and side < size else 1
+    return 2 if protocol == "corruption" and side < size else 1
 
 
 def describe_preprocessing(counts: Sequence[int], size: int) -> str:
@@ -143,11 +152,11 @@ class _Preprocessed(datasets.ImageList):
 
     def __init__(self, test_set: TestSet, size: int):
         super().__init__(test_set.paths, test_set.labels, open_rgb)
-        self.suite, self.size, self.presets = test_set.suite, size, [preset for _, preset in presets(size)]
+        self.protocol, self.size, self.presets = test_set.protocol, size, [preset for _, preset in presets(size)]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, _ = super().__getitem__(index)
-        preset = preset_index(self.suite, min(image.size), self.size)
+        preset = preset_index(self.protocol, min(image.size), self.size)
         return self.presets[preset](image), preset
 
 
@@ -160,27 +169,46 @@ def class_root(directory: str) -> str:
     return inner if datasets.is_folder(inner) else directory
 
 
-def list_by_wnid(directory: str, wnids: Sequence[str], limit: int | None = None) -> tuple[PathList, LabelList]:
-    """(paths, labels) of the images whose class folder is one of `wnids`; a label is the wnid's index in that list.
+def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | None = None) -> TestSet:
+    """The images whose class folder is one of `wnids`, labelled with its place in that list.
 
-    limit: only the first so many of each class. Classes are matched by folder name, never by order. Raises UsageError
-    if none matches.
+    The folders of a further set may also be the sixteen categories of cue-conflict images: a label is then a place
+    among those of which the head has a class. limit: only the first so many of each class. Classes are matched by
+    folder name, never by order. Raises UsageError if none matches.
     """
     folder = datasets.list_images(directory)
-    label_of = {wnid: index for index, wnid in enumerate(wnids)}
+    by_category = set(folder.classes) <= cues.sixteen_categories().keys() and not set(folder.classes) & set(wnids)
+    categories = cues.outputs_by_category(wnids) if by_category and key.startswith(f"{FURTHER}/") else None
+    names = list(wnids if categories is None else categories)
+    place_of = {name: place for place, name in enumerate(names)}
     taken, kept, labels = [0] * len(folder.classes), [], []
     for index, label in enumerate(folder.labels):
-        wnid = folder.classes[label]
-        if wnid in label_of and (limit is None or taken[label] < limit):
+        name = folder.classes[label]
+        if name in place_of and (limit is None or taken[label] < limit):
             taken[label] += 1
             kept.append(index)
-            labels.append(label_of[wnid])
-    if not kept:
-        raise UsageError(
-            f"{directory}: none of its {len(folder.classes)} class folders ({folder.classes[0]}, …) is a class of the"
-            f" head ({wnids[0]}, …)"
+            labels.append(place_of[name])
+    if not kept or categories is not None and len(categories) < 2:
+        raise UsageError(_no_class(directory, folder.classes, wnids, by_category, categories))
+    paths = folder.paths.take(kept)
+    textures = cues.textures(paths, (names[label] for label in labels), {*names, *folder.classes})
+    places = textures and [place_of.get(texture, -1) for texture in textures]
+    return TestSet(key, directory, paths, LabelList(labels), places, categories)
+
+
+def _no_class(
+    directory: str, folders: Sequence[str], wnids: Sequence[str], by_category: bool, categories: Mapping | None
+) -> str:
+    if categories is not None:
+        return (
+            f"{directory}: its folders are categories of ImageNet's classes, and the head's ({wnids[0]}, …) are in"
+            f" {', '.join(categories) or 'none'} of them; it takes two to decide between"
         )
-    return folder.paths.take(kept), LabelList(labels)
+    hint = "; images in these categories are a further set: --set cue-conflict=DIR" if by_category else ""
+    return (
+        f"{directory}: none of its {len(folders)} class folders ({folders[0]}, …) is a class of the head"
+        f" ({wnids[0]}, …){hint}"
+    )
 
 
 def corruption_folders(directory: str) -> dict[tuple[str, int], str]:
@@ -227,7 +255,10 @@ def _folders(directory: str) -> list[str]:
 
 
 def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: int | None = None) -> list[TestSet]:
-    """All test sets of {suite: directory}. Raises UsageError if a directory does not hold what its suite needs."""
+    """All test sets of {suite or set/<name>: directory}.
+
+    Raises UsageError if a directory does not hold what its suite needs.
+    """
     test_sets = []
     for suite, directory in directories.items():
         parts = {suite: class_root(directory)}
@@ -236,7 +267,7 @@ def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: 
                 f"corruption/{name}/{severity}": folder
                 for (name, severity), folder in corruption_folders(directory).items()
             }
-        test_sets += [TestSet(key, folder, *list_by_wnid(folder, wnids, limit)) for key, folder in parts.items()]
+        test_sets += [list_test_set(key, folder, wnids, limit) for key, folder in parts.items()]
     return test_sets
 
 
@@ -256,9 +287,9 @@ def score(
     models: in eval mode, on the context's device; wnids: the class of output 0, 1, …; outputs beyond them count as
     wrong; chosen: {key of a test set: indices of the models to score on it}, all by default. A result has the top-1 in
     percent over all outputs and over the classes present in the set, n, counts per class, and what was done to the
-    images. If file names give a second, conflicting cue (<shape class>/<texture class>-*.png), it also has the
-    shape bias: the percentage of shape among the decisions for either cue. Each image is read once, by one rank; all
-    ranks must call this and get the same results.
+    images. If file names tell conflicting cues, it also has their number, the decisions for shape and for texture in
+    these images, and the shape bias: the percentage of shape among the decisions for either cue. Each image is read
+    once, by one rank; all ranks must call this and get the same results.
     """
     if not test_sets:
         return
@@ -279,14 +310,18 @@ def score(
         done = 0
         while done < mine.shape[1]:
             logits, used = next(batches)
+            if test_set.categories:
+                logits = [cues.category_logits(values, test_set.categories.values()) for values in logits]
             decided = [row for values in logits for row in (values.argmax(1), present[values[:, present].argmax(1)])]
             mine[:, done : done + len(used)] = torch.stack([*decided, used])
             done += len(used)
             on_batch(len(used) * ctx.world_size)
         *decisions, used = distributed.all_reduce(rows).cpu()
-        labels, textures = torch.tensor(test_set.labels), texture_labels(test_set.paths, test_set.labels, wnids)
+        labels = torch.tensor(test_set.labels)
+        textures = None if test_set.textures is None else torch.tensor(test_set.textures)
+        names = list(test_set.categories or wnids)
         counts = used.bincount(minlength=len(presets(image_size))).tolist()
-        results = [_result(*pair, labels, textures, wnids) for pair in zip(decisions[::2], decisions[1::2])]
+        results = [_result(*pair, labels, textures, names) for pair in zip(decisions[::2], decisions[1::2])]
         yield test_set, [result | {"preprocessing": describe_preprocessing(counts, image_size)} for result in results]
 
 
@@ -295,32 +330,35 @@ def _result(
     decided_shared: torch.Tensor,
     labels: torch.Tensor,
     textures: torch.Tensor | None,
-    wnids: Sequence[str],
+    names: Sequence[str],
 ) -> dict:
     n = len(labels)
     hits = decided == labels
-    counts = labels.bincount(minlength=len(wnids)).tolist()
-    correct = labels[hits].bincount(minlength=len(wnids)).tolist()
+    counts = labels.bincount(minlength=len(names)).tolist()
+    correct = labels[hits].bincount(minlength=len(names)).tolist()
     result = {
         "top1": 100 * hits.sum().item() / n,
         "top1_shared_classes": 100 * (decided_shared == labels).sum().item() / n,
         "n": n,
-        "classes": {wnid: {"n": m, "correct": c} for wnid, m, c in zip(wnids, counts, correct) if m},
+        "classes": {name: {"n": m, "correct": c} for name, m, c in zip(names, counts, correct) if m},
     }
     if textures is not None:
-        shape, texture = hits.sum().item(), (decided == textures).sum().item()
-        result["shape_decisions"], result["texture_decisions"] = shape, texture
-        result["shape_bias"] = 100 * shape / (shape + texture) if shape + texture else None
+        result |= _cue_figures(decided, labels, textures)
     return result
 
 
-def texture_labels(paths: Sequence[str], labels: Sequence[int], wnids: Sequence[str]) -> torch.Tensor | None:
-    """The texture label of each cue-conflict image, from its name <texture class>-*; None unless all names have one."""
-    label_of = {wnid: index for index, wnid in enumerate(wnids)}
-    textures = [label_of.get(os.path.basename(path).rsplit("-", 1)[0]) for path in paths]
-    if None in textures or any(texture == label for texture, label in zip(textures, labels)):
-        return None
-    return torch.tensor(textures)
+def _cue_figures(decided: torch.Tensor, labels: torch.Tensor, textures: torch.Tensor) -> dict:
+    """What was decided on the images whose cues are two different classes of the head; {} if there are none."""
+    conflict = (textures >= 0) & (textures != labels)
+    if not conflict.any():
+        return {}
+    shape, texture = ((decided == cue)[conflict].sum().item() for cue in (labels, textures))
+    return {
+        "conflicts": conflict.sum().item(),
+        "shape_decisions": shape,
+        "texture_decisions": texture,
+        "shape_bias": 100 * shape / (shape + texture) if shape + texture else None,
+    }
 
 
 def missing_corruptions(keys: Collection[str]) -> list[str]:

@@ -71,12 +71,16 @@ def test_every_column_of_a_miniature_is_computed_by_hand(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "| model | K | alpha | val | Corruption (partial) | Sketch | Stylized | Rendition | Rendition, shared classes |"
-        " Corruption, extra four | Shape bias |"
+        " Corruption, extra four | Shape bias | Shape accuracy | Texture accuracy |"
     )
-    assert lines[2] == "| right | – | – | 75.00 | 44.44 | 60.00 | 50.00 | 50.00 | 75.00 | 50.00 | 66.67 |"
+    assert (
+        lines[2] == "| right | – | – | 75.00 | 44.44 | 60.00 | 50.00 | 50.00 | 75.00 | 50.00 | 66.67 | 50.00 | 25.00 |"
+    )
     # Off by one: right is what was painted as the class before. Val: 1 of 8. Corruption: 0, 2 of 3 and 0.
-    # Stylized: no shape, one texture.
-    assert lines[3].startswith("| off | – | – | 12.50 | 22.22 | 0.00 | 0.00 |") and lines[3].endswith("| 0.00 | 0.00 |")
+    # Stylized: no shape, one texture of 4.
+    assert lines[3].startswith("| off | – | – | 12.50 | 22.22 | 0.00 | 0.00 |") and lines[3].endswith(
+        "| 0.00 | 0.00 | 0.00 | 25.00 |"
+    )
     assert any(
         line.startswith("Corruption: 8 images, CenterCrop(28), 4 corruptions × severities; partial, 72 of 75")
         for line in lines

@@ -153,7 +153,10 @@ def test_shape_bias_is_read_where_file_names_tell_both_cues(tmp_path):
     paint(tmp_path / "n03" / "n04-2.png", 1)  # neither
     (result,) = score(tmp_path)
     assert (result["shape_decisions"], result["texture_decisions"]) == (3, 2) and result["shape_bias"] == 60.0
-    paint(tmp_path / "n03" / "n03-0.png", 2)  # no conflict: not a cue-conflict set
+    paint(tmp_path / "n03" / "n03-0.png", 2)  # cues that agree tell nothing of a bias
+    (result,) = score(tmp_path)
+    assert (result["conflicts"], result["n"], result["shape_bias"]) == (6, 7, 60.0)
+    paint(tmp_path / "n03" / "plain.png", 2)  # not a cue-conflict set
     assert "shape_bias" not in score(tmp_path)[0]
 
 
@@ -178,5 +181,5 @@ def test_scores_equal_a_plain_loop_over_imagefolder(tmp_path):
 def test_images_are_listed_in_the_order_of_their_folders(tmp_path):
     paint(tmp_path / "n02" / "b.png", 1)
     paint(tmp_path / "n01" / "a.png", 0)
-    paths, labels = robustness.list_by_wnid(tmp_path, WNIDS)
-    assert labels == [0, 1] and [path.rsplit("/", 1)[1] for path in paths] == ["a.png", "b.png"]
+    (test_set,) = robustness.list_test_sets({"val": str(tmp_path)}, WNIDS)
+    assert test_set.labels == [0, 1] and [path.rsplit("/", 1)[1] for path in test_set.paths] == ["a.png", "b.png"]
