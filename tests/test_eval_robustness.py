@@ -8,7 +8,7 @@ import torch
 from helpers import GrayLevels, paint, write_folder
 
 import eval_robustness
-from moco import results, robustness
+from moco import claim, results, robustness
 from moco.distributed import DistContext
 from moco.errors import UsageError
 
@@ -67,7 +67,8 @@ def test_every_column_of_a_miniature_is_computed_by_hand(tmp_path, capsys):
     )
     rows = {"right": [str(tmp_path / "m.pth")], "off": [str(tmp_path / "m.pth")]}
     result = results.new(rows, [{}, {}], WNIDS, 28, None)
-    eval_robustness.evaluate(DistContext(), args, models, WNIDS, 28, test_sets, result)
+    output = claim.of_file("--json", args.json)
+    eval_robustness.evaluate(DistContext(), args, models, WNIDS, 28, test_sets, result, output)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
         "| model | K | alpha | val | Corruption (partial) | Sketch | Stylized | Rendition | Rendition, shared classes |"
