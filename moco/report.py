@@ -420,6 +420,8 @@ def plot(report: Mapping, path: str) -> None:
         axis.set_xticks(list(robustness.SEVERITIES))
     for axis in axes[len(names) :]:
         axis.set_visible(False)
+    for axis in axes[len(names) - columns : len(names)]:  # the last of each column, also above an empty place
+        axis.tick_params(labelbottom=True)
     figure.supxlabel("severity")
     figure.supylabel("top-1, %")
     handles, labels = axes[0].get_legend_handles_labels()
