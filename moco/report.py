@@ -240,7 +240,7 @@ def _class_cells(report: Mapping, suite: str) -> list[dict]:
     if suite == "corruption":
         keys = [key for key in keys if key.split("/")[1] in robustness.STANDARD]
     if not keys:
-        suites = dict.fromkeys(key.split("/")[0] for key in report["cells"])
+        suites = dict.fromkeys("corruption" if key.startswith("corruption/") else key for key in report["cells"])
         raise UsageError(f"no test set {suite}; there are {', '.join(suites)}")
     return [report["cells"][key] for key in keys]
 

@@ -54,8 +54,10 @@ def test_class_differences_of_corruptions_weigh_each_set_equally():
 def test_class_differences_name_the_rows_and_sets_there_are():
     with pytest.raises(UsageError, match="no row texture; the rows are plain, patch"):
         report.class_differences(made({"val": VAL}), "val", "plain", "texture")
-    with pytest.raises(UsageError, match="no test set sketch; there are val, corruption"):
-        report.class_differences(made({"val": VAL, "corruption/fog/1": VAL}), "sketch", "plain", "patch")
+    some = made({"val": VAL, "corruption/fog/1": VAL, "corruption/fog/2": VAL, "set/mine": VAL})
+    with pytest.raises(UsageError, match="no test set sketch; there are val, corruption, set/mine"):
+        report.class_differences(some, "sketch", "plain", "patch")
+    assert report.class_differences(some, "set/mine", "plain", "patch")[0].wnid == "cat"
 
 
 def test_class_differences_are_those_of_the_json_file():
