@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -77,6 +77,8 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--json", default="robustness.json", metavar="FILE",
                         help="results of all models and test sets; what is in it is not repeated")
     output.add_argument("--compare", choices=["paper"], help="compare with the published rows of the same NAME")
+    output.add_argument("--by-class", action="store_true", help="also print what later rows do to each class")
+    output.add_argument("--latex", action="store_true", help="also print the table for LaTeX (booktabs)")
     output.add_argument("--plot", metavar="FILE.png", help="accuracy by corruption and severity; needs matplotlib")
     output.add_argument("--verbose", action="store_true", help="print all settings with --dry-run")
     options.add_dry_run_option(output)
@@ -88,7 +90,7 @@ def parse_args() -> argparse.Namespace:
 # ---------------------------------------------------------------- checks, before anything is evaluated
 
 
-def validate_args(args: argparse.Namespace, rows: Iterable[str]) -> None:
+def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
     """Refuse what could only fail later."""
     if not args.pretrained:
         raise UsageError("nothing to test: --pretrained names the linear checkpoints")
@@ -97,6 +99,8 @@ def validate_args(args: argparse.Namespace, rows: Iterable[str]) -> None:
         raise UsageError(f"nothing to test on: use any of {suites} --set NAME=DIR")
     if args.compare:
         report.check_published(rows)
+    if args.by_class and len(rows) < 2:
+        raise UsageError("--by-class: it compares rows with the first; name two or more, as --pretrained A=FILE B=FILE")
     if args.plot and not args.corruption:
         raise UsageError(f"--plot {args.plot}: it draws corruptions; add --corruption DIR")
     if args.plot and importlib.util.find_spec("matplotlib") is None:
@@ -297,6 +301,10 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
         print(textwrap.fill(line, width, subsequent_indent="  ") if width else line)
     if args.compare:
         print(report.comparison(result))
+    if args.by_class:
+        print(report.by_class(result))
+    if args.latex:
+        print(report.latex(result))
     if args.plot:
         report.plot(result, args.plot)
         print(f"wrote {args.plot}")

@@ -21,6 +21,12 @@ TITLES = {
 SHARED = ", shared classes"  # a second column: decisions among the classes of the set only
 CUES = ("Shape bias", "Shape accuracy", "Texture accuracy")
 EXTRA, MCE = "Corruption, extra four", "mCE"
+SETTINGS = ("model", "K", "alpha")  # the first columns
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+)
 PUBLISHED = Path(__file__).parent / "data" / "published.csv"  # the published table, as in README.md
 PUBLISHED_CLASSES, PUBLISHED_SIZE = 100, 224
 RENDITION_CLASSES, RENDITION_COUNTS = 19, range(40, 500)  # those in ImageNet-100; roughly how many images each has
@@ -75,7 +81,7 @@ def further_sets(report: Mapping) -> dict[str, str]:
 
 def check_set_name(name: str, others: Iterable[str]) -> None:
     """Raise UsageError unless `name` can be a column of the table beside the built-in ones and `others`."""
-    built_in = [*TITLES, *TITLES.values(), *CUES, EXTRA, MCE, "model", "K", "alpha"]
+    built_in = [*TITLES, *TITLES.values(), *CUES, EXTRA, MCE, *SETTINGS]
     same = next((each for each in [*others, *built_in] if each.casefold() == name.casefold()), None)
     if same is not None:
         kind = "a further set" if same in others else "a column of the table"
@@ -125,10 +131,15 @@ def table(report: Mapping, width: int | None = None) -> str:
 
     width: of the terminal. If the table is wider, models become columns, in as many tables as it takes.
     """
+    return "\n".join(_markdown(part) for part in _fit(_grid(report), width))
+
+
+def _grid(report: Mapping) -> list[list[str]]:
+    """The cells of the table, line by line, its header first."""
     rows = by_row(report)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     titles = [_title(report, column) for column in columns]
-    grid = [["model", "K", "alpha", *titles]] + [
+    return [[*SETTINGS, *titles]] + [
         [
             name,
             setting(report, name, "moco_k"),
@@ -137,7 +148,40 @@ def table(report: Mapping, width: int | None = None) -> str:
         ]
         for name, row in rows.items()
     ]
-    return "\n".join(_markdown(part) for part in _fit(grid, width))
+
+
+def latex(report: Mapping) -> str:
+    """The table for LaTeX, with booktabs; the best accuracy of each column is bold if there are several rows."""
+    header, *rows = _grid(report)
+    best = [_best(title, [row[index] for row in rows]) for index, title in enumerate(header)]
+    lines = [
+        [rf"\textbf{{{_escape(cell)}}}" if cell in cells else _escape(cell) for cell, cells in zip(row, best)]
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}  % \usepackage{{booktabs}}",
+            r"\toprule",
+            " & ".join(map(_escape, header)) + r" \\",
+            r"\midrule",
+            *(" & ".join(line) + r" \\" for line in lines),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+def _best(title: str, cells: Sequence[str]) -> list[str]:
+    """Those of a column's cells that are bold, by the mean as printed; [] where none is better than another."""
+    means = {cell: float(cell.split("±")[0]) for cell in cells if cell != "–" and title not in SETTINGS}
+    if len(means) < 2 or any(cue in title for cue in CUES):
+        return []
+    best = min(means.values()) if title == MCE else max(means.values())
+    return [cell for cell, mean in means.items() if mean == best]
+
+
+def _escape(text: str) -> str:
+    return text.translate(LATEX)
 
 
 def _title(report: Mapping, column: str) -> str:
@@ -247,6 +291,50 @@ def _class_cells(report: Mapping, suite: str) -> list[dict]:
 
 def _has(cell: Mapping, wnid: str) -> bool:
     return wnid in cell["results"][0]["classes"]
+
+
+def by_class(report: Mapping) -> str:
+    """Markdown tables of what each later row does to each class, against the first row.
+
+    A column per test set: top-1 in percent of the first row → that of the other, and the difference in points. Classes
+    are sorted by the difference in the first column. A set of categories has a table of its own.
+    """
+    base, *others = dict.fromkeys(checkpoint["row"] for checkpoint in report["checkpoints"])
+    titles = {suite: title for suite, title in (TITLES | further_sets(report)).items() if _counted(report, suite)}
+    alone = [suite for suite in titles if report["cells"].get(suite, {}).get("categories")]
+    together = [suite for suite in titles if suite not in alone]
+    tables = []
+    for row in others:
+        for suites in filter(None, [together, *([suite] for suite in alone)]):
+            found = {titles[suite]: class_differences(report, suite, base, row) for suite in suites}
+            tables += [_by_class_caption(base, row, found), _markdown(_by_class_grid(found))]
+    return "\n".join(tables)
+
+
+def _counted(report: Mapping, suite: str) -> bool:
+    """Whether a suite has a mean: the extra corruptions alone have none."""
+    if suite == "corruption":
+        return any(key.split("/")[1] in robustness.STANDARD for key in report["cells"] if key.startswith("corruption/"))
+    return suite in report["cells"]
+
+
+def _by_class_caption(base: str, row: str, found: Mapping[str, Sequence[ClassDifference]]) -> str:
+    errors = (f"{title} {max(each.error for each in classes):.1f}" for title, classes in found.items())
+    return (
+        f"{row} against {base}, by class; one standard error of a difference is up to, in points: {', '.join(errors)}"
+    )
+
+
+def _by_class_grid(found: Mapping[str, Sequence[ClassDifference]]) -> list[list[str]]:
+    columns = {
+        title: {each.wnid: f"{each.base:.1f} → {each.top1:.1f} ({each.change:+.1f})" for each in classes}
+        for title, classes in found.items()
+    }
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    return [
+        ["class", *columns],
+        *([name, *(column.get(name, "–") for column in columns.values())] for name in names),
+    ]
 
 
 def notes(report: Mapping) -> list[str]:

@@ -63,7 +63,14 @@ def test_every_column_of_a_miniature_is_computed_by_hand(tmp_path, capsys):
     test_sets = robustness.list_test_sets(directories, WNIDS)
     (tmp_path / "m.pth").write_bytes(b"")
     args = argparse.Namespace(
-        json=str(tmp_path / "r.json"), limit=None, workers=0, batch_size=3, compare=None, plot=None
+        json=str(tmp_path / "r.json"),
+        limit=None,
+        workers=0,
+        batch_size=3,
+        compare=None,
+        plot=None,
+        by_class=False,
+        latex=False,
     )
     rows = {"right": [str(tmp_path / "m.pth")], "off": [str(tmp_path / "m.pth")]}
     result = results.new(rows, [{}, {}], WNIDS, 28, None)
