@@ -6,7 +6,8 @@
 Reads SRC/train/<class>/<name>.JPEG, cuts one 96×96 patch from the photo's centre and one from a random place, and
 writes a 224×224 texture made from both to DST/train/<class>/<name>.png. If DST is named SRC-texture and lies beside
 SRC, `moco-non-sem-neg.py --robust texture DST` reads it. The script can be stopped and run again: existing textures
-are kept.
+are kept. With --splits val it makes textures of the validation photos, a test set of textures alone for
+`eval_robustness.py --set texture=DST`.
 """
 
 import argparse
@@ -160,7 +161,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--patch", type=files.at_least_one, default=96, metavar="PX", help="side of the patches")
     parser.add_argument("--size", type=files.at_least_one, default=224, metavar="PX", help="side of the textures")
-    parser.add_argument("--splits", nargs="+", default=["train"], metavar="SPLIT", help="folders of SRC to process")
+    parser.add_argument("--splits", nargs="+", default=["train"], metavar="SPLIT", help="folders of SRC: train, val")
     parser.add_argument("--limit", type=files.at_least_one, metavar="N", help="only the first N photos of each class")
     parser.add_argument("--shard", type=shard, default="1/1", metavar="I/N", help="only the I-th of N parts")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same textures")
@@ -193,7 +194,11 @@ def check(parser: files.Parser, args: argparse.Namespace) -> None:
     """End the script where the options cannot be right."""
     for split in args.splits:
         if not (args.imagenet_path / split).is_dir():
-            parser.error(f"--imagenet_path {args.imagenet_path}: it has no {split}/ folder; SRC is the folder above it")
+            there = files.class_folders(args.imagenet_path) if args.imagenet_path.is_dir() else []
+            parser.error(
+                f"--imagenet_path {args.imagenet_path}: it has no {split}/ folder; SRC is the folder above it, and has"
+                f" {', '.join(there[:5]) or 'no folders'}"
+            )
     if args.imagenet_t_path.resolve() == args.imagenet_path.resolve():
         parser.error(f"--imagenet_t_path {args.imagenet_t_path} is SRC itself; try {args.imagenet_path}-texture")
     if args.patch < 8:

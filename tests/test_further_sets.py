@@ -112,6 +112,16 @@ def test_further_sets_are_evaluated_and_resumed(linear, tmp_path):
     assert statistics.fmean(json.loads((tmp_path / "r.json").read_text())["table"]["mine"]["own"]) == row["own"][0]
 
 
+def test_textures_of_val_are_a_further_set(linear, tmp_path):
+    small = ["--patch", 24, "--size", 32, "--splits", "val", "--workers", 1]
+    script = "preprocess/imagenet_texture_syn.py"
+    run_script(script, "--imagenet_path", linear / "data", "--imagenet_t_path", tmp_path / "t", *small)
+    model = ["--pretrained", linear / "model_best_random.pth.tar", "--json", tmp_path / "r.json", "-j", 0]
+    run_script(EVALUATE, *model, "--set", f"texture={tmp_path / 't'}")
+    (cell,) = json.loads((tmp_path / "r.json").read_text())["cells"].values()
+    assert cell["n"] == 6 and cell["folder"] == str(tmp_path / "t" / "val")
+
+
 def test_further_sets_without_a_name_or_folder_are_refused(linear):
     model = ["--pretrained", linear / "model_best_random.pth.tar", "--set"]
     for entries, message in (
