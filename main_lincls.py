@@ -9,6 +9,8 @@ Only test a linear checkpoint:
     python main_lincls.py --evaluate --resume ckpts/RUN/model_best_0199.pth.tar DIR
 Sweep learning rates, one head each on the same features:
     python main_lincls.py --lr 3 10 30 --pretrained ckpts/RUN/checkpoint_0199.pth.tar --ckpt_path ckpts/RUN DIR
+Write the features of val/, with labels, paths and class names, for an analysis of one's own (numpy.load reads them):
+    python main_lincls.py --pretrained ckpts/RUN/checkpoint_0199.pth.tar --features features.npz DIR
 Export the backbone for torchvision:
     python main_lincls.py --pretrained ckpts/RUN/checkpoint_0199.pth.tar --export-backbone resnet50.pth
 """
@@ -38,6 +40,7 @@ from moco import (
     contents,
     datasets,
     distributed,
+    files,
     gpus,
     images,
     launch,
@@ -52,7 +55,7 @@ from moco.classifier import LinearHeads
 from moco.datasets import ImageFolder, ImageList, RetryDataset, StrictDataset
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
-from moco.errors import Finished, UsageError, cli_main
+from moco.errors import Finished, RunError, UsageError, cli_main
 from moco.loader import GlobalBatchSampler
 from moco.run import Run, check_unused
 from moco.signals import StopSignal
@@ -61,7 +64,7 @@ from moco.signals import StopSignal
 class Inputs(NamedTuple):
     """What validation found: the data, the checkpoints, and what follows from them."""
 
-    train: ImageFolder | None  # None with --evaluate
+    train: ImageFolder | None  # None with --evaluate and --features
     val: ImageFolder
     backbone: dict  # of --pretrained; {}: random weights, or those of --resume
     pretraining: dict | None  # the options of the pre-training, where known
@@ -81,6 +84,8 @@ def parse_args() -> argparse.Namespace:
                        help="pre-training checkpoint, torchvision state_dict or released:NAME; none: random weights")
     model.add_argument("--export-backbone", metavar="FILE",
                        help="write the backbone of --pretrained as a torchvision state_dict, then exit (no DIR needed)")
+    model.add_argument("--features", metavar="FILE.npz",
+                       help="write features, labels, paths and classes of val/, then exit: no head is trained")
     model.add_argument("--image-size", type=options.positive_int, metavar="S",
                        help="crop size in pixels; default: the checkpoint's, else 224")
     model.add_argument("-e", "--evaluate", action="store_true", help="only test the linear checkpoint of --resume")
@@ -123,6 +128,8 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     """Refuse what could only fail later. Returns the inputs, and the derived values to print."""
     if args.evaluate and not args.resume:
         raise UsageError("--evaluate needs a trained head: --resume ckpts/RUN/model_best_0199.pth.tar")
+    if args.features:
+        options.check_file("--features", args.features, endings=(".npz",))
     options.check_epochs(args)
     local_world_size, world_size = launch.resolve_world_size(**options.launch_settings(args))
     batch_size = options.per_rank(args.batch_size, local_world_size)
@@ -130,7 +137,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     gpus.check_options(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
     output = claim.of_folder("--ckpt_path", args.ckpt_path)  # before anything in it is read
-    if not args.evaluate:
+    if trains(args):
         name = re.escape(run_name(args.pretrained))
         files = rf"(checkpoint_robust|model_best)_{name}\.pth\.tar"
         check_unused(args.ckpt_path, args.resume, files, probe=run_name(args.pretrained))
@@ -162,10 +169,14 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     return Inputs(train, val, backbone, options_of_pretraining, saved, image_size, output), derived
 
 
+def trains(args: argparse.Namespace) -> bool:
+    return not (args.evaluate or args.features)
+
+
 def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder]:
-    """The training images (None with --evaluate) and the validation images."""
+    """The training images (None if no head is trained) and the validation images."""
     val = datasets.list_images(datasets.split_path(args.data, "val"))
-    if args.evaluate:
+    if not trains(args):
         return None, val
     train = datasets.list_images(datasets.split_path(args.data, "train"))
     different = sorted(set(train.classes) ^ set(val.classes))
@@ -324,18 +335,47 @@ def train_one_epoch(
 
 
 def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
-    """Test the best head of --resume on val/."""
+    """Test the best head of --resume on val/, and write the features there if --features asks for them."""
     check_ranks(ctx, args, inputs)
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
     backbone, heads = build_heads(ctx, args, inputs)
-    predictor = functools.partial(classifier.predict, backbone, heads, DTYPES[args.precision])
-    (result,) = classifier.evaluate(predictor, build_val_loader(ctx, args, inputs), ctx.device)
-    if distributed.is_main():
+    features = []
+
+    def predict(images: torch.Tensor) -> torch.Tensor:
+        some = classifier.extract_features(backbone, images, DTYPES[args.precision])
+        if args.features:
+            features.append(some.cpu())
+        return heads(some)
+
+    (result,) = classifier.evaluate(predict, build_val_loader(ctx, args, inputs), ctx.device)
+    if distributed.is_main() and inputs.saved:
         print(accuracy_line(result), flush=True)
+    if args.features:
+        save_features(args, inputs, classifier.gather_in_order(torch.cat(features), len(inputs.val.paths), ctx))
+
+
+def save_features(args: argparse.Namespace, inputs: Inputs, features: torch.Tensor) -> None:
+    """Rank 0 writes the features (N, d) of val/, in the order of its paths. Raises RunError if it cannot."""
+    if not distributed.is_main():
+        return
+    arrays = {
+        "features": features.numpy(),
+        "labels": np.array(inputs.val.labels, dtype=np.int64),
+        "paths": np.array(list(inputs.val.paths)),
+        "classes": np.array(inputs.val.classes),
+        "split": np.array("val"),
+    }
+    try:
+        with files.atomic_write(args.features, "wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise RunError(f"{args.features} could not be written ({error}); free some space") from error
+    weights = args.resume or args.pretrained or "a random backbone"
+    print(f"wrote {args.features}: features {tuple(features.shape)} of {args.data}/val by {weights}", flush=True)
 
 
 def build_heads(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> tuple[nn.Module, LinearHeads]:
-    """The backbone without `fc`, frozen and in eval mode, and one head per learning rate (with --evaluate one).
+    """The backbone without `fc`, frozen and in eval mode, and one head per learning rate (one if none is trained).
 
     A resumed head keeps its number of outputs, 1000 in published files.
     """
@@ -344,8 +384,8 @@ def build_heads(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> t
     model = classifier.build_probe(args.arch, outputs, inputs.backbone)
     if saved:
         checkpoint.load_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), source)
-    heads = LinearHeads(copy.deepcopy(model.fc) for _ in ([None] if args.evaluate else args.lr))
-    if "heads" in saved and not args.evaluate:
+    heads = LinearHeads(copy.deepcopy(model.fc) for _ in (args.lr if trains(args) else [None]))
+    if "heads" in saved and trains(args):
         heads.load_state_dict(saved["heads"])
     model.fc = nn.Identity()
     model.to(
@@ -452,7 +492,7 @@ def main() -> None:
     inputs, derived = validate_args(args)
     if args.dry_run:
         return options.print_config(args, derived | {"dry run": "nothing was started"}, args.verbose)
-    worker, arguments = (evaluate_only, (args, inputs)) if args.evaluate else (main_worker, (args, inputs, derived))
+    worker, arguments = (main_worker, (args, inputs, derived)) if trains(args) else (evaluate_only, (args, inputs))
     launch.launch(worker, arguments, **options.launch_settings(args))
 
 

@@ -191,6 +191,16 @@ def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list
     ]
 
 
+def gather_in_order(rows: torch.Tensor, total: int, ctx: DistContext) -> torch.Tensor:
+    """The rows (total, d) of all ranks on the CPU, in the order of the data set, from each rank's share of them.
+
+    rows: (n, d), on any device, as `loader.eval_loader` distributes the images. All ranks must call this.
+    """
+    whole = torch.zeros(total, rows.shape[1], device=ctx.device)
+    whole[ctx.rank :: ctx.world_size] = rows.to(ctx.device)
+    return distributed.all_reduce(whole).cpu()
+
+
 # k-nearest neighbours
 
 
