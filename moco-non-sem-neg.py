@@ -360,6 +360,8 @@ def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) 
 
 def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
     options.print_config(args, derived, args.verbose)
+    if inputs.train.classes == [datasets.FLAT] and not os.path.isdir(os.path.join(args.data, "train", datasets.FLAT)):
+        print(f"{os.path.join(args.data, 'train')} has no class folders: its images are one class")
     if inputs.train.unmatched:
         print(f"photos skipped because they have no texture: {inputs.train.unmatched}")
     if args.knn and not inputs.knn:

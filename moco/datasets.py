@@ -24,6 +24,7 @@ from moco.sequences import LabelList, PathList
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MoCo's pre-training crops
 REPLACEMENTS = 10  # images of the same class that are tried in place of an unreadable one
+FLAT = "all"  # the class of images that lie in no class folder
 NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
 
 
@@ -58,7 +59,7 @@ def list_images(directory: str | Path) -> ImageFolder:
         raise UsageError(f"{directory}: no such directory; it must hold one folder of images per class")
     classes, _ = scan_folder(str(directory))
     if not classes:
-        raise UsageError(f"{directory}: it has no class folders")
+        raise UsageError(f"{directory}: it has no class folders; images without labels belong into one, {FLAT}/")
     root = str(directory / "_").removesuffix("_")
     names, counts, empty, listed = [], [], [], {}
     _list_once(str(directory), os.path.realpath(directory), listed)
@@ -74,6 +75,15 @@ def list_images(directory: str | Path) -> ImageFolder:
         )
     labels = LabelList(np.repeat(np.arange(len(counts)), counts))
     return ImageFolder(PathList(root, b"".join(names)), labels, sorted(classes))
+
+
+def list_flat(directory: str) -> ImageFolder | None:
+    """The images that lie in a folder itself, as one class; None if there are none, or class folders."""
+    folders, files = scan_folder(directory)
+    names = sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS))
+    if folders or not names:
+        return None
+    return ImageFolder(PathList.of(os.path.join(directory, ""), names), LabelList(np.zeros(len(names))), [FLAT])
 
 
 def is_folder(path: str | Path) -> bool:
@@ -178,7 +188,8 @@ def list_training_images(data: str, with_textures: bool = False) -> TrainingImag
     """The training images of the data set `data`; with textures, `data` is the texture data set."""
     if with_textures:
         return list_texture_pairs(data)
-    folder = list_images(split_path(data, "train"))
+    train = split_path(data, "train")
+    folder = list_flat(train) or list_images(train)
     return TrainingImages(folder.paths, None, folder.labels, folder.classes)
 
 
