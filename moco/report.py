@@ -255,8 +255,8 @@ class ClassDifference(NamedTuple):
 def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[ClassDifference]:
     """Each class under the rows `base` and `row`, from the most helped to the most harmed.
 
-    suite: "val", "corruption", …, or the key of one test set; of the corruptions, the standard ones count, each with
-    the same weight. Raises UsageError if the report has no such row or suite.
+    suite: "val", "corruption", …, a further set's name, or the key of one test set; of the corruptions, the standard
+    ones count, each with the same weight. Raises UsageError if the report has no such row or suite.
     """
     runs = [checkpoint["row"] for checkpoint in report["checkpoints"]]
     for name in (base, row):
@@ -280,11 +280,14 @@ def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[
 
 def _class_cells(report: Mapping, suite: str) -> list[dict]:
     """The cells whose classes count for a suite. Raises UsageError if there are none."""
-    keys = [key for key in report["cells"] if key == suite or key.startswith(suite + "/")]
+    further = further_sets(report)
+    keys = [key for key in report["cells"] if suite in (key, further.get(key)) or key.startswith(suite + "/")]
     if suite == "corruption":
         keys = [key for key in keys if key.split("/")[1] in robustness.STANDARD]
     if not keys:
-        suites = dict.fromkeys("corruption" if key.startswith("corruption/") else key for key in report["cells"])
+        suites = dict.fromkeys(
+            further.get(key, "corruption" if key.startswith("corruption/") else key) for key in report["cells"]
+        )
         raise UsageError(f"no test set {suite}; there are {', '.join(suites)}")
     return [report["cells"][key] for key in keys]
 

@@ -6,6 +6,7 @@ import pytest
 from helpers import EVALUATE, PROBE, SMALL_PROBE, refused, run_script, write_folder
 
 from moco import report, results
+from moco.errors import UsageError
 from moco.robustness import TestSet
 
 ROWS = ["plain_k1", "patch & 2"]
@@ -53,6 +54,14 @@ def test_categories_are_a_table_of_their_own(tmp_path):
     lines = report.by_class(make(tmp_path, cells)).splitlines()
     assert [line for line in lines if line.startswith("| class")] == ["| class | val |", "| class | cues |"]
     assert lines[-1] == "| bird | 25.0 → 75.0 (+50.0) |"
+
+
+def test_a_further_set_is_found_by_its_name(tmp_path):
+    made = make(tmp_path, {"set/own": [result(50, cat=1), result(50, cat=3)], "val": [result(0, cat=0)] * 2})
+    (cat,) = report.class_differences(made, "own", *ROWS)
+    assert cat.change == 50 and report.class_differences(made, "set/own", *ROWS) == [cat]
+    with pytest.raises(UsageError, match="no test set other; there are own, val"):
+        report.class_differences(made, "other", *ROWS)
 
 
 def test_a_latex_table_has_escaped_names_and_bold_bests(tmp_path):
