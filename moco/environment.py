@@ -2,7 +2,12 @@
 
 import os
 import re
+import signal
+import threading
+import time
 from typing import NamedTuple
+
+from moco.limits import PARENT_SECONDS
 
 TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 PORTS = range(15000, 30000)  # for a Slurm step's rank 0: below those that the system gives to clients
@@ -54,6 +59,21 @@ def launched() -> Launched | None:
             f" {found.local_world_size} on this node: a rank must be below their number"
         )
     return found if found and found.world_size > 1 else None
+
+
+def end_with_torchrun() -> None:
+    """From now on, get SIGTERM once torchrun has ended, even if it was killed, whatever this process is waiting for.
+
+    A rank that outlives torchrun would write beside the resumed run. Does nothing without torchrun.
+    """
+    if under_torchrun():
+        threading.Thread(target=_wait_for_end_of, args=(os.getppid(),), daemon=True).start()
+
+
+def _wait_for_end_of(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def set_spawned_rank(local_rank: int) -> None:

@@ -20,7 +20,8 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from moco.environment import is_local_main
+from moco.environment import end_with_torchrun, is_local_main
+from moco.limits import COLLECTIVE_SECONDS, LOADERS_END_SECONDS
 
 WORKER_KILLED = (
     "a data loading process was killed from outside; if memory ran out, use a smaller -j or --batch-size;"
@@ -36,7 +37,6 @@ NO_PROCESS_LEFT = (
 )
 NO_PROCESS_SIGNS = ("can't start new thread", "Resource temporarily unavailable", "std::system_error")
 DATA_GONE = {errno.EIO, errno.ENODEV, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT}
-SECONDS_TO_END = 5  # for the loading processes, when a script ends
 SHARED_MEMORY_SIGNS = ("Bus error", "shared memory", "No space left", "unable to write", "unable to resize")
 
 
@@ -59,6 +59,7 @@ class PeerError(RunError):
 def cli_main(main: Callable[[], object]) -> None:
     """Call main(), and turn what it raises into one line on stderr and an exit code."""
     _repair_streams()
+    end_with_torchrun()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts changed it while they imported
     try:
@@ -145,7 +146,7 @@ def _end_loading(code: int | str | None) -> None:
     If one does not end, because it waits for a file system that does not answer, this process exits nevertheless.
     """
     loading = _kill_loading()
-    deadline = time.monotonic() + SECONDS_TO_END
+    deadline = time.monotonic() + LOADERS_END_SECONDS
     for process in loading:
         process.join(max(0.0, deadline - time.monotonic()))
     if any(process.is_alive() for process in loading):
@@ -186,6 +187,11 @@ def translate_error(error: BaseException) -> RunError | None:
         return PeerError(
             "another process of this run has ended; see its message; continue from the last checkpoint with --resume"
             " auto"
+        )
+    if re.search("gloo|NCCL", text) and re.search("[Tt]imed out|Timeout waiting|[Ww]atchdog", text):
+        return PeerError(
+            f"another process of this run has not answered for {COLLECTIVE_SECONDS} s: it has stopped, or its machine"
+            " or the network is gone; continue from the last checkpoint with --resume auto"
         )
     if isinstance(error, dist.DistError):
         return RunError(

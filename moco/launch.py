@@ -23,13 +23,10 @@ from moco.distributed import DistContext
 from moco.environment import Launched
 from moco.errors import PeerError, RunError, UsageError, cli_main, first_line, translate_error
 from moco.gpus import say_why_on_cpu, usable_gpus
-from moco.signals import handle_stop_signals
+from moco.limits import COLLECTIVE_SECONDS, GRACE_SECONDS, JOIN_SECONDS
+from moco.signals import STOP_SIGNALS, handle_stop_signals
 
 MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch no longer supports multicast
-# How long processes wait for each other, in seconds; docs/reliability.md lists these limits, too.
-JOIN_SECONDS = 300  # at the start, for ranks that are not there yet; torchrun has limits of its own
-COLLECTIVE_SECONDS = 900  # in a step, for a rank that is cut off or waits for its data (600 s at most): gloo and NCCL
-GRACE_SECONDS = 30  # for spawned ranks to save after another one has failed, as torchrun and Slurm give them
 
 
 def resolve_world_size(
@@ -149,14 +146,11 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
             print("no GPU found: running one CPU process (gloo)", flush=True)
         # Pickled here: tensors in `args` would otherwise travel through /dev/shm, which containers keep small.
         job = bytearray(pickle.dumps((worker, args)))  # emptied by each: it may hold a checkpoint
-        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        for signum in (signal.SIGUSR1, signal.SIGHUP):  # inherited by multiprocessing's resource tracker
-            signal.signal(signum, signal.SIG_IGN)
-        spawn_args = (node, nodes, local_world_size, dist_url, backend, nohup, job)
+        # Put off until they can be forwarded; multiprocessing's resource tracker, which inherits this, never sees them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        spawn_args = (node, nodes, local_world_size, dist_url, backend, job)
         context = mp.start_processes(_spawned, spawn_args, nprocs=local_world_size, join=False)
         del job, spawn_args
-        if not nohup:
-            signal.signal(signal.SIGHUP, signal.SIG_DFL)
         return _wait_for(context)
     device = device_of(gpu or 0)
     if device.type == "cuda":
@@ -173,15 +167,13 @@ def _spawned(
     local_world_size: int,
     dist_url: str,
     backend: str,
-    nohup: bool,
     job: bytearray,
 ) -> None:
     rank, world_size = node * local_world_size + local_rank, nodes * local_world_size
     ctx = DistContext(rank, world_size, local_rank, local_world_size, device_of(local_rank))
     environment.set_spawned_rank(local_rank)  # one process per node prints errors
-    for signum in (signal.SIGUSR1,) if nohup else (signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_DFL)
     os.setpgrp()  # a terminal's signals arrive once, through the parent
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     worker_and_args = pickle.loads(job)
     job.clear()
     try:
@@ -205,6 +197,7 @@ def _wait_for(context: mp.ProcessContext) -> None:
                 os.kill(process.pid, signum)
 
     handle_stop_signals(forward)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         while not context.join(grace_period=GRACE_SECONDS):
             pass

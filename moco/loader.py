@@ -15,8 +15,8 @@ from moco.datasets import RetryDataset
 from moco.distributed import DistContext
 from moco.environment import is_local_main
 from moco.errors import SHARED_MEMORY_FULL, RunError, UsageError
+from moco.limits import DATA_SECONDS
 
-WAIT_SECONDS = 600  # for a batch: a file system may hang, or somebody may stop a loading process
 WAIT_SLICE = 5  # seconds of it, after which the loading processes are checked
 LONGEST_TEMP_DIR = 70  # bytes; a socket's path has at most 107, of which multiprocessing adds up to 35
 
@@ -62,7 +62,7 @@ class GlobalBatchSampler(Sampler):
 class PatientLoader(DataLoader):
     """A DataLoader with `workers` processes, which persist over all passes: see moco/workers.py.
 
-    Raises RunError if the system lacks what they need, and if there is no batch for WAIT_SECONDS.
+    Raises RunError if the system lacks what they need, and if there is no batch for DATA_SECONDS.
     """
 
     def __init__(self, dataset: Dataset, count: int, device: torch.device, **settings):
@@ -93,9 +93,9 @@ class PatientLoader(DataLoader):
             except RuntimeError as error:
                 _check_timed_out(error)
                 slices += 1  # not by the clock: this process may have been stopped, too
-                if slices * WAIT_SLICE >= WAIT_SECONDS:
+                if slices * WAIT_SLICE >= DATA_SECONDS:
                     raise RunError(
-                        f"no batch for {WAIT_SECONDS} s: the data's file system does not answer, or the loading"
+                        f"no batch for {DATA_SECONDS} s: the data's file system does not answer, or the loading"
                         " processes were stopped; continue with --resume auto once they can be read"
                     ) from error
                 continue

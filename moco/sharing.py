@@ -11,17 +11,17 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from moco.environment import is_local_main, under_torchrun
+from moco.limits import LISTING_SECONDS
 
 Shared = TypeVar("Shared")
 ANSWER_SECONDS = 10  # for torchrun's store
-WAIT_SECONDS = 600  # for the node's first process, after which the others help themselves
 
 
 def once_per_node(name: str, make: Callable[[], Shared]) -> Shared:
     """make(), called by the node's first process under torchrun only; all others map its result into their memory.
 
     The arrays in it are shared, not copied. name: of what is made, equal in all processes. Where sharing is not
-    possible, or make() fails in the first process, each process calls it. So does one that has waited WAIT_SECONDS.
+    possible, or make() fails in the first process, each process calls it. So does one that has waited LISTING_SECONDS.
     """
     if not _has_siblings():
         return make()
@@ -32,7 +32,7 @@ def once_per_node(name: str, make: Callable[[], Shared]) -> Shared:
     key = f"moco/{os.environ.get('GROUP_RANK', 0)}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{name}"
     if not is_local_main():
         try:
-            store.wait([key], timedelta(seconds=WAIT_SECONDS))
+            store.wait([key], timedelta(seconds=LISTING_SECONDS))
             return _mapped(*json.loads(store.get(key)))
         except (dist.DistError, OSError, ValueError, TypeError):
             return make()

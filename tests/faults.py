@@ -14,7 +14,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from moco import checkpoint, datasets, images, launch, loader, options  # noqa: E402
+from moco import checkpoint, datasets, errors, images, launch, loader, options  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
 from moco.run import Run  # noqa: E402
 
@@ -79,11 +79,11 @@ def in_saving(action):
 
 
 def impatient(seconds=3):
-    launch.JOIN_SECONDS = seconds
+    launch.JOIN_SECONDS = launch.COLLECTIVE_SECONDS = errors.COLLECTIVE_SECONDS = seconds
 
 
 def impatient_for_batches(seconds=2):
-    loader.WAIT_SECONDS, loader.WAIT_SLICE = seconds, 1
+    loader.DATA_SECONDS, loader.WAIT_SLICE = seconds, 1
 
 
 def workers_as_asked():

@@ -61,7 +61,7 @@ def test_a_signal_to_torchrun_saves_within_the_epoch(data, tmp_path, signum):
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
     assert process.returncode != 0 and f"stopped by {signal.Signals(signum).name}" in out, err
-    run_script(PRETRAIN, *settings, "-b", 16, "--resume", "auto", "--epochs", 1 + len(log(tmp_path)))
+    run_script(PRETRAIN, *settings, "--resume", "auto", "--epochs", 1 + len(log(tmp_path)))
 
 
 @pytest.mark.slow

@@ -51,7 +51,7 @@ def test_what_cannot_be_shared_is_made_by_each(as_rank, monkeypatch, trouble):
         monkeypatch.setattr(sharing.os, "memfd_create", lambda name: os.open("/nowhere/x", os.O_RDWR))
     if trouble == "it ended":
         monkeypatch.setattr(sharing.os, "getpid", lambda: 2**22 + 1)  # above the largest id
-    monkeypatch.setattr(sharing, "WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(sharing, "LISTING_SECONDS", 0.1)
     as_rank(0)
     if trouble != "no answer":
         sharing.once_per_node("images", listed)

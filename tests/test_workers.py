@@ -95,7 +95,7 @@ class Hanging(torch.utils.data.Dataset):
 
 def test_a_batch_that_never_comes_is_an_error(monkeypatch):
     monkeypatch.setattr(loader, "WAIT_SLICE", 0.1)
-    monkeypatch.setattr(loader, "WAIT_SECONDS", 0.5)
+    monkeypatch.setattr(loader, "DATA_SECONDS", 0.5)
     hanging = loader.eval_loader(Hanging(60), 1, 1, DistContext())
     batches = iter(hanging)
     assert [next(batches).item() for _ in range(2)] == [0, 1]
