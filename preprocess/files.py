@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -346,9 +346,12 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
     pool = ProcessPoolExecutor(workers, initializer=_leave_with_parent)
     chunk = max(1, min(8, len(jobs) // (4 * workers)))  # few long jobs are shared by all workers
     try:
+        # Not pool.map: interrupted, it cancels what is waiting, and a pool that loses its workers while something is
+        # cancelled ends in a traceback on Python 3.10 and 3.11.
+        waiting = [pool.submit(_call_each, function, jobs[i : i + chunk]) for i in range(0, len(jobs), chunk)]
         # In a log, where every update is a line, update every 30 s.
         yield from tqdm(
-            pool.map(function, jobs, chunksize=chunk),
+            _results(waiting[::-1]),
             total=len(jobs),
             unit=unit,
             smoothing=0.02,
@@ -365,6 +368,16 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
     finally:
         with contextlib.suppress(RuntimeError):  # a signal while its thread was being started: it cannot be joined
             pool.shutdown(cancel_futures=True)
+
+
+def _call_each(function: Callable[[Any], Any], jobs: Sequence) -> list:
+    return [function(job) for job in jobs]
+
+
+def _results(waiting: list[Future]) -> Iterator:
+    """The results of the last one first; none is kept."""
+    while waiting:
+        yield from waiting.pop().result()
 
 
 def stop_workers() -> None:

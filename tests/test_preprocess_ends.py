@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import Future
 
 import files
 import imagenet_100_subset
@@ -294,6 +295,16 @@ def test_no_worker_outlives_the_script(working, signum):
     stderr = working.stderr.read()
     assert "Traceback" not in stderr
     assert ("interrupted; run the same command again" in stderr) == (signum == signal.SIGINT)
+
+
+def test_an_interrupt_cancels_no_job_that_waits():
+    """On Python 3.10 and 3.11, a pool that loses its workers would print a traceback for each."""
+    waiting = [Future() for _ in range(3)]
+    waiting[-1].set_exception(KeyboardInterrupt())
+    left = waiting[:-1]
+    with pytest.raises(KeyboardInterrupt):
+        list(files._results(waiting))
+    assert waiting == left and not any(future.cancelled() for future in left)
 
 
 def test_an_interrupt_at_the_terminal_is_one_line(working):
