@@ -61,6 +61,7 @@ def slurm(tmp_path_factory):
         assert done.returncode == 0 or not check, done.stderr
         return done
 
+    run.conf = env["SLURM_CONF"]
     yield run
     subprocess.run(["bash", scripts / "stop.sh", folder], timeout=120)
 
@@ -117,6 +118,12 @@ def epochs(folder):
     return len(log(folder)) if (folder / "log.jsonl").exists() else 0
 
 
+def steps(slurm):
+    """The ids of the processes that hold steps of this Slurm."""
+    found = subprocess.run(["pgrep", "slurmstepd"], capture_output=True, text=True).stdout.split()
+    return [pid for pid in found if slurm.conf in Path(f"/proc/{pid}/environ").read_text()]
+
+
 def restart(slurm, job):
     """Let a job that was queued again begin now; Slurm would wait for two minutes."""
     until(lambda: state(slurm, job) == "PENDING")
@@ -171,6 +178,7 @@ def test_the_file_of_a_row_from_submission_to_table(slurm, data, whole, tmp_path
     slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
     until(lambda: state(slurm, job) == "PENDING")
     slurm("scontrol", "update", "nodename=n2", "state=resume")
+    until(lambda: not steps(slurm))  # a down node keeps its old step, which has the number of the new one
     restart(slurm, job)
     until(lambda: not state(slurm, after), seconds=400)
     assert_equal(folder, whole)

@@ -27,7 +27,7 @@ SlurmdPidFile=$dir/slurmd.%n.pid
 SlurmdLogFile=$dir/slurmd.%n.log
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-ReturnToService=2
+ReturnToService=0
 PartitionName=main Nodes=n[1-2] Default=YES State=UP
 CONF
   for number in 1 2; do
