@@ -55,7 +55,7 @@ def cut_patches(images: torch.Tensor, patch_sizes: torch.Tensor, offsets: torch.
     negatives = images.new_empty(n, count, channels, size, size)
     pixels = torch.arange(size, device=images.device)
     for chunk in augment.chunks(images):
-        d, offset = patch_sizes[chunk].long(), offsets[chunk].long()
+        d, offset = patch_sizes[chunk].to(torch.int64), offsets[chunk].to(torch.int64)
         d = d.view(-1, count, 1)
         tile, inside = pixels // d, pixels % d  # n×count×S: the tile of each row (column), and the place in it
         # n×count×1×S²: each pixel's tile
