@@ -7,8 +7,8 @@
 Reads DIR/<class>/<name>.*, or that below DIR/val, resizes and crops each photo as in testing (at 224 px: Resize(256),
 CenterCrop(224)), and writes OUT/<corruption>/<severity>/<class>/<name>.JPEG at quality 85, which
 `eval_robustness.py --corruption OUT` reads. The last four corruptions, the extra ones, are in no average there. An
-image is a function of the seed, its path below the class folders, the corruption and the severity. The script can be
-stopped and run again: existing images are kept.
+image is a function of the seed, its path below the class folders' folder, the corruption and the severity. The script
+can be stopped and run again: existing images are kept.
 
 ImageNet-C: Hendrycks & Dietterich, ICLR 2019.
 """
@@ -27,9 +27,8 @@ from typing import NamedTuple
 import files  # before numpy
 import numpy as np
 from PIL import Image
-from torchvision import transforms
 
-os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # read when the library loads OpenCV: the processes are as many as the cores
+os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # per worker process; read when the library loads OpenCV
 
 # fmt: off
 CORRUPTIONS = (
@@ -41,6 +40,7 @@ CORRUPTIONS = (
 OWN_SEED = ("impulse_noise", "glass_blur")  # take theirs as an argument, the others use numpy's global generator
 SEVERITIES = range(1, 6)
 LEAST_SIZE = 32  # px, the library's limit
+DRAWS = 20  # of random numbers for one image; for spatter at 32 px, 1 in 60 is of no use
 QUALITY = 85  # of the JPEGs, as of ImageNet-C's
 MARK = "corruptions.json"  # in OUT: how its images were made
 PACKAGE = "imagecorruptions-imaug"
@@ -81,21 +81,31 @@ def version() -> str:
 
 
 def crop(path: Path, size: int) -> tuple[Image.Image, bool]:
-    """(RGB photo as a test sees it, size×size, whether it had to be enlarged). ValueError if it is too narrow."""
+    """(RGB photo as a test sees it, size×size, whether it had to be enlarged). ValueError if it is too narrow.
+
+    As torchvision's Resize(256/224 of the size) and CenterCrop(size), pixel by pixel.
+    """
     with Image.open(path) as image:
         photo = files.to_rgb(image)
     short, shorter = min(photo.size), round(size * 256 / 224)
     if max(photo.size) * shorter**2 > files.MAX_PIXELS * short:
         raise ValueError("{}x{} px: too narrow to resize its shorter side to {} px".format(*photo.size, shorter))
-    preset = transforms.Compose([transforms.Resize(shorter), transforms.CenterCrop(size)])
-    return preset(photo), short < shorter
+    photo = photo.resize([int(shorter * side / short) for side in photo.size], Image.BILINEAR)
+    left, top = (round((side - size) / 2) for side in photo.size)
+    return photo.crop((left, top, left + size, top + size)), short < shorter
 
 
 def corrupt(image: Image.Image, name: str, severity: int, seed: int) -> np.ndarray:
     """The corrupted RGB image, uint8 (H, W, 3): the same for the same seed, 0 to 2**32 - 1."""
-    np.random.seed(seed)
-    options = {"seed": seed} if name in OWN_SEED else {}
-    return library().corrupt(np.asarray(image), corruption_name=name, severity=severity, **options)
+    for draw in range(DRAWS):
+        np.random.seed((seed + draw) % 2**32)
+        options = {"seed": (seed + draw) % 2**32} if name in OWN_SEED else {}
+        try:
+            with np.errstate(invalid="raise"):
+                return library().corrupt(np.asarray(image), corruption_name=name, severity=severity, **options)
+        except FloatingPointError:  # spatter without a drop is 0 / 0, and would be a black image
+            continue
+    raise ValueError(f"{name} at severity {severity} gives no image of it in {DRAWS} draws")
 
 
 def seed_of(seed: int, photo: str, name: str, severity: int) -> int:
@@ -143,22 +153,23 @@ def list_photos(source: Path, limit: int | None) -> list[str]:
 
 def claim(out: Path, settings: dict) -> None:
     """Make `out` the folder of images made with these settings. UsageError where it holds others."""
+    mark, wanted = out / MARK, json.dumps(settings) + "\n"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        with files.only_writer(out):
+            if not mark.is_file() and not any(map(foreign, os.listdir(out))):
+                files.write_whole(mark, wanted.encode())
+        made = mark.read_text(errors="replace") if mark.is_file() else ""
     except OSError as error:
-        raise files.UsageError(f"--out {out} cannot be made ({error.strerror}); name a new folder") from error
-    mark, wanted = out / MARK, json.dumps(settings) + "\n"
-    with files.only_writer(out):
-        if mark.is_file():
-            if mark.read_text() != wanted:
-                raise files.UsageError(
-                    f"--out {out}: it holds images made with {mark.read_text().strip()}, not {wanted.strip()}; use the"
-                    " same options, or a new folder"
-                )
-        elif {path.name for path in out.iterdir()} - {f"{MARK}.partial", *files.NOT_DATA}:
-            raise files.UsageError(f"--out {out}: it holds something else; name a new folder")
-        else:
-            files.write_whole(mark, wanted.encode())
+        raise files.UsageError(f"--out {out} cannot be used ({error.strerror}); try a new folder") from error
+    if made != wanted:
+        holds = f"images made with {made.strip()}, not {wanted.strip()}" if made else "something else"
+        raise files.UsageError(f"--out {out} holds {holds}; try a new folder")
+
+
+def foreign(name: str) -> bool:
+    """Whether a file or folder of that name in OUT was left there by something else."""
+    return not (name.startswith(".") or name in files.NOT_DATA or files.PARTIAL.search(name))
 
 
 def parse_args() -> argparse.Namespace:
@@ -177,13 +188,15 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.size < LEAST_SIZE:
         parser.error(
-            f"--size {args.size}: the library corrupts images of {LEAST_SIZE} px or more; use {LEAST_SIZE}, and"
-            " eval_robustness.py resizes them to the crop"
+            f"--size {args.size}: the library corrupts images of {LEAST_SIZE} px or more; use --size {LEAST_SIZE}, and"
+            f" train and test with --image-size {LEAST_SIZE}, or eval_robustness.py will resize them to its crop"
         )
     if not args.val.is_dir():
         parser.error(f"--val {args.val}: no such folder; it must hold one folder of photos per class")
     if (args.val / "val").is_dir():
         args.val = args.val / "val"
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed {args.seed} is not from 0 to 2**63 - 1; try --seed 0")
     if args.out.resolve() == args.val.resolve() or args.val.resolve() in args.out.resolve().parents:
         parser.error(f"--out {args.out} lies in the photos' folder, where it would be a class; name another")
     return args
@@ -194,7 +207,8 @@ def main() -> int:
     library()
     photos = list_photos(args.val, args.limit)
     recipe = Recipe(args.val, args.out, args.size, args.seed)
-    claim(args.out, {"size": args.size, "seed": args.seed, "quality": QUALITY, PACKAGE: version()})
+    made_with = {"size": args.size, "seed": args.seed, "quality": QUALITY, PACKAGE: version()}
+    claim(args.out, {"val": os.path.realpath(args.val), **made_with})
     jobs = [photo for photo in photos if not all(path.exists() for path in images_of(photo, args.out).values())]
     per_photo = len(CORRUPTIONS) * len(SEVERITIES)
     print(

@@ -129,6 +129,30 @@ def test_a_broken_photo_is_listed_and_left_out(photos, stand_in, tmp_path, monke
     assert "of 2 photos" in out and "1 broken images were left out" in err and "dog/c.jpg: Unidentified" in err
 
 
+@pytest.mark.parametrize("size", [(41, 200), (300, 40), (46, 47), (37, 37)])
+def test_the_crop_is_that_of_the_evaluation(size, tmp_path):
+    write_photo(tmp_path / "a.png", size=size)
+    image, enlarged = corruptions.crop(tmp_path / "a.png", 40)
+    expected = datasets.eval_transform(40)(tmp_path / "a.png").permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(image), expected) and enlarged == (min(size) < 46)
+
+
+def test_random_numbers_of_no_use_are_drawn_again(stand_in):
+    library, drawn = corruptions.library(), []
+
+    def spatter(image, severity, corruption_name):
+        drawn.append(np.random.randint(1000))
+        return np.uint8(image * (np.float64(0) / (len(drawn) > 2)))
+
+    library.corrupt = spatter
+    image = Image.new("RGB", (32, 32), "white")
+    assert corruptions.corrupt(image, "spatter", 1, 2**32 - 1).shape == (32, 32, 3)
+    assert len(set(drawn)) == 3
+    library.corrupt = lambda *_, **__: np.float64(0) / np.zeros(())
+    with pytest.raises(ValueError, match="spatter at severity 1"):
+        corruptions.corrupt(image, "spatter", 1, 0)
+
+
 def test_small_photos_are_enlarged_and_counted(photos, stand_in, tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--val", photos, "--out", tmp_path / "c", "--size", 64, "--workers", 1)
     assert "; 3 photos below 73 px were enlarged first" in capsys.readouterr().out
@@ -136,16 +160,21 @@ def test_small_photos_are_enlarged_and_counted(photos, stand_in, tmp_path, monke
 
 
 def test_what_cannot_be_right_is_refused(photos, stand_in, tmp_path, monkeypatch, capsys):
-    run(monkeypatch, "--val", photos, "--out", tmp_path / "c", "--size", 32, "--limit", 1, "--workers", 1)
+    run(monkeypatch, "--val", photos, "--out", tmp_path / "c", "--size", 32, "--workers", 1)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
+    write_photo(tmp_path / "others" / "cat" / "a.png")
     for options, message in (
-        ([photos, tmp_path / "d", "--size", 28], "32 px or more; use 32, and eval_robustness.py resizes them"),
+        ([photos, tmp_path / "d", "--size", 28], "images of 32 px or more; use --size 32, and train and test with"),
         ([tmp_path / "nowhere", tmp_path / "d"], "no such folder"),
         ([photos, photos / "val" / "c"], "where it would be a class"),
-        ([photos, tmp_path / "c", "--size", 64], "use the same options, or a new folder"),
+        ([photos, tmp_path / "d", "--seed", -1], "try --seed 0"),
+        ([photos, tmp_path / "c", "--size", 64], 'holds images made with {"val":'),
+        ([tmp_path / "others", tmp_path / "c", "--size", 32], "others"),
+        ([photos, photos / "val" / "cat" / "a.png" / "c"], "where it would be a class"),
+        ([photos, tmp_path / "notes" / "a.txt" / "c"], "cannot be used"),
         ([photos, tmp_path / "c", "--size", 32, "--seed", 1], '"seed": 0'),
-        ([photos, tmp_path / "notes"], "it holds something else"),
+        ([photos, tmp_path / "notes"], "holds something else"),
     ):
         val, out, *more = options
         assert message in refusal(monkeypatch, capsys, "--val", val, "--out", out, *more)
@@ -174,14 +203,36 @@ def _identity(seconds):
     return os.getpid()
 
 
+def test_the_files_say_how_they_were_made(photos, stand_in, tmp_path, monkeypatch):
+    run(monkeypatch, "--val", photos, "--out", tmp_path / "c", "--size", 32, "--workers", 1)
+    made = json.loads((tmp_path / "c" / "corruptions.json").read_text())
+    assert made.pop("val") == str((photos / "val").resolve())
+    assert made == {"size": 32, "seed": 0, "quality": 85, "imagecorruptions-imaug": corruptions.version()}
+
+
 # With the library
 
 
-def test_the_files_say_how_they_were_made(photos, tmp_path, monkeypatch):
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_every_corruption_works_at_small_sizes(size, tmp_path):
     pytest.importorskip("imagecorruptions")
-    run(monkeypatch, "--val", photos, "--out", tmp_path / "c", "--size", 32, "--limit", 1, "--workers", 1)
-    made = json.loads((tmp_path / "c" / "corruptions.json").read_text())
-    assert made == {"size": 32, "seed": 0, "quality": 85, "imagecorruptions-imaug": corruptions.version()}
+    write_photo(tmp_path / "a.png", size=(300, 300))
+    image, _ = corruptions.crop(tmp_path / "a.png", size)
+    for name in corruptions.CORRUPTIONS:
+        for severity in range(1, 6):
+            corrupted = corruptions.corrupt(image, name, severity, 0)
+            assert corrupted.shape == (size, size, 3) and corrupted.dtype == np.uint8 and corrupted.std() > 1
+            assert np.array_equal(corrupted, corruptions.corrupt(image, name, severity, 0)), name
+
+
+@pytest.mark.slow
+def test_spatter_without_a_drop_is_no_black_image(tmp_path):
+    pytest.importorskip("imagecorruptions")
+    write_photo(tmp_path / "a.png", size=(300, 300))
+    image, _ = corruptions.crop(tmp_path / "a.png", 32)
+    for seed in range(600):  # 1 in 60 has none
+        assert corruptions.corrupt(image, "spatter", 1, seed).mean() > 0.8 * np.asarray(image).mean()
 
 
 @pytest.mark.slow

@@ -278,7 +278,7 @@ def working(imagenet):
     program.chmod(0o755)
     run = start(texture_command(imagenet, "--texture-synthesis", program))
     try:
-        wait_until(lambda: len(processes_of(run.pid)) == 4)  # itself, two workers and the program of one
+        wait_until(lambda: len(processes_of(run.pid)) == 5)  # itself, two workers and the program of each
         yield run
     finally:
         for process in processes_of(run.pid):  # of this test's own session
