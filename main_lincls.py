@@ -339,7 +339,7 @@ def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) ->
     check_ranks(ctx, args, inputs)
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
     backbone, heads = build_heads(ctx, args, inputs)
-    features = []
+    features = [torch.zeros(0, heads[0].in_features)]  # of a rank without images
 
     def predict(images: torch.Tensor) -> torch.Tensor:
         some = classifier.extract_features(backbone, images, DTYPES[args.precision])

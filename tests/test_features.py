@@ -49,6 +49,16 @@ def test_features_are_those_of_a_plain_loop(probed):
     assert f"features (10, 256) of {probed / 'data'}/val by {probed / 'model_best_random.pth.tar'}" in out
 
 
+@pytest.mark.slow
+def test_a_rank_without_images_is_no_obstacle(probed, tmp_path):
+    data = write_folder(tmp_path / "few", val=1)
+    command = [PROBE, *SMALL_PROBE, "-b", 9, "--evaluate", "--resume", probed / "model_best_random.pth.tar"]
+    for name, launcher in (("alone", ()), ("three", (*TORCHRUN, "--nproc-per-node=3"))):
+        run_script(*command, "--features", tmp_path / f"{name}.npz", data, launcher=launcher)
+    with np.load(tmp_path / "alone.npz") as alone, np.load(tmp_path / "three.npz") as three:
+        assert len(three["features"]) == 2 and np.allclose(alone["features"], three["features"], atol=1e-5)
+
+
 def test_a_backbone_needs_no_head_and_trains_none(probed):
     before = {path: path.stat().st_mtime_ns for path in probed.iterdir() if path.name != "f.npz"}
     best = probed / "model_best_random.pth.tar"
