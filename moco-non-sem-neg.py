@@ -339,7 +339,12 @@ def make_views(
 
 
 def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[datasets.ImageFolder, ...] | None:
-    """The photos of train/ and val/; None if there is no val/ with the same classes."""
+    """The photos of train/ and val/; None if there is no val/ with the same classes. UsageError for a single class."""
+    if len(data.classes) < 2:
+        raise UsageError(
+            f"--knn needs labels: the images of {args.data}/train are one class, and any guess is right; leave out"
+            " --knn, or make one folder of images per class"
+        )
     root = datasets.photo_root(args.data) if args.robust == "texture" else args.data
     if not os.path.isdir(os.path.join(root, "val")):
         return None

@@ -50,16 +50,22 @@ def list_images(directory: str | Path) -> ImageFolder:
     """List a folder of class folders: the regular files, at any depth, whose suffix is an image's.
 
     Links are followed, and a link to an image is an image of its own name. Hidden entries and those of NOT_DATA are no
-    data. Raises UsageError if the directory is missing or has no class folders, if a class has no image, if something
-    cannot be read or a link leads nowhere, and if links lead to the same folder twice, as all loops do.
-    preprocess/files.py lists by the same rule.
+    data. Raises UsageError if the directory is missing or has no class folders, if a class has no image or images lie
+    beside the class folders, if something cannot be read or a link leads nowhere, and if links lead to the same folder
+    twice, as all loops do. preprocess/files.py lists by the same rule.
     """
     directory = Path(directory)
     if not is_folder(directory):
         raise UsageError(f"{directory}: no such directory; it must hold one folder of images per class")
-    classes, _ = scan_folder(str(directory))
+    classes, beside = _folders_and_images(str(directory))
+    if beside and classes:
+        raise UsageError(
+            f"{directory}: it has {len(classes)} class folders and, beside them, images: {_count_and_first(beside)};"
+            " move these into their class folders, or away"
+        )
     if not classes:
-        raise UsageError(f"{directory}: it has no class folders; images without labels belong into one, {FLAT}/")
+        flat = f", only {len(beside)} images; labels are needed here: make one folder of images per class"
+        raise UsageError(f"{directory}: it has no class folders{flat if beside else ''}")
     root = str(directory / "_").removesuffix("_")
     names, counts, empty, listed = [], [], [], {}
     _list_once(str(directory), os.path.realpath(directory), listed)
@@ -77,10 +83,15 @@ def list_images(directory: str | Path) -> ImageFolder:
     return ImageFolder(PathList(root, b"".join(names)), labels, sorted(classes))
 
 
+def _folders_and_images(directory: str) -> tuple[list[str], list[str]]:
+    """The names of the subfolders and of the images in a folder, the latter sorted."""
+    folders, files = scan_folder(directory)
+    return folders, sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS))
+
+
 def list_flat(directory: str) -> ImageFolder | None:
     """The images that lie in a folder itself, as one class; None if there are none, or class folders."""
-    folders, files = scan_folder(directory)
-    names = sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS))
+    folders, names = _folders_and_images(directory)
     if folders or not names:
         return None
     return ImageFolder(PathList.of(os.path.join(directory, ""), names), LabelList(np.zeros(len(names))), [FLAT])
@@ -200,7 +211,7 @@ def list_texture_pairs(data: str) -> TrainingImages:
     Raises UsageError if X is missing, or if textures have no photo (their number and the first five).
     """
     texture_dir, photo_dir = Path(split_path(data, "train")), Path(split_path(str(photo_root(data)), "train"))
-    textures, photos = list_images(texture_dir), list_images(photo_dir)
+    textures, photos = (list_flat(str(folder)) or list_images(folder) for folder in (texture_dir, photo_dir))
     texture_of, photo_of = _indices_by_stem(textures.paths), _indices_by_stem(photos.paths)
     for root, folder, index_of in (texture_dir, textures, texture_of), (photo_dir, photos, photo_of):
         if len(index_of) < len(folder.paths):

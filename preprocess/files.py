@@ -130,19 +130,30 @@ def read_words(path: Path) -> list[str]:
 # Lists of images, by the rule of moco/datasets.py: what is prepared here is what is trained on there.
 
 
-def list_images(directory: Path) -> dict[str, list[str]]:
+def list_images(directory: Path, without_classes: bool = False) -> dict[str, list[str]]:
     """{class: the sorted paths, below its folder, of its images} of a folder of class folders.
 
     Images are the regular files, at any depth, whose suffix is an image's; links are followed; hidden entries and those
-    of NOT_DATA are no data. Raises UsageError if there are no classes, if a class has no image, if something cannot be
-    read or a link leads nowhere, and if links lead to the same folder twice, as all loops do.
+    of NOT_DATA are no data. Raises UsageError if there are no classes, if a class has no image or images lie beside the
+    class folders, if something cannot be read or a link leads nowhere, and if links lead to the same folder twice, as
+    all loops do. without_classes: images and no folders are accepted, too, as {"": their names}.
     """
     listed = {}
     list_once(directory, os.path.realpath(directory), listed)
-    images = {name: images_in(directory / name, listed) for name in class_folders(directory)}
+    folders, names = scan_folder(str(directory))
+    beside = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+    if without_classes and beside and not folders:
+        return {"": beside}
+    if not folders:
+        flat = f", only {len(beside)} images; make one folder of images per class" if beside else ""
+        raise UsageError(f"{directory}: it has no class folders{flat}")
+    if beside:
+        raise UsageError(
+            f"{directory}: it has {len(folders)} class folders and, beside them, images: {len(beside)}:"
+            f" {', '.join(beside[:5])}{', …' if len(beside) > 5 else ''}; move these into their class folders, or away"
+        )
+    images = {name: images_in(directory / name, listed) for name in sorted(folders)}
     empty = [name for name, names in images.items() if not names]
-    if not images:
-        raise UsageError(f"{directory}: it has no class folders")
     if empty:
         raise UsageError(
             f"{directory}: no image in {len(empty)}: {', '.join(empty[:5])}{', …' if len(empty) > 5 else ''};"

@@ -121,9 +121,9 @@ def texture_path(destination: Path, photo: str) -> Path:
 def list_photos(source: Path, splits: list[str], limit: int | None) -> list[str]:
     """The paths below `source` of the first `limit` photos of each class."""
     return [
-        f"{split}/{name}/{file}"
+        os.path.join(split, name, file)
         for split in splits
-        for name, images in files.list_images(source / split).items()
+        for name, images in files.list_images(source / split, without_classes=True).items()
         for file in images[:limit]
     ]
 

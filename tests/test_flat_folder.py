@@ -1,11 +1,13 @@
 """Pre-training on a folder of images without class folders."""
 
 import json
+import os
 
+import files
 import pytest
-from helpers import PRETRAIN, SMALL, run_script, same, weights, write_photo
+from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused, run_script, same, weights, write_photo
 
-from moco import datasets
+from moco import datasets, robustness
 from moco.errors import UsageError
 
 
@@ -24,18 +26,51 @@ def test_images_without_class_folders_are_one_class(tmp_path):
     assert list(found.labels) == [0] * 8 and found.classes == ["all"] and found.textures is None
 
 
-def test_class_folders_come_first(tmp_path):
-    write_images(tmp_path / "data" / "train")
-    write_photo(tmp_path / "data" / "train" / "cat" / "a.png")
-    assert datasets.list_training_images(str(tmp_path / "data")).classes == ["cat"]
+def test_images_beside_class_folders_are_refused(tmp_path):
+    train = write_images(tmp_path / "data" / "train")
+    write_photo(train / "cat" / "a.png")
+    for list_below, error in (
+        (lambda: datasets.list_training_images(str(tmp_path / "data")), UsageError),
+        (lambda: datasets.list_images(train), UsageError),
+        (lambda: robustness.list_test_set("sketch", str(train), ["cat"]), UsageError),
+        (lambda: files.list_images(train), files.UsageError),
+        (lambda: files.list_images(train, without_classes=True), files.UsageError),
+    ):
+        with pytest.raises(error, match="it has 1 class folders and, beside them, images: 8: 0.JPEG, 1.JPEG"):
+            list_below()
+    line = refused(PRETRAIN, *SMALL, "--ckpt_path", tmp_path / "ckpt", tmp_path / "data")
+    assert "0.JPEG" in line and "move these" in line
 
 
-def test_without_any_image_the_folder_for_unlabelled_ones_is_named(tmp_path):
+def test_a_folder_without_any_image_is_refused(tmp_path):
     (tmp_path / "data" / "train").mkdir(parents=True)
-    with pytest.raises(UsageError, match="no class folders; images without labels belong into one, all/"):
-        datasets.list_training_images(str(tmp_path / "data"))
-    with pytest.raises(UsageError, match="no class folders"):
-        datasets.list_images(write_images(tmp_path / "val"))  # a test set needs labels
+    for call in (datasets.list_training_images, lambda root: files.list_images(tmp_path / "data" / "train", True)):
+        with pytest.raises((UsageError, files.UsageError), match="it has no class folders$"):
+            call(str(tmp_path / "data"))
+
+
+def test_what_needs_labels_refuses_a_flat_folder(tmp_path):
+    root = tmp_path / "data"
+    write_images(root / "train")
+    write_images(root / "val")
+    line = refused(PRETRAIN, *SMALL, "--knn", "--ckpt_path", tmp_path / "ckpt", root)
+    assert "--knn needs labels" in line and "leave out --knn" in line
+    line = refused(PROBE, *SMALL_PROBE, "--ckpt_path", tmp_path / "ckpt", root)
+    assert "no class folders, only 8 images" in line and "one folder of images per class" in line
+    with pytest.raises(UsageError, match="no class folders, only 8 images"):
+        robustness.list_test_set("sketch", str(root / "val"), ["n01"])
+    with pytest.raises(files.UsageError, match="only 8 images; make one folder of images per class"):
+        files.list_images(root / "val")
+
+
+def test_a_flat_folder_has_textures_and_pairs(tmp_path):
+    write_images(tmp_path / "x" / "train")
+    command = ["--imagenet_path", tmp_path / "x", "--imagenet_t_path", tmp_path / "x-texture", "--workers", 1]
+    run_script("preprocess/imagenet_texture_syn.py", *command, "--patch", 16, "--size", 32)
+    data = datasets.list_texture_pairs(str(tmp_path / "x-texture"))
+    assert [os.path.basename(path) for path in data.photos] == [f"{number}.JPEG" for number in range(8)]
+    assert [os.path.basename(path) for path in data.textures] == [f"{number}.png" for number in range(8)]
+    assert data.labels == [0] * 8 and data.classes == ["all"]
 
 
 def test_a_flat_folder_trains_as_one_class_folder_does(tmp_path):
