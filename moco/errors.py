@@ -188,7 +188,7 @@ def translate_error(error: BaseException) -> RunError | None:
             "another process of this run has ended; see its message; continue from the last checkpoint with --resume"
             " auto"
         )
-    if re.search("gloo|NCCL", text) and re.search("[Tt]imed out|Timeout waiting|[Ww]atchdog", text):
+    if re.search("gloo|NCCL", text) and re.search("[Tt]imed out|Timeout waiting", text):
         return PeerError(
             f"another process of this run has not answered for {COLLECTIVE_SECONDS} s: it has stopped, or its machine"
             " or the network is gone; continue from the last checkpoint with --resume auto"

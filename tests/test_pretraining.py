@@ -120,7 +120,7 @@ def test_preview_draws_labelled_columns_and_trains_nothing(shared_data, tmp_path
     settings = [*SMALL, "--num-nonsem", 2, "--preview", tmp_path / "grid.png", "--ckpt_path", tmp_path / "c"]
     run = run_script(PRETRAIN, *settings, shared_data)
     with Image.open(tmp_path / "grid.png") as grid:  # 4 columns, 8 rows of 32 px crops enlarged to 224 px
-        assert grid.width == 4 * 230 + 6 and grid.height == 28 + 8 * 230
+        assert grid.width == 4 * 230 + 6 and grid.height == 34 + 8 * 230
     assert "grid.png" in run.stdout and not (tmp_path / "c").exists()
 
 
