@@ -3,6 +3,7 @@
 Slow, and skipped where there is no Slurm, or without root. It needs five minutes on two cores.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -121,12 +122,17 @@ def epochs(folder):
 def steps(slurm):
     """The ids of the processes that hold steps of this Slurm."""
     found = subprocess.run(["pgrep", "slurmstepd"], capture_output=True, text=True).stdout.split()
-    return [pid for pid in found if slurm.conf in Path(f"/proc/{pid}/environ").read_text()]
+    ours = []
+    for pid in found:
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            ours += [pid] if slurm.conf.encode() in Path(f"/proc/{pid}/environ").read_bytes() else []
+    return ours
 
 
 def restart(slurm, job):
     """Let a job that was queued again begin now; Slurm would wait for two minutes."""
     until(lambda: state(slurm, job) == "PENDING")
+    time.sleep(3)  # in the second in which a node revoked the job's credential, it would refuse the new one
     until(lambda: slurm("scontrol", "update", f"jobid={job}", "starttime=now", check=False).returncode == 0)
     slurm("scontrol", "release", job, check=False)
 
