@@ -227,6 +227,10 @@ def _join_and_run(ctx: DistContext, dist_url: str, backend: str, worker: Callabl
         limit = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
         dist.init_process_group(backend, timeout=limit, world_size=ctx.world_size, rank=ctx.rank, **rendezvous)
         result = worker(ctx, *args)
+    except (UsageError, SystemExit):  # on all ranks: refused at the start, or stopped by a signal
+        if dist.is_initialized():
+            dist.destroy_process_group()  # otherwise gloo's threads may abort the process while it exits
+        raise
     except RuntimeError as error:
         if ctx.local_rank and isinstance(translate_error(error), PeerError):
             sys.exit(1)  # one process per node reports it
