@@ -17,15 +17,16 @@ from PIL import Image, PngImagePlugin
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: PIL's limit against decompression bombs
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: colour profiles may be larger than PIL's 1 MB
 RETRY_SECONDS = 0.1  # a file on a network drive may be readable a moment later
+MAX_WAITING = 0.01  # share of a process's time that waits which did not help may take
 NO_FAST_JPEG = "this torchvision has no JPEG decoder (torchvision.io.decode_jpeg): PIL reads the JPEGs, which is slower"
 
 
 class BadImage(Exception):
-    """A file that cannot be read as an image: `path`, the `reason`, and its `data` if there are some."""
+    """A file that cannot be read as an image: `path`, and the `reason`."""
 
-    def __init__(self, path: str | Path, reason: str, data: bytes | None = None):
+    def __init__(self, path: str | Path, reason: str):
         super().__init__(f"{path}: {reason}")
-        self.path, self.reason, self.data = str(path), reason, data
+        self.path, self.reason = str(path), reason
 
 
 def read_rgb(path: str | Path) -> torch.Tensor:
@@ -70,33 +71,26 @@ _started, _vain_waits = time.monotonic(), 0  # of this process: since when it re
 
 
 def _read(path: str | Path, decode: Callable):
+    """decode(image, data) of a file. If that fails, a second attempt, unless the file still holds the same data."""
     global _vain_waits
-    try:
-        return _try_read(path, decode)
-    except BadImage as bad:
-        # Waiting for each of thousands of bad files would take as long as reading the others: 1 % of the time at most.
-        waits = _vain_waits * RETRY_SECONDS <= 0.01 * (time.monotonic() - _started)
-        if waits:
-            _vain_waits += 1
-            time.sleep(RETRY_SECONDS)
-        image = _try_read(path, decode, damaged=bad.data)
-        if image is None:
-            raise
-        _vain_waits -= waits
-        return image
-
-
-def _try_read(path: str | Path, decode: Callable, damaged: bytes | None = None):
-    """decode(image, data) of a file; None if its data are the `damaged` ones that could not be decoded before."""
-    data = None
-    try:
-        data = Path(path).read_bytes()
-        if data == damaged:
-            return None
-        with _no_warnings(), Image.open(io.BytesIO(data)) as image:  # reads the header only: size and format
-            return decode(image, data)
-    except Exception as error:  # on damaged data decoders raise nearly anything, struct.error and SyntaxError included
-        raise BadImage(path, f"{type(error).__name__}: {error}".replace("\n", " "), data) from error
+    data, waited = None, False
+    for attempt in (1, 2):
+        try:
+            before, data = data, Path(path).read_bytes()
+            if data == before:  # damaged, and not just late
+                break
+            with _no_warnings(), Image.open(io.BytesIO(data)) as image:  # reads the header only: size and format
+                decoded = decode(image, data)
+        except Exception as error:  # damaged data make decoders raise nearly anything, struct.error and SyntaxError too
+            cause = error
+            # Waiting for each of thousands of bad files would take as long as reading the others.
+            if attempt == 1 and _vain_waits * RETRY_SECONDS <= MAX_WAITING * (time.monotonic() - _started):
+                waited = True
+                time.sleep(RETRY_SECONDS)
+        else:
+            return decoded
+    _vain_waits += waited
+    raise BadImage(path, f"{type(cause).__name__}: {cause}".replace("\n", " ")) from cause
 
 
 @contextmanager

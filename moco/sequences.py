@@ -5,6 +5,7 @@ even reading an object changes its reference count, and pickling copies the list
 processes and are pickled as one block of bytes.
 """
 
+import abc
 import operator
 import os
 import pickle
@@ -22,8 +23,9 @@ class _ArraySequence(Sequence):
     It equals any sequence of the same items.
     """
 
+    @abc.abstractmethod
     def _item(self, index: int) -> Any:
-        raise NotImplementedError
+        """The item at 0 <= index < len(self)."""
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
