@@ -1,32 +1,25 @@
 """Processes: single, spawned, torchrun, srun, several nodes; how they rendezvous and end together."""
 
-import contextlib
 import datetime
 import os
 import pickle
-import re
 import signal
-import socket
-import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable
-from urllib.parse import urlsplit
+from multiprocessing import resource_tracker
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from moco import environment
+from moco import environment, rendezvous
 from moco.distributed import DistContext
 from moco.environment import Launched
-from moco.errors import PeerError, RunError, UsageError, cli_main, first_line, translate_error
+from moco.errors import PeerError, RunError, UsageError, cli_main, translate_error
 from moco.gpus import say_why_on_cpu, usable_gpus
-from moco.limits import COLLECTIVE_SECONDS, GRACE_SECONDS, JOIN_SECONDS
+from moco.limits import COLLECTIVE_SECONDS, GRACE_SECONDS
 from moco.signals import STOP_SIGNALS, handle_stop_signals
-
-MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch no longer supports multicast
 
 
 def resolve_world_size(
@@ -34,7 +27,7 @@ def resolve_world_size(
     multiprocessing: bool = False,
     world_size: int = -1,
     rank: int = -1,
-    dist_url: str = MULTICAST_DEFAULT,
+    dist_url: str = rendezvous.MULTICAST_DEFAULT,
     backend: str = "nccl",
     gpu: int | None = None,
 ) -> tuple[int, int]:
@@ -64,14 +57,18 @@ def resolve_world_size(
         raise UsageError(
             f"--rank {rank}: with --world-size {nodes} it must be 0..{nodes - 1}, a different one on each node"
         )
-    if nodes > 1 or dist_url != MULTICAST_DEFAULT:
-        _host_and_port(dist_url)
+    if nodes > 1 or dist_url != rendezvous.MULTICAST_DEFAULT:
+        rendezvous.host_and_port(dist_url)
     local_world_size = max(gpus, 1) if multiprocessing else 1
     return local_world_size, local_world_size * nodes
 
 
 def by_launcher(
-    multiprocessing: bool = False, world_size: int = -1, rank: int = -1, dist_url: str = MULTICAST_DEFAULT, **others
+    multiprocessing: bool = False,
+    world_size: int = -1,
+    rank: int = -1,
+    dist_url: str = rendezvous.MULTICAST_DEFAULT,
+    **others,
 ) -> Launched | None:
     """What torchrun, srun or the like says of this process; None if it goes by the options, or is alone.
 
@@ -110,11 +107,7 @@ def _from_env(world_size: int, rank: int, dist_url: str) -> tuple[int, int, str]
     if bad:
         raise UsageError(f"--dist-url env://: the environment variable {' and '.join(bad)} is not set, or no number")
     world_size, rank = (int(found.get(name, value)) for name, value in values.items())
-    return world_size, rank, _tcp(found["MASTER_ADDR"], int(found["MASTER_PORT"]))
-
-
-def _tcp(host: str, port: int) -> str:
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+    return world_size, rank, rendezvous.tcp_url(found["MASTER_ADDR"], int(found["MASTER_PORT"]))
 
 
 def launch(worker: Callable, args: tuple, **settings) -> object:
@@ -133,25 +126,22 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
     backend, gpu = settings.get("backend", "nccl"), settings.get("gpu")
     if launched := by_launcher(**settings):
         ctx = DistContext(*launched[1:5], devices_of(local_world_size)[launched.local_rank])
-        url = "env://" if launched.launcher == "torchrun" else _tcp(_reachable(launched), launched.port)
+        url = "env://"
+        if launched.launcher != "torchrun":
+            url = rendezvous.tcp_url(rendezvous.reachable_host(launched), launched.port)
         return _join_and_run(ctx, url, backend, worker, args, f"{launched.launcher}, {url} ({launched.settings})")
-    options = (settings.get("world_size", -1), settings.get("rank", -1), settings.get("dist_url", MULTICAST_DEFAULT))
-    _, node, dist_url = _from_env(*options)
+    dist_url = settings.get("dist_url", rendezvous.MULTICAST_DEFAULT)
+    _, node, dist_url = _from_env(settings.get("world_size", -1), settings.get("rank", -1), dist_url)
     nodes, node = total // local_world_size, max(node, 0)
     if nodes == 1 and settings.get("multiprocessing"):
-        _check_loopback()
-        dist_url = f"tcp://127.0.0.1:{free_port()}"
+        rendezvous.check_loopback()
+        dist_url = f"tcp://127.0.0.1:{rendezvous.free_port()}"
     if settings.get("multiprocessing"):
         if not torch.cuda.device_count():
             print("no GPU found: running one CPU process (gloo)", flush=True)
         # Pickled here: tensors in `args` would otherwise travel through /dev/shm, which containers keep small.
-        job = bytearray(pickle.dumps((worker, args)))  # emptied by each: it may hold a checkpoint
-        # Put off until they can be forwarded; multiprocessing's resource tracker, which inherits this, never sees them.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        spawn_args = (node, nodes, local_world_size, dist_url, backend, job)
-        context = mp.start_processes(_spawned, spawn_args, nprocs=local_world_size, join=False)
-        del job, spawn_args
-        return _wait_for(context)
+        where = (node, nodes, local_world_size, dist_url, backend)
+        return _spawn(local_world_size, (*where, bytearray(pickle.dumps((worker, args)))))
     device = device_of(gpu or 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # otherwise a context on GPU 0 as well
@@ -173,9 +163,8 @@ def _spawned(
     ctx = DistContext(rank, world_size, local_rank, local_world_size, device_of(local_rank))
     environment.set_spawned_rank(local_rank)  # one process per node prints errors
     os.setpgrp()  # a terminal's signals arrive once, through the parent
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     worker_and_args = pickle.loads(job)
-    job.clear()
+    job.clear()  # it may hold a checkpoint
     try:
         cli_main(lambda: _join_and_run(ctx, dist_url, backend, *worker_and_args))
     except Exception:  # printed here: the parent learns of one process only, which may not be the first to fail
@@ -183,21 +172,29 @@ def _spawned(
         sys.exit(1)
 
 
-def _wait_for(context: mp.ProcessContext) -> None:
-    """Wait for all spawned ranks and forward signals to them. If one fails, the others are terminated.
+def _spawn(count: int, arguments: tuple) -> None:
+    """Start `count` ranks, _spawned(i, *arguments), and wait for all; signals are forwarded to them.
 
-    This process exits with the code of the rank that failed.
+    If one fails, the others are terminated. This process exits with the code of the rank that failed.
     """
-    received = []
+    received, processes = [], []
 
     def forward(signum, frame):
         received.append(signum)
-        for process in context.processes:
+        for process in processes:
             if process.is_alive():
                 os.kill(process.pid, signum)
 
     handle_stop_signals(forward)
+    # multiprocessing's resource tracker inherits the mask: a signal to all processes of a job must not end it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    resource_tracker.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    context = mp.start_processes(_spawned, arguments, nprocs=count, join=False)
+    del arguments  # they may hold a checkpoint, which each rank has now
+    processes += context.processes
+    for signum in list(received):  # while they were started
+        forward(signum, None)
     try:
         while not context.join(grace_period=GRACE_SECONDS):
             pass
@@ -220,12 +217,10 @@ def _join_and_run(ctx: DistContext, dist_url: str, backend: str, worker: Callabl
             backend = "cpu:gloo,cuda:nccl"  # CPU tensors between the hosts, CUDA tensors over NCCL
     elif backend == "nccl":
         backend = "gloo"
-    rendezvous = (
-        {"store": _rendezvous(ctx, dist_url, source)} if dist_url.startswith("tcp:") else {"init_method": dist_url}
-    )
+    store = rendezvous.connect(ctx, dist_url, source)
     try:
         limit = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
-        dist.init_process_group(backend, timeout=limit, world_size=ctx.world_size, rank=ctx.rank, **rendezvous)
+        dist.init_process_group(backend, timeout=limit, world_size=ctx.world_size, rank=ctx.rank, store=store)
         result = worker(ctx, *args)
     except (UsageError, SystemExit):  # on all ranks: refused at the start, or stopped by a signal
         if dist.is_initialized():
@@ -239,66 +234,6 @@ def _join_and_run(ctx: DistContext, dist_url: str, backend: str, worker: Callabl
     return result
 
 
-def _rendezvous(ctx: DistContext, dist_url: str, source: str = "") -> dist.Store:
-    """The store through which the ranks of tcp://HOST:PORT connect, once all of them have.
-
-    Raises RunError after JOIN_SECONDS, with the address that does not answer or the missing ranks, and if the port is
-    taken.
-    """
-    host, port = _host_and_port(dist_url)
-    source = source or f"--dist-url {dist_url}"
-    deadline = time.monotonic() + JOIN_SECONDS
-    if ctx.rank == 0:
-        try:
-            store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
-        except dist.DistNetworkError as error:
-            reason = "it is taken" if "EADDRINUSE" in str(error) else first_line(error)
-            raise RunError(
-                f"{source}: rank 0 cannot listen on port {port} of this machine, {reason}; use another"
-                " port on all nodes"
-            ) from error
-    else:
-        while not _answers(host, port):
-            if time.monotonic() > deadline:
-                raise RunError(
-                    f"{source}: rank {ctx.rank} waited {JOIN_SECONDS} s, and rank 0 does not answer at"
-                    f" {host}, port {port}; start node 0, and use an address of it that this machine can reach"
-                )
-            time.sleep(0.2)
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
-    store.set(f"rank {ctx.rank}", "here")
-    while missing := [rank for rank in range(ctx.world_size) if not store.check([f"rank {rank}"])]:
-        if time.monotonic() > deadline:
-            raise RunError(
-                f"{source}: after {JOIN_SECONDS} s, rank {', '.join(map(str, missing))} of"
-                f" {ctx.world_size} ranks is missing; start its node with this address"
-            )
-        time.sleep(0.1)
-    return store
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def _host_and_port(dist_url: str) -> tuple[str, int]:
-    try:
-        url = urlsplit(dist_url)
-        good = url.scheme == "tcp" and url.hostname and url.port and dist_url != MULTICAST_DEFAULT
-    except ValueError:  # a port that is not a number, or too large
-        good = False
-    if not good:
-        raise UsageError(
-            f"--dist-url {dist_url}: several nodes need the first one's address and a free port, for example"
-            " tcp://10.0.0.1:10001"
-        )
-    return url.hostname, url.port
-
-
 def device_of(index: int) -> torch.device:
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -310,35 +245,3 @@ def devices_of(local_world_size: int, gpu: int | None = None) -> list[torch.devi
     """
     alone = torch.cuda.device_count() == 1
     return [device_of(gpu or (0 if alone else index)) for index in range(local_world_size)]
-
-
-def _reachable(launched: Launched) -> str:
-    """The host of rank 0, or its address where Slurm's name of a node is not the host's."""
-    try:
-        socket.getaddrinfo(launched.host, launched.port)
-    except OSError:
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            shown = subprocess.run(
-                ["scontrol", "show", "node", launched.host], capture_output=True, text=True, timeout=10, check=True
-            )
-            if address := re.search(r"NodeAddr=(\S+)", shown.stdout):
-                return address[1]
-    return launched.host
-
-
-def _check_loopback() -> None:
-    """Raise RunError if this machine cannot reach itself: PyTorch would try for five minutes, and say it each time."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        try:
-            socket.create_connection(server.getsockname(), timeout=5).close()
-        except OSError as error:
-            raise RunError(
-                f"the processes of this node cannot connect over 127.0.0.1 ({error}): bring the loopback interface up"
-                " (ip link set lo up), or run a single process, without --multiprocessing-distributed"
-            ) from error
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -14,7 +14,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from moco import checkpoint, datasets, errors, images, launch, loader, options  # noqa: E402
+from moco import checkpoint, datasets, errors, images, launch, loader, options, rendezvous  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
 from moco.run import Run  # noqa: E402
 
@@ -79,7 +79,7 @@ def in_saving(action):
 
 
 def impatient(seconds=3):
-    launch.JOIN_SECONDS = launch.COLLECTIVE_SECONDS = errors.COLLECTIVE_SECONDS = seconds
+    rendezvous.JOIN_SECONDS = launch.COLLECTIVE_SECONDS = errors.COLLECTIVE_SECONDS = seconds
 
 
 def impatient_for_batches(seconds=2):

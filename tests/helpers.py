@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 
-from moco import augment, launch
+from moco import augment, launch, rendezvous
 from moco.distributed import DistContext
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -242,7 +242,7 @@ def completed(process, timeout=120):
 
 def run_ranks(world, folder, *functions):
     """{name of function: [what function(ctx) returned on each rank]}, in one gloo group of `world` processes."""
-    arguments = (world, launch.free_port(), str(folder), functions)
+    arguments = (world, rendezvous.free_port(), str(folder), functions)
     mp.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
     ranks = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
     return {function.__name__: [rank[function.__name__] for rank in ranks] for function in functions}

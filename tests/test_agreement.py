@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import ENVIRONMENT, PRETRAIN, PROBE, REPOSITORY, SMALL, SMALL_PROBE, run_script, write_photo
 
-from moco import agreement, distributed, launch
+from moco import agreement, distributed, rendezvous
 from moco.errors import UsageError
 from moco.sequences import LabelList, PathList
 
@@ -100,7 +100,7 @@ def test_digests_do_not_depend_on_the_folder_or_the_layout():
 
 def start_two(script, *options):
     """(exit code, stderr) of two processes of one run, the i-th with options[i]."""
-    port = launch.free_port()
+    port = rendezvous.free_port()
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(

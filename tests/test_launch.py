@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from helpers import TORCHRUN_RANK
 
-from moco import launch
+from moco import launch, rendezvous
 from moco.distributed import DistContext
 from moco.errors import UsageError
 from moco.signals import STOP_SIGNALS
@@ -27,6 +27,7 @@ def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
     calls = {}
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: calls.update(backend=backend, **more))
+    monkeypatch.setattr(rendezvous, "connect", lambda ctx, *where: calls.update(where=where) or "the store")
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.update(ended=True))
     ctx = DistContext(3, 4, 1, 2, torch.device("cuda", 1))
     assert launch._join_and_run(ctx, "env://", "nccl", launched, (5,)) == (ctx, (5,))
@@ -35,7 +36,8 @@ def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
         "backend": "cpu:gloo,cuda:nccl",
         "world_size": 4,
         "rank": 3,
-        "init_method": "env://",
+        "where": ("env://", ""),
+        "store": "the store",
         "timeout": datetime.timedelta(seconds=launch.COLLECTIVE_SECONDS),
         "ended": True,
     }
@@ -89,7 +91,7 @@ def save_what_arrived(ctx, path, tensor):
 
 def test_a_spawned_process_gets_its_arguments_by_pickle(spawned, tmp_path, capfd):
     tensor = torch.arange(5)
-    settings = {"multiprocessing": True, "dist_url": launch.MULTICAST_DEFAULT}
+    settings = {"multiprocessing": True, "dist_url": rendezvous.MULTICAST_DEFAULT}
     launch.launch(save_what_arrived, (tmp_path / "arrived.pt", tensor), **settings)
     arrived = torch.load(tmp_path / "arrived.pt", weights_only=False)
     assert arrived["ctx"] == (0, 1, 0, 1) and torch.equal(arrived["tensor"], tensor)
@@ -105,7 +107,7 @@ def refuse(ctx):
 
 def test_a_spawned_process_ends_the_launcher_with_its_code(spawned):
     with pytest.raises(SystemExit) as stop:
-        launch.launch(refuse, (), multiprocessing=True, dist_url=launch.MULTICAST_DEFAULT)
+        launch.launch(refuse, (), multiprocessing=True, dist_url=rendezvous.MULTICAST_DEFAULT)
     assert stop.value.code == 2
 
 

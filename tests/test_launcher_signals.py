@@ -86,6 +86,24 @@ def test_a_signal_at_any_moment_costs_no_step(files_of, tmp_path, moment, number
 # Launchers
 
 
+@pytest.mark.slow
+def test_a_restart_by_torchrun_equals_an_undisturbed_run(files_of, tmp_path):
+    settings = [*SMALL, "-j", 0, "--epochs", 2, files_of / "data", "--ckpt_path"]
+    once = (
+        f"flag = {str(tmp_path / 'flag')!r}\nfrom moco.run import Run\nafter = Run.after_step\n"
+        "def die(self, **values):\n    after(self, **values)\n"
+        "    if self.epoch == 1 and os.environ['RANK'] == '1' and not os.path.exists(flag):\n"
+        "        open(flag, 'w').close(); os.kill(os.getpid(), 9)\n"
+        "Run.after_step = die"
+    )
+    changed = [files_of / "changed.py", once, PRETRAIN, *settings]
+    run_script(*changed, tmp_path / "again", launcher=[*TWO, "--max-restarts=1"])
+    assert (tmp_path / "flag").exists()
+    run_script(PRETRAIN, *settings, tmp_path / "whole", launcher=TWO)
+    assert log(tmp_path / "again") == log(tmp_path / "whole")
+    assert same(weights(tmp_path / "again" / LATEST), weights(tmp_path / "whole" / LATEST))
+
+
 def assert_nothing_left(process, seconds=20):
     process.kill()
     process.wait()

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from helpers import PRETRAIN, completed, log, run_script, same, started, wait_for, weights
 
-from moco import augment, distributed, launch, loader, memory, metrics
+from moco import augment, distributed, launch, loader, memory, metrics, rendezvous
 from moco.builder import MoCo
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
@@ -110,7 +110,7 @@ def test_peak_memory_is_near_the_estimate(device, arch, batch_size):
 
 def in_two_ranks(folder, device, function, **options):
     """[what function(ctx) returns on each rank]; `options` are those of start_processes."""
-    arguments = (launch.free_port(), str(folder), device.type, function)
+    arguments = (rendezvous.free_port(), str(folder), device.type, function)
     mp.start_processes(_rank, arguments, nprocs=2, start_method="forkserver", **options)
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(2)]
 
