@@ -31,10 +31,10 @@ from moco import (
     agreement,
     claim,
     classifier,
-    datasets,
     distributed,
     images,
     launch,
+    listing,
     options,
     released,
     report,
@@ -178,7 +178,7 @@ def class_list(path: str, saved: Mapping, outputs: int, args: argparse.Namespace
             check_listed(args, wnids)
         return wnids
     if args.val:
-        of_val = datasets.list_images(robustness.class_root(args.val)).classes
+        of_val = listing.list_images(robustness.class_root(args.val)).classes
         if len(of_val) == outputs:
             return of_val
     imagenet_100 = read_classes(IMAGENET_100)
@@ -194,7 +194,7 @@ def class_list(path: str, saved: Mapping, outputs: int, args: argparse.Namespace
 def check_listed(args: argparse.Namespace, wnids: Sequence[str]) -> None:
     """Raise UsageError if --val lacks a class of --classes: a misspelt name can shift the labels of the others."""
     root = robustness.class_root(args.val)
-    absent = sorted(set(wnids) - set(datasets.list_images(root).classes))
+    absent = sorted(set(wnids) - set(listing.list_images(root).classes))
     if absent:
         raise UsageError(
             f"--classes {args.classes}: {len(absent)} of its {len(wnids)} classes, for example {absent[0]}, are not in"

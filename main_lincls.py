@@ -44,6 +44,7 @@ from moco import (
     gpus,
     images,
     launch,
+    listing,
     loader,
     metrics,
     options,
@@ -52,10 +53,11 @@ from moco import (
 )
 from moco.claim import Claim
 from moco.classifier import LinearHeads
-from moco.datasets import ImageFolder, ImageList, RetryDataset, StrictDataset
+from moco.datasets import ImageList, RetryDataset, StrictDataset
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
 from moco.errors import Finished, RunError, UsageError, cli_main
+from moco.listing import ImageFolder
 from moco.loader import GlobalBatchSampler
 from moco.run import Run, check_unused
 from moco.signals import StopSignal
@@ -175,10 +177,10 @@ def trains(args: argparse.Namespace) -> bool:
 
 def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder]:
     """The training images (None if no head is trained) and the validation images."""
-    val = datasets.list_images(datasets.split_path(args.data, "val"))
+    val = listing.list_images(listing.split_path(args.data, "val"))
     if not trains(args):
         return None, val
-    train = datasets.list_images(datasets.split_path(args.data, "train"))
+    train = listing.list_images(listing.split_path(args.data, "train"))
     different = sorted(set(train.classes) ^ set(val.classes))
     if different:
         raise UsageError(f"{args.data}: train/ and val/ hold different classes, for example {different[0]}")

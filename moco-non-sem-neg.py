@@ -31,13 +31,13 @@ from moco import (
     augment,
     checkpoint,
     claim,
-    classifier,
     contents,
-    datasets,
     distributed,
     gpus,
     images,
+    knn,
     launch,
+    listing,
     loader,
     memory,
     metrics,
@@ -47,11 +47,12 @@ from moco import (
 )
 from moco.builder import MoCo
 from moco.claim import Claim
-from moco.datasets import RetryDataset, TrainingImages, TwoCrops
+from moco.datasets import RetryDataset, TwoCrops
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
 from moco.environment import is_local_main
 from moco.errors import Finished, UsageError, cli_main
+from moco.listing import TrainingImages
 from moco.loader import GlobalBatchSampler
 from moco.run import Run, check_unused
 from moco.signals import StopSignal
@@ -70,7 +71,7 @@ class Inputs(NamedTuple):
     """What validation found: the data, and the checkpoint of --resume."""
 
     train: TrainingImages
-    knn: tuple[datasets.ImageFolder, ...] | None  # train/ and val/ with --knn, if there is a val/ with the same classes
+    knn: tuple[listing.ImageFolder, ...] | None  # train/ and val/ with --knn, if there is a val/ with the same classes
     saved: dict  # {} for a fresh start
     claim: Claim  # of --ckpt_path
     memory: dict[str, int]  # bytes that a process needs, by part
@@ -153,7 +154,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     options.check_folder("--ckpt_path", args.ckpt_path)
     if not args.preview:
         check_unused(args.ckpt_path, args.resume, CHECKPOINTS, probe=None)
-    list_images = functools.partial(datasets.list_training_images, args.data, with_textures=args.robust == "texture")
+    list_images = functools.partial(listing.list_training_images, args.data, with_textures=args.robust == "texture")
     data = sharing.once_per_node("training images", list_images)
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
@@ -220,7 +221,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     sampler = GlobalBatchSampler(len(dataset), batch_size, seed, ctx)
     train_loader = loader.train_loader(dataset, sampler, workers, ctx.device)
     prepare = functools.partial(make_views, args=args, device=ctx.device)  # crops → query, key, negatives
-    knn_loaders = classifier.knn_loaders(inputs.knn or (), args.image_size, batch_size, workers, ctx)
+    knn_loaders = knn.loaders(inputs.knn or (), args.image_size, batch_size, workers, ctx)
 
     # --- model and optimizer
     distributed.seed_everything(seed)  # the same on every rank: weights and queue start equal
@@ -250,9 +251,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
         stats = run.epoch_stats()
         if knn_loaders and is_due(epoch, args.knn_freq, args.epochs) and not run.stopping:
             with run.evaluation():
-                stats["knn_top1"] = classifier.knn_accuracy(
-                    model.encoder_q, *knn_loaders, len(data.classes), ctx.device
-                )
+                stats["knn_top1"] = knn.accuracy(model.encoder_q, *knn_loaders, len(data.classes), ctx.device)
             run.print(f"epoch {epoch}  val: 200-nearest-neighbour top-1 {stats['knn_top1']:.2f} %")
         numbered = is_due(epoch, args.save_freq, args.epochs)
         run.end_epoch(stats, [f"checkpoint_{epoch:04d}.pth.tar"] if numbered else [])
@@ -338,18 +337,18 @@ def make_views(
     )
 
 
-def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[datasets.ImageFolder, ...] | None:
+def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[listing.ImageFolder, ...] | None:
     """The photos of train/ and val/; None if there is no val/ with the same classes. UsageError for a single class."""
     if len(data.classes) < 2:
         raise UsageError(
             f"--knn needs labels: the images of {args.data}/train are one class, and any guess is right; leave out"
             " --knn, or make one folder of images per class"
         )
-    root = datasets.photo_root(args.data) if args.robust == "texture" else args.data
+    root = listing.photo_root(args.data) if args.robust == "texture" else args.data
     if not os.path.isdir(os.path.join(root, "val")):
         return None
-    val = sharing.once_per_node("val", functools.partial(datasets.list_images, os.path.join(root, "val")))
-    return (datasets.ImageFolder(data.photos, data.labels, data.classes), val) if val.classes == data.classes else None
+    val = sharing.once_per_node("val", functools.partial(listing.list_images, os.path.join(root, "val")))
+    return (listing.ImageFolder(data.photos, data.labels, data.classes), val) if val.classes == data.classes else None
 
 
 def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) -> dict:
@@ -365,7 +364,7 @@ def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) 
 
 def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
     options.print_config(args, derived, args.verbose)
-    if inputs.train.classes == [datasets.FLAT] and not os.path.isdir(os.path.join(args.data, "train", datasets.FLAT)):
+    if inputs.train.classes == [listing.FLAT] and not os.path.isdir(os.path.join(args.data, "train", listing.FLAT)):
         print(f"{os.path.join(args.data, 'train')} has no class folders: its images are one class")
     if inputs.train.unmatched:
         print(f"photos skipped because they have no texture: {inputs.train.unmatched}")

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torchvision.transforms as transforms
 from PIL import Image
 
-from moco import cues, datasets, distributed, loader
+from moco import cues, datasets, distributed, listing, loader
 from moco.classifier import predictions
 from moco.distributed import DistContext
 from moco.errors import UsageError
@@ -166,7 +166,7 @@ class _Preprocessed(datasets.ImageList):
 def class_root(directory: str) -> str:
     """The folder that holds the class folders: DIR/val if it exists, else DIR."""
     inner = os.path.join(directory, "val")
-    return inner if datasets.is_folder(inner) else directory
+    return inner if listing.is_folder(inner) else directory
 
 
 def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | None = None) -> TestSet:
@@ -176,7 +176,7 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     among those of which the head has a class. limit: only the first so many of each class. Classes are matched by
     folder name, never by order. Raises UsageError if none matches.
     """
-    folder = datasets.list_images(directory)
+    folder = listing.list_images(directory)
     by_category = set(folder.classes) <= cues.sixteen_categories().keys() and not set(folder.classes) & set(wnids)
     categories = cues.outputs_by_category(wnids) if by_category and key.startswith(f"{FURTHER}/") else None
     names = list(wnids if categories is None else categories)
@@ -222,7 +222,7 @@ def corruption_folders(directory: str) -> dict[tuple[str, int], str]:
             for severity in SEVERITIES:
                 for parent in (directory, os.path.join(directory, group)):
                     folder = os.path.join(parent, name, str(severity))
-                    if datasets.is_folder(folder):
+                    if listing.is_folder(folder):
                         other = found.setdefault((name, severity), folder)
                         if not os.path.samefile(folder, other):
                             raise UsageError(f"{directory}: {folder} and {other} are the same test set; remove one")

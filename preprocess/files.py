@@ -127,7 +127,7 @@ def read_words(path: Path) -> list[str]:
     return words
 
 
-# Lists of images, by the rule of moco/datasets.py: what is prepared here is what is trained on there.
+# Lists of images, by the rule of moco/listing.py: what is prepared here is what is trained on there.
 
 
 def list_images(directory: Path, without_classes: bool = False) -> dict[str, list[str]]:

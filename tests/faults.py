@@ -14,7 +14,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from moco import checkpoint, datasets, errors, images, launch, loader, options, rendezvous  # noqa: E402
+from moco import checkpoint, errors, images, launch, listing, loader, options, rendezvous  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
 from moco.run import Run  # noqa: E402
 
@@ -93,13 +93,13 @@ def workers_as_asked():
 
 def report_listings():
     """Print each folder that is listed."""
-    original = datasets.list_images
+    original = listing.list_images
 
     def list_images(directory):
         print(f"listed {directory}", flush=True)
         return original(directory)
 
-    datasets.list_images = list_images
+    listing.list_images = list_images
 
 
 FAULTS = {

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from helpers import run_ranks, unit, write_folder
+from helpers import write_folder
 
-from moco import checkpoint, classifier, datasets, loader
+from moco import checkpoint, classifier, datasets, listing, loader
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
 from moco.errors import UsageError
@@ -78,7 +78,7 @@ class ByBrightness(torch.nn.Module):
 
 
 def test_evaluate_counts_every_image_once(tmp_path):
-    paths, labels, _ = datasets.list_images(write_folder(tmp_path) / "train")
+    paths, labels, _ = listing.list_images(write_folder(tmp_path) / "train")
     dataset = datasets.StrictDataset(datasets.ImageList(paths, labels, datasets.eval_transform(16)))
     batches = loader.eval_loader(dataset, 5, 0, DistContext())
     model = ByBrightness()
@@ -117,75 +117,3 @@ def test_an_image_size_that_does_not_suit_is_refused():
     model.conv1[0].padding = 0  # no network of ours refuses a size in eval mode
     with pytest.raises(UsageError, match="--image-size 1 does not suit --arch shufflenet_v2_x0_5"):
         classifier.check_image_size(model, "shufflenet_v2_x0_5", 1)
-
-
-# k-nearest neighbours
-
-
-@pytest.mark.parametrize("k", [1, 5, 200])
-def test_votes_equal_the_definition_in_loops(k):
-    queries, bank = unit(6, 8), unit(30, 8, seed=1)
-    labels = torch.arange(30) % 3
-    expected = []
-    for query in queries:
-        cosines = sorted(((query @ feature).item(), label.item()) for feature, label in zip(bank, labels))[::-1][:k]
-        votes = [sum(math.exp(cosine / 0.07) for cosine, label in cosines if label == c) for c in range(3)]
-        expected.append(votes.index(max(votes)))
-    assert classifier.knn_predict(queries, bank, labels, 3, k).tolist() == expected
-
-
-class Sign(torch.nn.Module):
-    """A network whose features before fc are an image's mean colours; in training mode it would fail."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(3, 2)
-
-    def forward(self, images):
-        assert not self.training
-        return self.fc(images.mean(dim=(2, 3)))
-
-
-def test_accuracy_by_the_features_before_fc():
-    def batch(reds, labels):
-        images = torch.zeros(len(reds), 3, 4, 4, dtype=torch.uint8)
-        images[:, 0] = torch.tensor(reds).view(-1, 1, 1)
-        images[:, 2] = 255 - images[:, 0]
-        return images, torch.tensor(labels)
-
-    encoder = Sign().train()
-    train = [batch([250, 240], [0, 0]), batch([10, 20, 15], [1, 1, 1])]
-    val = [batch([245, 5], [0, 1]), batch([230], [1])]
-    assert classifier.knn_accuracy(encoder, train, val, 2, torch.device("cpu")) == pytest.approx(100 * 2 / 3)
-    assert encoder.training and not encoder.fc._forward_pre_hooks
-
-
-def test_knn_replaces_an_unreadable_image_by_one_of_its_class(tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.images.RETRY_SECONDS", 0)
-    folder = datasets.list_images(write_folder(tmp_path, train=2) / "train")
-    with open(folder.paths[0], "wb") as file:
-        file.write(b"broken")
-    (batches,) = classifier.knn_loaders([folder], 16, 4, 0, DistContext())
-    ((images, labels),) = list(batches)
-    assert labels.tolist() == [0, 0, 1, 1] and torch.equal(images[0], images[1])
-
-
-def knn_with_own_statistics(ctx):
-    """kNN accuracy where rank 1's BatchNorm statistics are far from rank 0's; each rank has every second image."""
-    torch.manual_seed(0)
-    encoder = build_encoder("resnet10", 4)
-    if ctx.rank:
-        encoder.norm.running_mean += torch.linspace(-50, 50, 256)
-        encoder.norm.running_var *= 100
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randint(256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    labels = torch.arange(24) % 3
-    share = slice(ctx.rank, None, ctx.world_size)
-    batches = [(images[share], labels[share])]
-    return classifier.knn_accuracy(encoder, batches, batches, 3, ctx.device), encoder.norm.running_mean
-
-
-def test_knn_uses_one_ranks_statistics_for_all_images(tmp_path):
-    alone, statistics = knn_with_own_statistics(DistContext())
-    for accuracy, mean in run_ranks(2, tmp_path, knn_with_own_statistics)["knn_with_own_statistics"]:
-        assert accuracy == pytest.approx(alone) and torch.equal(mean, statistics)

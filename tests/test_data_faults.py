@@ -21,7 +21,7 @@ from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, fill_encoder,
 from PIL import Image
 
 import eval_robustness
-from moco import datasets, images, released, robustness
+from moco import datasets, images, listing, released, robustness
 from moco.datasets import ImageList, StrictDataset
 from moco.encoders import build_encoder
 from moco.errors import RunError, UsageError
@@ -37,7 +37,7 @@ def retry_at_once(monkeypatch):
 
 
 def moco_listing(root):
-    return [os.path.relpath(path, root) for path in datasets.list_images(root).paths]
+    return [os.path.relpath(path, root) for path in listing.list_images(root).paths]
 
 
 def preprocess_listing(root):
@@ -48,7 +48,7 @@ LISTINGS = {"moco": (moco_listing, UsageError), "preprocess": (preprocess_listin
 
 
 @pytest.fixture(params=LISTINGS)
-def listing(request):
+def lister(request):
     """(list the images below a folder of class folders, the exception that refuses it)"""
     return LISTINGS[request.param]
 
@@ -99,8 +99,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_a_tree_with_links_that_mislead_is_refused(tree, listing, fault):
-    list_below, error = listing
+def test_a_tree_with_links_that_mislead_is_refused(tree, lister, fault):
+    list_below, error = lister
     REFUSED[fault](tree)
     with pytest.raises(error, match=str(tree)) as refusal:
         list_below(tree)
@@ -133,25 +133,25 @@ IGNORED = {
 
 @pytest.mark.parametrize("kind", IGNORED)
 @pytest.mark.parametrize("place", [".", "n01", "n02/sub"])
-def test_what_is_no_image_is_not_listed(tree, listing, kind, place):
+def test_what_is_no_image_is_not_listed(tree, lister, kind, place):
     if (kind, place) == ("an empty subfolder", "."):
         return  # that is a class
-    before = listing[0](tree)
+    before = lister[0](tree)
     IGNORED[kind](tree / place)
-    assert listing[0](tree) == before == ["n01/a.JPEG", "n02/sub/b.png"]
+    assert lister[0](tree) == before == ["n01/a.JPEG", "n02/sub/b.png"]
 
 
-def test_links_to_data_elsewhere_are_listed(tree, listing, tmp_path):
+def test_links_to_data_elsewhere_are_listed(tree, lister, tmp_path):
     other = tmp_path / "other"
     write_photo(other / "n03" / "deep" / "c.JPEG")
     link(tree / "n03", "../other/n03")
     link(tree / "n01" / "linked.JPEG", "../../other/n03/deep/c.JPEG")
-    assert listing[0](tree) == ["n01/a.JPEG", "n01/linked.JPEG", "n02/sub/b.png", "n03/deep/c.JPEG"]
+    assert lister[0](tree) == ["n01/a.JPEG", "n01/linked.JPEG", "n02/sub/b.png", "n03/deep/c.JPEG"]
 
 
 @pytest.mark.parametrize("place", [".", "n01", "n02/sub"])
 @pytest.mark.parametrize("denied", ["scandir", "access"])
-def test_an_unreadable_folder_is_refused_with_its_path(tree, listing, monkeypatch, place, denied):
+def test_an_unreadable_folder_is_refused_with_its_path(tree, lister, monkeypatch, place, denied):
     """As root nothing is unreadable: the system's answer is put in."""
     folder, real = str(tree / place), getattr(os, denied)
 
@@ -163,8 +163,8 @@ def test_an_unreadable_folder_is_refused_with_its_path(tree, listing, monkeypatc
         return real(path, *args)
 
     monkeypatch.setattr(os, denied, deny)
-    with pytest.raises(listing[1], match="Permission denied") as refusal:
-        listing[0](tree)
+    with pytest.raises(lister[1], match="Permission denied") as refusal:
+        lister[0](tree)
     assert str(refusal.value).startswith(str(Path(folder))) and "remove" not in str(refusal.value)
 
 
@@ -173,7 +173,7 @@ def test_a_split_that_cannot_be_read_is_not_missing(tree, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "stat", denied)
-    for call in (datasets.list_images, functools.partial(datasets.split_path, split="train"), robustness.class_root):
+    for call in (listing.list_images, functools.partial(listing.split_path, split="train"), robustness.class_root):
         with pytest.raises(UsageError, match="Permission denied"):
             call(str(tree))
 
@@ -182,33 +182,33 @@ def test_a_dangling_split_is_not_missing(tmp_path):
     write_folder(tmp_path, train=1, val=1)
     shutil.rmtree(tmp_path / "val")
     (tmp_path / "val").symlink_to("gone")
-    for call in (functools.partial(datasets.split_path, split="val"), robustness.class_root):
+    for call in (functools.partial(listing.split_path, split="val"), robustness.class_root):
         with pytest.raises(UsageError, match="val: a link that leads nowhere .gone."):
             call(str(tmp_path))
 
 
-def test_no_file_is_asked_for_its_type(tree, listing, monkeypatch):
+def test_no_file_is_asked_for_its_type(tree, lister, monkeypatch):
     """The folder's entry says it: a stat for each of 1.28 million files takes minutes on a network drive."""
     for number in range(50):
         (tree / "n01" / f"{number}.JPEG").touch()
     asked, real = [], os.stat
     monkeypatch.setattr(os, "stat", lambda path, **options: asked.append(str(path)) or real(path, **options))
-    assert len(listing[0](tree)) == 52
+    assert len(lister[0](tree)) == 52
     assert not [path for path in asked if path.endswith(".JPEG")]
 
 
 def test_both_sides_know_the_same_images():
-    assert files.IMAGE_SUFFIXES == datasets.IMG_EXTENSIONS and files.NOT_DATA == datasets.NOT_DATA
+    assert files.IMAGE_SUFFIXES == listing.IMG_EXTENSIONS and files.NOT_DATA == listing.NOT_DATA
 
 
-def test_a_tree_deeper_than_the_recursion_limit(tmp_path, listing):
+def test_a_tree_deeper_than_the_recursion_limit(tmp_path, lister):
     folders = [str(tmp_path / "train"), str(tmp_path / "train" / "n01")]
     for _ in range(1050):
         folders.append(folders[-1] + "/d")
     for folder in folders:
         os.mkdir(folder)
     Path(folders[-1], "a.JPEG").touch()
-    assert len(listing[0](tmp_path / "train")) == 1
+    assert len(lister[0](tmp_path / "train")) == 1
     os.remove(Path(folders[-1], "a.JPEG"))  # pytest's own removal is recursive
     for folder in reversed(folders):
         os.rmdir(folder)
@@ -237,7 +237,7 @@ def linear_checkpoint(outputs):
 
 
 class RandomTree:
-    """A random folder of class folders: `images`, what its listing must give, and `refused`, whether it must not."""
+    """A random folder of class folders: `images`, what its lister must give, and `refused`, whether it must not."""
 
     NAMES = ("a", "b c", "ü", "n\udcff", "new\nline", "x" * 200, "-r", "%s", "{}x")
 
@@ -369,14 +369,14 @@ def test_two_photos_of_one_texture_are_refused(tmp_path):
     write_folder(tmp_path / "data-texture", train=2, suffix=".png")
     write_photo(tmp_path / "data" / "train" / "n01" / "n01_0.png")
     with pytest.raises(UsageError, match="differ from another in the suffix only.*n01_0"):
-        datasets.list_texture_pairs(str(tmp_path / "data-texture"))
+        listing.list_texture_pairs(str(tmp_path / "data-texture"))
 
 
 def test_names_that_are_not_utf8_can_be_printed(tmp_path):
     write_folder(tmp_path / "data", train=2)
     write_folder(tmp_path / "data-texture", train=1, suffix=".png")
     write_photo(tmp_path / "data" / "train" / "n01" / "odd\udcff.JPEG")
-    unmatched = datasets.list_texture_pairs(str(tmp_path / "data-texture")).unmatched
+    unmatched = listing.list_texture_pairs(str(tmp_path / "data-texture")).unmatched
     assert "odd\\udcff" in unmatched and unmatched.encode()
 
 

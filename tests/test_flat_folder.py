@@ -7,7 +7,7 @@ import files
 import pytest
 from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused, run_script, same, weights, write_photo
 
-from moco import datasets, robustness
+from moco import listing, robustness
 from moco.errors import UsageError
 
 
@@ -21,7 +21,7 @@ def write_images(folder):
 def test_images_without_class_folders_are_one_class(tmp_path):
     write_images(tmp_path / "data" / "train")
     (tmp_path / "data" / "train" / ".thumbnails").mkdir()
-    found = datasets.list_training_images(str(tmp_path / "data"))
+    found = listing.list_training_images(str(tmp_path / "data"))
     assert list(found.photos) == [str(tmp_path / "data" / "train" / f"{number}.JPEG") for number in range(8)]
     assert list(found.labels) == [0] * 8 and found.classes == ["all"] and found.textures is None
 
@@ -30,8 +30,8 @@ def test_images_beside_class_folders_are_refused(tmp_path):
     train = write_images(tmp_path / "data" / "train")
     write_photo(train / "cat" / "a.png")
     for list_below, error in (
-        (lambda: datasets.list_training_images(str(tmp_path / "data")), UsageError),
-        (lambda: datasets.list_images(train), UsageError),
+        (lambda: listing.list_training_images(str(tmp_path / "data")), UsageError),
+        (lambda: listing.list_images(train), UsageError),
         (lambda: robustness.list_test_set("sketch", str(train), ["cat"]), UsageError),
         (lambda: files.list_images(train), files.UsageError),
         (lambda: files.list_images(train, without_classes=True), files.UsageError),
@@ -44,7 +44,7 @@ def test_images_beside_class_folders_are_refused(tmp_path):
 
 def test_a_folder_without_any_image_is_refused(tmp_path):
     (tmp_path / "data" / "train").mkdir(parents=True)
-    for call in (datasets.list_training_images, lambda root: files.list_images(tmp_path / "data" / "train", True)):
+    for call in (listing.list_training_images, lambda root: files.list_images(tmp_path / "data" / "train", True)):
         with pytest.raises((UsageError, files.UsageError), match="it has no class folders$"):
             call(str(tmp_path / "data"))
 
@@ -67,7 +67,7 @@ def test_a_flat_folder_has_textures_and_pairs(tmp_path):
     write_images(tmp_path / "x" / "train")
     command = ["--imagenet_path", tmp_path / "x", "--imagenet_t_path", tmp_path / "x-texture", "--workers", 1]
     run_script("preprocess/imagenet_texture_syn.py", *command, "--patch", 16, "--size", 32)
-    data = datasets.list_texture_pairs(str(tmp_path / "x-texture"))
+    data = listing.list_texture_pairs(str(tmp_path / "x-texture"))
     assert [os.path.basename(path) for path in data.photos] == [f"{number}.JPEG" for number in range(8)]
     assert [os.path.basename(path) for path in data.textures] == [f"{number}.png" for number in range(8)]
     assert data.labels == [0] * 8 and data.classes == ["all"]

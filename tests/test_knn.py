@@ -1,12 +1,14 @@
 """kNN accuracy: in pieces and over ranks it equals the plain definition, and it leaves the encoder as it is."""
 
+import math
+
 import pytest
 import torch
-from helpers import run_ranks
+from helpers import run_ranks, write_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco import classifier
+from moco import classifier, knn, listing
 from moco.builder import MoCo
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
@@ -39,11 +41,16 @@ def batches_of(images, labels, size, ctx=DistContext()):  # noqa: B008
 
 
 def plain(train, val, k, classes=5):
-    """The definition: all features at once, and all similarities in one matrix."""
+    """The definition in loops: each of the k nearest votes for its class with exp(cosine / 0.07)."""
     bank, queries = (
         torch.nn.functional.normalize(classifier.to_input(images, CPU).flatten(1)) for images, _ in (train, val)
     )
-    return 100 * (classifier.knn_predict(queries, bank, train[1], classes, k) == val[1]).double().mean().item()
+    hits = 0
+    for cosines, label in zip((queries @ bank.T).tolist(), val[1].tolist()):
+        nearest = sorted(zip(cosines, train[1].tolist()), reverse=True)[:k]
+        votes = [sum(math.exp(cosine / 0.07) for cosine, own in nearest if own == c) for c in range(classes)]
+        hits += votes.index(max(votes)) == label
+    return 100 * hits / len(val[1])
 
 
 @pytest.mark.parametrize("train, val, k", [(300, 70, 20), (300, 70, 1), (30, 9, 200), (1, 1, 5)])
@@ -51,7 +58,7 @@ def plain(train, val, k, classes=5):
 def test_in_pieces_it_equals_the_definition(train, val, k, chunk, block):
     train, val = images_of(train, seed=1), images_of(val, seed=2)
     loaders = batches_of(*train, 8), batches_of(*val, 8)
-    found = classifier.knn_accuracy(Colours(), *loaders, 5, CPU, k=k, chunk=chunk, block=block)
+    found = knn.accuracy(Colours(), *loaders, 5, CPU, k=k, chunk=chunk, block=block)
     assert found == pytest.approx(plain(train, val, k), abs=1e-9)
 
 
@@ -60,7 +67,7 @@ def over_ranks(ctx):
     results = []
     for n_train, n_val, k in ((200, 50, 15), (200, 1, 15), (2, 50, 15)):
         loaders = [batches_of(*images_of(n, seed), 8, ctx) for n, seed in ((n_train, 1), (n_val, 2))]
-        results.append(classifier.knn_accuracy(Colours(), *loaders, 5, ctx.device, k=k, chunk=7, block=16))
+        results.append(knn.accuracy(Colours(), *loaders, 5, ctx.device, k=k, chunk=7, block=16))
     return results
 
 
@@ -101,14 +108,14 @@ class Largest(TorchDispatchMode):
 def test_features_of_the_training_images_are_never_all_kept(images):
     train, val = batches_of(*images_of(images, 1), 16), batches_of(*images_of(10, 2), 16)
     with Largest() as largest:
-        classifier.knn_accuracy(Colours(), train, val, 5, CPU, k=20, chunk=4, block=64)
+        knn.accuracy(Colours(), train, val, 5, CPU, k=20, chunk=4, block=64)
     assert largest.bytes <= 4 * 48 * 80  # of one block; all are 4 * 48 * images
 
 
 def test_the_encoder_stays_as_it_is():
     encoder = Colours().train()
     before = dict(encoder.__dict__), dict(encoder._modules)
-    classifier.knn_accuracy(encoder, batches_of(*images_of(9, 1), 4), batches_of(*images_of(5, 2), 4), 5, CPU)
+    knn.accuracy(encoder, batches_of(*images_of(9, 1), 4), batches_of(*images_of(5, 2), 4), 5, CPU)
     assert (dict(encoder.__dict__), dict(encoder._modules)) == before
     assert all(module.training and not module._forward_pre_hooks for module in encoder.modules())
 
@@ -136,6 +143,63 @@ def test_a_compiled_encoder_is_not_compiled_again_for_knn():
     for images in (6, 7, 8, 9):
         pixels = torch.randint(256, (images, 3, 32, 32), dtype=torch.uint8)
         loader = batches_of(pixels, torch.arange(images) % 2, 4)
-        classifier.knn_accuracy(model.encoder_q, loader, loader, 2, CPU)
+        knn.accuracy(model.encoder_q, loader, loader, 2, CPU)
         step()
     assert len(graphs) == once
+
+
+class Sign(torch.nn.Module):
+    """A network whose features before fc are an image's mean colours; in training mode it would fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+
+    def forward(self, images):
+        assert not self.training
+        return self.fc(images.mean(dim=(2, 3)))
+
+
+def test_accuracy_by_the_features_before_fc():
+    def batch(reds, labels):
+        images = torch.zeros(len(reds), 3, 4, 4, dtype=torch.uint8)
+        images[:, 0] = torch.tensor(reds).view(-1, 1, 1)
+        images[:, 2] = 255 - images[:, 0]
+        return images, torch.tensor(labels)
+
+    encoder = Sign().train()
+    train = [batch([250, 240], [0, 0]), batch([10, 20, 15], [1, 1, 1])]
+    val = [batch([245, 5], [0, 1]), batch([230], [1])]
+    assert knn.accuracy(encoder, train, val, 2, torch.device("cpu")) == pytest.approx(100 * 2 / 3)
+    assert encoder.training and not encoder.fc._forward_pre_hooks
+
+
+def test_knn_replaces_an_unreadable_image_by_one_of_its_class(tmp_path, monkeypatch):
+    monkeypatch.setattr("moco.images.RETRY_SECONDS", 0)
+    folder = listing.list_images(write_folder(tmp_path, train=2) / "train")
+    with open(folder.paths[0], "wb") as file:
+        file.write(b"broken")
+    (batches,) = knn.loaders([folder], 16, 4, 0, DistContext())
+    ((images, labels),) = list(batches)
+    assert labels.tolist() == [0, 0, 1, 1] and torch.equal(images[0], images[1])
+
+
+def knn_with_own_statistics(ctx):
+    """kNN accuracy where rank 1's BatchNorm statistics are far from rank 0's; each rank has every second image."""
+    torch.manual_seed(0)
+    encoder = build_encoder("resnet10", 4)
+    if ctx.rank:
+        encoder.norm.running_mean += torch.linspace(-50, 50, 256)
+        encoder.norm.running_var *= 100
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(256, (24, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(24) % 3
+    share = slice(ctx.rank, None, ctx.world_size)
+    batches = [(images[share], labels[share])]
+    return knn.accuracy(encoder, batches, batches, 3, ctx.device), encoder.norm.running_mean
+
+
+def test_knn_uses_one_ranks_statistics_for_all_images(tmp_path):
+    alone, statistics = knn_with_own_statistics(DistContext())
+    for accuracy, mean in run_ranks(2, tmp_path, knn_with_own_statistics)["knn_with_own_statistics"]:
+        assert accuracy == pytest.approx(alone) and torch.equal(mean, statistics)

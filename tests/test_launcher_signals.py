@@ -48,7 +48,7 @@ def files_of(tmp_path_factory):
 # At any moment
 
 MOMENTS = {  # a function that is interrupted at its so many-th call, and whether the run has something to save then
-    "listing": ("moco.datasets.list_images", 1, False),
+    "listing": ("moco.listing.list_images", 1, False),
     "building": ("moco.run.Run.__init__", 1, True),
     "resuming": ("moco.run.Run.resume", 1, True),
     "decoding": ("moco.datasets.RetryDataset.__getitem__", 12, True),
@@ -57,7 +57,7 @@ MOMENTS = {  # a function that is interrupted at its so many-th call, and whethe
     "saving": ("moco.checkpoint.save", 1, True),
     "saving again": ("moco.checkpoint.save", 2, True),
     "logging": ("moco.metrics.append_jsonl", 1, True),
-    "kNN": ("moco.classifier.knn_accuracy", 1, True),
+    "kNN": ("moco.knn.accuracy", 1, True),
 }
 
 

@@ -23,7 +23,7 @@ from helpers import (
 )
 from PIL import Image
 
-from moco.launch import free_port
+from moco.rendezvous import free_port
 
 
 def without_seed(settings):

@@ -27,7 +27,7 @@ from helpers import (
     write_folder,
 )
 
-from moco.launch import free_port
+from moco.rendezvous import free_port
 
 pytestmark = pytest.mark.slow  # each starts several processes
 

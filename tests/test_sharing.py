@@ -8,9 +8,9 @@ import torch.distributed as dist
 from helpers import FAULTS, PRETRAIN, PROBE, SMALL, SMALL_PROBE, TORCHRUN, TORCHRUN_RANK, run_script
 
 from moco import sharing
-from moco.datasets import TrainingImages
 from moco.errors import UsageError
-from moco.launch import free_port
+from moco.rendezvous import free_port
+from moco.listing import TrainingImages
 from moco.sequences import LabelList, PathList
 
 

@@ -60,11 +60,16 @@ class Lookup(torch.utils.data.Dataset):
 def measure(root, method):
     """Figures of the version on PYTHONPATH, with this default start method."""
     from moco import datasets, loader
+
+    try:
+        from moco import listing
+    except ImportError:  # in older versions, which this also measures
+        listing = datasets
     from moco.distributed import DistContext
 
     multiprocessing.set_start_method(method)
     times = [time.perf_counter()]
-    data = datasets.list_training_images(root)
+    data = listing.list_training_images(root)
     times.append(time.perf_counter())
     pickled = len(pickle.dumps(data))
     dataset = datasets.RetryDataset(Lookup(data.photos), data.labels)

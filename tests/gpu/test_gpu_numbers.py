@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_builder import CASES, golden_images, golden_model
 
-from moco import augment, classifier
+from moco import augment, classifier, knn
 from moco.builder import MoCo
 from moco.encoders import build_encoder
 from moco.negatives import cut_patches, draw_patches
@@ -120,7 +120,7 @@ def labelled(n, seed, size=64, classes=5):
 def test_knn_equals_the_cpus(device):
     train, val = labelled(200, 6), labelled(100, 7)
     accuracies = [
-        classifier.knn_accuracy(moco("resnet18").encoder_q.to(where), train, val, 5, where, k=20, block=64)
+        knn.accuracy(moco("resnet18").encoder_q.to(where), train, val, 5, where, k=20, block=64)
         for where in (CPU, device)
     ]
     assert accuracies[1] == pytest.approx(accuracies[0], abs=1)  # one image, where two votes are equal but for rounding
