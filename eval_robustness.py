@@ -41,12 +41,13 @@ from moco import (
     results,
     robustness,
     sharing,
+    testsets,
 )
 from moco.claim import Claim
 from moco.distributed import DistContext
 from moco.environment import is_local_main
 from moco.errors import UsageError, cli_main
-from moco.robustness import TestSet
+from moco.testsets import TestSet
 
 IMAGENET_100 = Path(__file__).parent / "preprocess" / "imagenet_100.txt"
 
@@ -94,8 +95,8 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
     """Refuse what could only fail later."""
     if not args.pretrained:
         raise UsageError("nothing to test: --pretrained names the linear checkpoints")
-    if not args.sets and not any(getattr(args, suite) for suite in robustness.SUITES):
-        suites = " ".join(f"--{suite} DIR" for suite in robustness.SUITES)
+    if not args.sets and not any(getattr(args, suite) for suite in testsets.SUITES):
+        suites = " ".join(f"--{suite} DIR" for suite in testsets.SUITES)
         raise UsageError(f"nothing to test on: use any of {suites} --set NAME=DIR")
     if args.compare:
         report.check_published(rows)
@@ -178,7 +179,7 @@ def class_list(path: str, saved: Mapping, outputs: int, args: argparse.Namespace
             check_listed(args, wnids)
         return wnids
     if args.val:
-        of_val = listing.list_images(robustness.class_root(args.val)).classes
+        of_val = listing.list_images(testsets.class_root(args.val)).classes
         if len(of_val) == outputs:
             return of_val
     imagenet_100 = read_classes(IMAGENET_100)
@@ -193,7 +194,7 @@ def class_list(path: str, saved: Mapping, outputs: int, args: argparse.Namespace
 
 def check_listed(args: argparse.Namespace, wnids: Sequence[str]) -> None:
     """Raise UsageError if --val lacks a class of --classes: a misspelt name can shift the labels of the others."""
-    root = robustness.class_root(args.val)
+    root = testsets.class_root(args.val)
     absent = sorted(set(wnids) - set(listing.list_images(root).classes))
     if absent:
         raise UsageError(
@@ -319,11 +320,11 @@ def main() -> None:
     validate_args(args, rows)
     models, pretraining, wnids, image_size = load_models(rows, args)
     # Listing all test sets first finds a wrong folder before hours of evaluation, and tells the bar its length.
-    directories = {suite: getattr(args, suite) for suite in robustness.SUITES if getattr(args, suite)}
-    directories |= {f"{robustness.FURTHER}/{name}": directory for name, directory in sets.items()}
-    list_test_sets = functools.partial(robustness.list_test_sets, directories, wnids, args.limit)
+    directories = {suite: getattr(args, suite) for suite in testsets.SUITES if getattr(args, suite)}
+    directories |= {f"{testsets.FURTHER}/{name}": directory for name, directory in sets.items()}
+    list_test_sets = functools.partial(testsets.list_test_sets, directories, wnids, args.limit)
     test_sets = sharing.once_per_node("test sets", list_test_sets)
-    unknown = robustness.unknown_corruptions(args.corruption) if args.corruption else []
+    unknown = testsets.unknown_corruptions(args.corruption) if args.corruption else []
     result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
     output = claim.of_file("--json", args.json)  # before it is read
     results.reuse_results(args.json, result, test_sets)
@@ -342,7 +343,7 @@ def main() -> None:
         print(report.not_evaluated(unknown), file=sys.stderr)
     launch.launch(evaluate, (args, models, wnids, image_size, test_sets, result, output), gpu=args.gpu)
     keys = [test_set.key for test_set in test_sets]
-    if args.corruption and robustness.missing_corruptions(keys) and not args.allow_partial:
+    if args.corruption and testsets.missing_corruptions(keys) and not args.allow_partial:
         sys.exit(1)
 
 

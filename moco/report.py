@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from moco import robustness
+from moco import robustness, testsets
 from moco.errors import UsageError
-from moco.robustness import TestSet
+from moco.testsets import TestSet
 
 TITLES = {
     "val": "val",
@@ -75,7 +75,7 @@ def _cue_figures(result: Mapping, prefix: str) -> dict[str, float]:
 
 def further_sets(report: Mapping) -> dict[str, str]:
     """{key: name} of the sets that are no column of the published table."""
-    prefix = f"{robustness.FURTHER}/"
+    prefix = f"{testsets.FURTHER}/"
     return {key: key.removeprefix(prefix) for key in report["cells"] if key.startswith(prefix)}
 
 
@@ -108,7 +108,7 @@ def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
 def missing(report: Mapping) -> list[str]:
     """The standard corruptions and severities that a report on corruptions lacks."""
     keys = [key for key in report["cells"] if key.startswith("corruption/")]
-    return robustness.missing_corruptions(keys) if keys else []
+    return testsets.missing_corruptions(keys) if keys else []
 
 
 def mean_std(runs: Sequence[float]) -> str:
@@ -283,7 +283,7 @@ def _class_cells(report: Mapping, suite: str) -> list[dict]:
     further = further_sets(report)
     keys = [key for key in report["cells"] if suite in (key, further.get(key)) or key.startswith(suite + "/")]
     if suite == "corruption":
-        keys = [key for key in keys if key.split("/")[1] in robustness.STANDARD]
+        keys = [key for key in keys if key.split("/")[1] in testsets.STANDARD]
     if not keys:
         suites = dict.fromkeys(
             further.get(key, "corruption" if key.startswith("corruption/") else key) for key in report["cells"]
@@ -317,7 +317,7 @@ def by_class(report: Mapping) -> str:
 def _counted(report: Mapping, suite: str) -> bool:
     """Whether a suite has a mean: the extra corruptions alone have none."""
     if suite == "corruption":
-        return any(key.split("/")[1] in robustness.STANDARD for key in report["cells"] if key.startswith("corruption/"))
+        return any(key.split("/")[1] in testsets.STANDARD for key in report["cells"] if key.startswith("corruption/"))
     return suite in report["cells"]
 
 
@@ -436,7 +436,7 @@ def incomplete(report: Mapping, suite: str) -> str:
 def _odd_counts(cell: Mapping, suite: str) -> str:
     """How a cell's classes and images differ in number from the published set; "" if they do not."""
     classes = RENDITION_CLASSES if suite == "rendition" else PUBLISHED_CLASSES
-    expected = robustness.EXPECTED_COUNTS.get(suite, RENDITION_COUNTS)
+    expected = testsets.EXPECTED_COUNTS.get(suite, RENDITION_COUNTS)
     counts = {wnid: count["n"] for wnid, count in cell["results"][0]["classes"].items()}
     if len(counts) != classes:
         return f"{cell['n']} images of {len(counts)} classes, published: {classes} classes"
@@ -494,7 +494,7 @@ def plot(report: Mapping, path: str) -> None:
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     present = {key.split("/")[1] for key in report["cells"] if key.startswith("corruption/")}
-    names = [name for group in robustness.CORRUPTIONS.values() for name in group if name in present]
+    names = [name for group in testsets.CORRUPTIONS.values() for name in group if name in present]
     columns = min(5, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.4 * lines + 0.6), layout="constrained")
@@ -508,7 +508,7 @@ def plot(report: Mapping, path: str) -> None:
                 axis.axhline(_mean_top1(clean, runs, row), color=colour, linestyle="--", linewidth=0.9)
         chance = axis.axhline(100 / len(report["wnids"]), color="gray", linestyle=":", linewidth=1.2)
         axis.set_title(name.replace("_", " "), fontsize=9)
-        axis.set_xticks(list(robustness.SEVERITIES))
+        axis.set_xticks(list(testsets.SEVERITIES))
     for axis in axes[len(names) :]:
         axis.set_visible(False)
     for axis in axes[len(names) - columns : len(names)]:  # the last of each column, also above an empty place
@@ -524,7 +524,7 @@ def plot(report: Mapping, path: str) -> None:
 
 def _severity_curve(report: Mapping, corruption: str, runs: Sequence[str], row: str) -> list[tuple[int, float]]:
     """(severity, mean top-1 of the row's runs) for the severities that were evaluated."""
-    cells = {severity: report["cells"].get(f"corruption/{corruption}/{severity}") for severity in robustness.SEVERITIES}
+    cells = {severity: report["cells"].get(f"corruption/{corruption}/{severity}") for severity in testsets.SEVERITIES}
     return [(severity, _mean_top1(cell, runs, row)) for severity, cell in cells.items() if cell]
 
 

@@ -10,9 +10,9 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from moco import files, robustness
+from moco import files, testsets
 from moco.errors import RunError, UsageError
-from moco.robustness import TestSet
+from moco.testsets import TestSet
 
 VERSION = 2  # of the JSON file; the first, which has no number, resized Stylized-ImageNet and never corrupted images
 SETTINGS = ("image_size", "limit", "wnids_sha256")
@@ -137,7 +137,7 @@ def _find(report: Mapping, checkpoint: Mapping, test_set: TestSet) -> dict | Non
 def _has_this_protocol(entry: Mapping, test_set: TestSet) -> bool:
     return (
         entry["version"] == VERSION
-        or test_set.suite not in robustness.GENERATED
+        or test_set.suite not in testsets.GENERATED
         or entry["preprocessing"] == test_set.preprocessing_of_images(entry["image_size"])
     )
 

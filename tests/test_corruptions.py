@@ -13,7 +13,7 @@ from helpers import write_photo
 from PIL import Image
 from torchvision import transforms
 
-from moco import datasets, robustness
+from moco import datasets, robustness, testsets
 from moco.augment import MEAN, STD
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
@@ -76,15 +76,13 @@ def test_the_tree_is_that_of_imagenet_c(photos, stand_in, tmp_path, monkeypatch,
     assert run(monkeypatch, "--val", photos, "--out", tmp_path / "c", "--size", 32, "--workers", 2) == 0
     made = contents(tmp_path / "c")
     names = {str(Path(name).relative_to(*Path(name).parts[:1])) for name in made}
-    assert {name.split("/")[0] for name in made} == {
-        name for group in robustness.CORRUPTIONS.values() for name in group
-    }
+    assert {name.split("/")[0] for name in made} == {name for group in testsets.CORRUPTIONS.values() for name in group}
     assert names == {f"{s}/{name}.JPEG" for s in range(1, 6) for name in ("cat/a", "cat/sub/b", "dog/c")}
     assert len(made) == 19 * 5 * 3
     assert "wrote the corruptions of 3 photos, 32 px" in capsys.readouterr().out
-    test_sets = robustness.list_test_sets({"corruption": str(tmp_path / "c")}, ["cat", "dog"])
+    test_sets = testsets.list_test_sets({"corruption": str(tmp_path / "c")}, ["cat", "dog"])
     assert len(test_sets) == 95 and {tuple(each.labels) for each in test_sets} == {(0, 0, 1)}
-    assert robustness.unknown_corruptions(str(tmp_path / "c")) == []
+    assert testsets.unknown_corruptions(str(tmp_path / "c")) == []
 
 
 def test_images_are_the_val_crop_corrupted_and_saved_as_jpeg(photos, stand_in, tmp_path, monkeypatch):
@@ -257,7 +255,7 @@ def test_figures_equal_a_loop_over_the_library(photos, tmp_path, monkeypatch):
                 with torch.no_grad():
                     hits += model(finish(Image.open(file))[None]).argmax().item() == label
             expected[f"corruption/{name}/{severity}"] = 100 * hits / 3
-    test_sets = robustness.list_test_sets({"corruption": str(tmp_path / "c")}, ["cat", "dog"])
+    test_sets = testsets.list_test_sets({"corruption": str(tmp_path / "c")}, ["cat", "dog"])
     scores = robustness.score(test_sets, [model], ["cat", "dog"], 48, 8, 0, DistContext())
     assert {test_set.key: result["top1"] for test_set, (result,) in scores} == expected
     assert 0 < sum(expected.values()) / 95 < 100

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import REPOSITORY, paint
 
-from moco import cues, robustness
+from moco import cues, robustness, testsets
 from moco.distributed import DistContext
 from moco.errors import UsageError
 
@@ -32,7 +32,7 @@ class ByGray(torch.nn.Module):
 
 
 def score(folder, model, wnids, key="set/cues"):
-    (test_set,) = robustness.list_test_sets({key: str(folder)}, wnids)
+    (test_set,) = testsets.list_test_sets({key: str(folder)}, wnids)
     ((_, (result,)),) = robustness.score([test_set], [model], wnids, 28, 4, 0, DistContext())
     return test_set, result
 

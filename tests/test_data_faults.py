@@ -21,7 +21,7 @@ from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, fill_encoder,
 from PIL import Image
 
 import eval_robustness
-from moco import datasets, images, listing, released, robustness
+from moco import datasets, images, listing, released, testsets
 from moco.datasets import ImageList, StrictDataset
 from moco.encoders import build_encoder
 from moco.errors import RunError, UsageError
@@ -173,7 +173,7 @@ def test_a_split_that_cannot_be_read_is_not_missing(tree, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "stat", denied)
-    for call in (listing.list_images, functools.partial(listing.split_path, split="train"), robustness.class_root):
+    for call in (listing.list_images, functools.partial(listing.split_path, split="train"), testsets.class_root):
         with pytest.raises(UsageError, match="Permission denied"):
             call(str(tree))
 
@@ -182,7 +182,7 @@ def test_a_dangling_split_is_not_missing(tmp_path):
     write_folder(tmp_path, train=1, val=1)
     shutil.rmtree(tmp_path / "val")
     (tmp_path / "val").symlink_to("gone")
-    for call in (functools.partial(listing.split_path, split="val"), robustness.class_root):
+    for call in (functools.partial(listing.split_path, split="val"), testsets.class_root):
         with pytest.raises(UsageError, match="val: a link that leads nowhere .gone."):
             call(str(tmp_path))
 
@@ -384,10 +384,10 @@ def test_a_corruption_in_both_layouts_is_refused(tmp_path):
     for place in ("fog/1/n01", "weather/fog/1/n01"):
         write_photo(tmp_path / place / "a.JPEG")
     with pytest.raises(UsageError, match="are the same test set; remove one"):
-        robustness.corruption_folders(str(tmp_path))
+        testsets.corruption_folders(str(tmp_path))
     shutil.rmtree(tmp_path / "weather")
     (tmp_path / "weather").symlink_to(".")  # both layouts of the same folders
-    assert list(robustness.corruption_folders(str(tmp_path))) == [("fog", 1)]
+    assert list(testsets.corruption_folders(str(tmp_path))) == [("fog", 1)]
 
 
 # Class files

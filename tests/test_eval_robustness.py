@@ -8,7 +8,7 @@ import torch
 from helpers import GrayLevels, paint, write_folder
 
 import eval_robustness
-from moco import claim, results, robustness
+from moco import claim, results, testsets
 from moco.distributed import DistContext
 from moco.errors import UsageError
 
@@ -60,7 +60,7 @@ def test_every_column_of_a_miniature_is_computed_by_hand(tmp_path, capsys):
             ("rendition", "rendition"),
         )
     }
-    test_sets = robustness.list_test_sets(directories, WNIDS)
+    test_sets = testsets.list_test_sets(directories, WNIDS)
     (tmp_path / "m.pth").write_bytes(b"")
     args = argparse.Namespace(
         json=str(tmp_path / "r.json"),

@@ -10,7 +10,7 @@ import torch
 from helpers import EVALUATE, PROBE, SMALL_PROBE, refused, run_script, write_folder
 from PIL import Image
 
-from moco import report, results, robustness
+from moco import report, results, robustness, testsets
 from moco.classifier import to_input
 from moco.distributed import DistContext
 from moco.errors import UsageError
@@ -68,7 +68,7 @@ def dark_share(image):
 )
 def test_preprocessing_follows_from_the_images_size(tmp_path, suite, side, preprocessing, dark):
     paint_rim(tmp_path / ("fog/1/n01" if suite == "corruption" else "n01") / "a.png", side)
-    (test_set,) = robustness.list_test_sets({suite: str(tmp_path)}, WNIDS)
+    (test_set,) = testsets.list_test_sets({suite: str(tmp_path)}, WNIDS)
     model = Watch()
     ((_, (result,)),) = scored([test_set], model)
     assert result["preprocessing"] == preprocessing == test_set.preprocessing_of_images(28)
@@ -78,7 +78,7 @@ def test_preprocessing_follows_from_the_images_size(tmp_path, suite, side, prepr
 def test_sizes_may_differ_within_a_set_and_are_counted(tmp_path):
     for name, side in (("a", 28), ("b", 28), ("c", 64), ("d", 16)):
         paint_rim(tmp_path / "fog" / "1" / "n01" / f"{name}.png", side)
-    test_sets = robustness.list_test_sets({"corruption": str(tmp_path)}, WNIDS)
+    test_sets = testsets.list_test_sets({"corruption": str(tmp_path)}, WNIDS)
     ((_, (result,)),) = scored(test_sets, Watch())
     assert result["preprocessing"] == (
         "CenterCrop(28) of 2 images; Resize(32), CenterCrop(28) of 1 images; Resize(28), CenterCrop(28) of 1 images"
@@ -100,7 +100,7 @@ def test_folders_that_are_no_corruption_are_listed(tmp_path):
     for name in ("fog/1", "fog/6", "gausian_noise/1", "noise/shot_noise/2", "noise/static/3", ".cache/1", "notes"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "README.md").write_text("")
-    unknown = robustness.unknown_corruptions(str(tmp_path))
+    unknown = testsets.unknown_corruptions(str(tmp_path))
     assert unknown == ["fog/6", "gausian_noise", "noise/static", "notes"]
     made = make(tmp_path, {"corruption/fog/1": 40.0}) | {"not_evaluated": unknown}
     assert "fog/6, gausian_noise, noise/static, notes" in report.notes(made)[-1]
@@ -109,7 +109,7 @@ def test_folders_that_are_no_corruption_are_listed(tmp_path):
 # The comparison with the paper (item 10)
 
 IMAGENET_100 = [f"n{number:08}" for number in range(100)]
-ALL_CORRUPTIONS = [f"corruption/{name}/{severity}" for name in robustness.STANDARD for severity in range(1, 6)]
+ALL_CORRUPTIONS = [f"corruption/{name}/{severity}" for name in testsets.STANDARD for severity in range(1, 6)]
 
 
 def complete_report(tmp_path):
@@ -122,7 +122,7 @@ def complete_report(tmp_path):
         result = {"top1": 50.0, "top1_shared_classes": 60.0, "n": 50 * len(wnids)}
         result["classes"] = {wnid: {"n": 50, "correct": 25} for wnid in wnids}
         labels = [IMAGENET_100.index(wnid) for wnid in wnids for _ in range(50)]
-        test_set = robustness.TestSet(key, f"/data/{key}", [f"/data/{key}/x.png"] * len(labels), labels)
+        test_set = testsets.TestSet(key, f"/data/{key}", [f"/data/{key}/x.png"] * len(labels), labels)
         results.add(made, test_set, [result], 224, IMAGENET_100)
     return made
 
@@ -209,7 +209,7 @@ def test_set(key="val", n=4, folder=None):
     labels = [index * len(WNIDS) // n for index in range(n)]
     folder = folder or f"/data/{key}"
     paths = [f"{folder}/{WNIDS[label]}/{index}.png" for index, label in enumerate(labels)]
-    return robustness.TestSet(key, folder, paths, labels)
+    return testsets.TestSet(key, folder, paths, labels)
 
 
 test_set.__test__ = False
@@ -270,7 +270,7 @@ def test_scores_are_those_of_the_models_chosen_for_each_set(tmp_path):
     for key in ("1", "2"):
         paint_rim(tmp_path / "fog" / key / "n01" / "a.png", 28)
     models = [Watch(), Watch(), Watch()]
-    sets = robustness.list_test_sets({"corruption": str(tmp_path)}, WNIDS)
+    sets = testsets.list_test_sets({"corruption": str(tmp_path)}, WNIDS)
     chosen = {"corruption/fog/1": [2, 0], "corruption/fog/2": [1]}
     scores = list(robustness.score(sets, models, WNIDS, 28, 4, 0, DistContext(), chosen=chosen))
     assert [len(results) for _, results in scores] == [2, 1] and [len(model.seen) for model in models] == [1, 1, 1]
@@ -330,7 +330,7 @@ def test_a_file_of_the_first_version_is_taken_where_it_holds(tmp_path, side, reu
     for folder in ("c/fog/1", "s/val"):
         paint_rim(tmp_path / folder / "n01" / "a.png", side)
     directories = {"corruption": str(tmp_path / "c"), "stylized": str(tmp_path / "s")}
-    sets = robustness.list_test_sets(directories, WNIDS)
+    sets = testsets.list_test_sets(directories, WNIDS)
     made = make(tmp_path, {})
     for each in sets:
         results.add(made, each, [result(5.0) | {"n": 1}], 28, WNIDS)

@@ -7,7 +7,7 @@ import files
 import pytest
 from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused, run_script, same, weights, write_photo
 
-from moco import listing, robustness
+from moco import listing, testsets
 from moco.errors import UsageError
 
 
@@ -32,7 +32,7 @@ def test_images_beside_class_folders_are_refused(tmp_path):
     for list_below, error in (
         (lambda: listing.list_training_images(str(tmp_path / "data")), UsageError),
         (lambda: listing.list_images(train), UsageError),
-        (lambda: robustness.list_test_set("sketch", str(train), ["cat"]), UsageError),
+        (lambda: testsets.list_test_set("sketch", str(train), ["cat"]), UsageError),
         (lambda: files.list_images(train), files.UsageError),
         (lambda: files.list_images(train, without_classes=True), files.UsageError),
     ):
@@ -58,7 +58,7 @@ def test_what_needs_labels_refuses_a_flat_folder(tmp_path):
     line = refused(PROBE, *SMALL_PROBE, "--ckpt_path", tmp_path / "ckpt", root)
     assert "no class folders, only 8 images" in line and "one folder of images per class" in line
     with pytest.raises(UsageError, match="no class folders, only 8 images"):
-        robustness.list_test_set("sketch", str(root / "val"), ["n01"])
+        testsets.list_test_set("sketch", str(root / "val"), ["n01"])
     with pytest.raises(files.UsageError, match="only 8 images; make one folder of images per class"):
         files.list_images(root / "val")
 

@@ -6,9 +6,9 @@ import statistics
 import pytest
 from helpers import EVALUATE, PROBE, SMALL_PROBE, paint, refused, run_script, write_folder
 
-from moco import report, results, robustness
+from moco import report, results, testsets
 from moco.errors import UsageError
-from moco.robustness import TestSet
+from moco.testsets import TestSet
 
 WNIDS = ["n01", "n02", "n03"]
 
@@ -148,4 +148,4 @@ def test_a_set_of_categories_is_not_resized_at_the_crops_size():
     test_set = TestSet("set/cues", "", [], [], None, {"cat": [0], "dog": [1]})
     assert test_set.preprocessing(224) == "CenterCrop(224)"
     assert test_set._replace(categories=None).preprocessing(224) == "Resize(256), CenterCrop(224)"
-    assert robustness.TestSet("stylized", "", [], []).preprocessing(224) == "CenterCrop(224)"
+    assert testsets.TestSet("stylized", "", [], []).preprocessing(224) == "CenterCrop(224)"

@@ -8,7 +8,7 @@ import pytest
 from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, run_script
 from test_class_differences import VAL, made
 
-from moco import plot, report, robustness
+from moco import plot, report, testsets
 from moco.errors import UsageError
 
 drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
@@ -198,7 +198,7 @@ def test_each_column_of_the_corruption_plot_names_severities(monkeypatch):
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
-    cells = {f"corruption/{name}/{s}": [{"top1": 50.0}] for name in robustness.STANDARD[:7] for s in (1, 5)}
+    cells = {f"corruption/{name}/{s}": [{"top1": 50.0}] for name in testsets.STANDARD[:7] for s in (1, 5)}
     report.plot(made(cells, ["a"]) | {"wnids": ["a", "b"]}, "a.png")
     labelled = [axis.xaxis.get_tick_params()["labelbottom"] for axis in figures[0].axes if axis.get_visible()]
     assert labelled == [False, False, True, True, True, True, True]

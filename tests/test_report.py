@@ -7,7 +7,7 @@ import pytest
 
 from moco import report, results
 from moco.errors import UsageError
-from moco.robustness import STANDARD, TestSet
+from moco.testsets import STANDARD, TestSet
 
 WNIDS = ["n01", "n02"]
 

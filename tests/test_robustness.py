@@ -6,7 +6,7 @@ from helpers import GrayLevels, paint, write_photo
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from moco import robustness
+from moco import robustness, testsets
 from moco.augment import MEAN, STD
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
@@ -17,7 +17,7 @@ WNIDS = ["n01", "n02", "n03", "n04"]
 
 def score(folder, *models, wnids=WNIDS, suite="val", limit=None):
     """[results of each model] of the suite's only test_set."""
-    (test_set,) = robustness.list_test_sets({suite: str(folder)}, wnids, limit)
+    (test_set,) = testsets.list_test_sets({suite: str(folder)}, wnids, limit)
     ((_, results),) = robustness.score(
         [test_set], models or [GrayLevels()], wnids, image_size=28, batch_size=3, workers=0, ctx=DistContext()
     )
@@ -26,7 +26,7 @@ def score(folder, *models, wnids=WNIDS, suite="val", limit=None):
 
 def score_corruptions(folder, model):
     """The figures over all test_sets of an ImageNet-C folder, and the top-1 of each."""
-    test_sets = robustness.list_test_sets({"corruption": str(folder)}, WNIDS)
+    test_sets = testsets.list_test_sets({"corruption": str(folder)}, WNIDS)
     top1 = {
         test_set.key: result["top1"]
         for test_set, (result,) in robustness.score(test_sets, [model], WNIDS, 28, 3, 0, DistContext())
@@ -80,7 +80,7 @@ def test_no_common_class_is_refused(tmp_path):
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "as the archives unpack"])
 def test_corruption_is_the_plain_mean_of_15_by_5(tmp_path, grouped):
     expected, level = [], 0
-    for group, names in robustness.CORRUPTIONS.items():
+    for group, names in testsets.CORRUPTIONS.items():
         for name in names:
             for severity in range(1, 6):
                 folder = tmp_path / (group if grouped else "") / name / str(severity)
@@ -93,9 +93,9 @@ def test_corruption_is_the_plain_mean_of_15_by_5(tmp_path, grouped):
     figures, top1 = score_corruptions(tmp_path, GrayLevels())
     assert len(expected) == 75 and len(top1) == 95
     assert figures["Corruption"] == pytest.approx(sum(expected) / 75)
-    extra = [value for key, value in top1.items() if key.split("/")[1] in robustness.CORRUPTIONS["extra"]]
+    extra = [value for key, value in top1.items() if key.split("/")[1] in testsets.CORRUPTIONS["extra"]]
     assert len(extra) == 20 and figures["Corruption, extra four"] == pytest.approx(sum(extra) / 20)
-    assert robustness.missing_corruptions(top1) == [] and "mCE" not in figures
+    assert testsets.missing_corruptions(top1) == [] and "mCE" not in figures
 
 
 def test_mce_divides_the_errors_of_1000_classes_by_alexnets():
@@ -118,7 +118,7 @@ def test_missing_corruptions_are_named(tmp_path):
     paint(tmp_path / "fog" / "1" / "n01" / "a.png", 0)
     figures, top1 = score_corruptions(tmp_path, GrayLevels())
     assert figures == {"Corruption": 100.0}
-    assert len(robustness.missing_corruptions(top1)) == 74 and "fog/2" in robustness.missing_corruptions(top1)
+    assert len(testsets.missing_corruptions(top1)) == 74 and "fog/2" in testsets.missing_corruptions(top1)
     with pytest.raises(UsageError, match="no <corruption>"):
         score_corruptions(tmp_path / "fog", GrayLevels())
 
@@ -133,7 +133,7 @@ def test_a_limit_takes_the_first_images_of_each_class(tmp_path):
 
 def test_unexpected_numbers_of_images_get_a_warning():
     wnids = ["n01440764", "n01443537"]
-    test_set = robustness.TestSet("val", "", [""] * 99, [0] * 50 + [1] * 49)
+    test_set = testsets.TestSet("val", "", [""] * 99, [0] * 50 + [1] * 49)
     assert "1 of 2 classes do not have 50 images (n01443537 49)" in test_set.warning(wnids)
     assert (
         test_set.warning(["disc", "ring"]) == "" and test_set._replace(labels=[0] * 50 + [1] * 50).warning(wnids) == ""
@@ -181,5 +181,5 @@ def test_scores_equal_a_plain_loop_over_imagefolder(tmp_path):
 def test_images_are_listed_in_the_order_of_their_folders(tmp_path):
     paint(tmp_path / "n02" / "b.png", 1)
     paint(tmp_path / "n01" / "a.png", 0)
-    (test_set,) = robustness.list_test_sets({"val": str(tmp_path)}, WNIDS)
+    (test_set,) = testsets.list_test_sets({"val": str(tmp_path)}, WNIDS)
     assert test_set.labels == [0, 1] and [path.rsplit("/", 1)[1] for path in test_set.paths] == ["a.png", "b.png"]

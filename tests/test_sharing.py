@@ -9,8 +9,8 @@ from helpers import FAULTS, PRETRAIN, PROBE, SMALL, SMALL_PROBE, TORCHRUN, TORCH
 
 from moco import sharing
 from moco.errors import UsageError
-from moco.rendezvous import free_port
 from moco.listing import TrainingImages
+from moco.rendezvous import free_port
 from moco.sequences import LabelList, PathList
 
 

@@ -7,7 +7,7 @@ from helpers import EVALUATE, PROBE, SMALL_PROBE, refused, run_script, write_fol
 
 from moco import report, results
 from moco.errors import UsageError
-from moco.robustness import TestSet
+from moco.testsets import TestSet
 
 ROWS = ["plain_k1", "patch & 2"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from moco import classifier, datasets, loader, robustness
+from moco import classifier, datasets, loader, robustness, testsets
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
 
@@ -36,7 +36,7 @@ def main():
     models = [build_encoder("resnet18", 2).eval().to(memory_format=torch.channels_last) for _ in range(3)]
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "a").symlink_to(Path(sys.argv[1]).resolve())
-        (test_set,) = robustness.list_test_sets({"val": folder}, ["a", "b"])
+        (test_set,) = testsets.list_test_sets({"val": folder}, ["a", "b"])
         images = datasets.ImageList(test_set.paths, test_set.labels, datasets.eval_transform(SIZE))
         dataset = datasets.StrictDataset(images)
         batches = list(loader.eval_loader(dataset, BATCH, 0, DistContext()))
