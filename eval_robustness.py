@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from moco import (
     agreement,
+    by_class,
     claim,
     classifier,
     distributed,
@@ -36,6 +37,7 @@ from moco import (
     launch,
     listing,
     options,
+    published,
     released,
     report,
     results,
@@ -99,7 +101,7 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
         suites = " ".join(f"--{suite} DIR" for suite in testsets.SUITES)
         raise UsageError(f"nothing to test on: use any of {suites} --set NAME=DIR")
     if args.compare:
-        report.check_published(rows)
+        published.check_rows(rows)
     if args.by_class and len(rows) < 2:
         raise UsageError("--by-class: it compares rows with the first; name two or more, as --pretrained A=FILE B=FILE")
     if args.plot and not args.corruption:
@@ -301,9 +303,9 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
     for line in [*report.differences(result), *report.notes(result)]:
         print(textwrap.fill(line, width, subsequent_indent="  ") if width else line)
     if args.compare:
-        print(report.comparison(result))
+        print(published.comparison(result))
     if args.by_class:
-        print(report.by_class(result))
+        print(by_class.table(result))
     if args.latex:
         print(report.latex(result))
     if args.plot:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from moco import metrics, options, report
+from moco import by_class, metrics, options, report
 from moco.errors import UsageError, cli_main, one_line
 from moco.progress import SYMBOLS
 
@@ -193,7 +193,7 @@ def classes(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure":
     """
     from matplotlib.figure import Figure
 
-    found = report.class_differences(evaluation, suite, base, row)
+    found = by_class.class_differences(evaluation, suite, base, row)
     shown = found if len(found) <= 2 * CLASSES else found[:CLASSES] + found[-CLASSES:]
     figure = Figure(figsize=(7.5, 1.6 + 0.19 * len(shown)), layout="constrained")
     axis = figure.subplots()

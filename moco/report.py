@@ -1,11 +1,8 @@
 """What an evaluation prints and draws: the Markdown table, the comparison with the paper, a plot."""
 
-import csv
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import NamedTuple
 
 from moco import robustness, testsets
 from moco.errors import UsageError
@@ -27,10 +24,6 @@ LATEX = str.maketrans(
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
-PUBLISHED = Path(__file__).parent / "data" / "published.csv"  # the published table, as in README.md
-PUBLISHED_CLASSES, PUBLISHED_SIZE = 100, 224
-RENDITION_CLASSES, RENDITION_COUNTS = 19, range(40, 500)  # those in ImageNet-100; roughly how many images each has
-IMAGENET_100_SHA256 = "d61d354b64beb3ce2c2c9cf04a874298362dc9fcd589e15ee34c5e4592145746"  # of the sorted wnids
 
 # Figures
 
@@ -131,7 +124,7 @@ def table(report: Mapping, width: int | None = None) -> str:
 
     width: of the terminal. If the table is wider, models become columns, in as many tables as it takes.
     """
-    return "\n".join(_markdown(part) for part in _fit(_grid(report), width))
+    return "\n".join(markdown(part) for part in _fit(_grid(report), width))
 
 
 def _grid(report: Mapping) -> list[list[str]]:
@@ -187,7 +180,7 @@ def _escape(text: str) -> str:
 def _title(report: Mapping, column: str) -> str:
     marks = []
     if column == TITLES["corruption"]:
-        marks = ["partial"] * bool(missing(report)) + ["resized"] * bool(_resized(report))
+        marks = ["partial"] * bool(missing(report)) + ["resized"] * bool(resized(report))
     for key, name in further_sets(report).items():
         categories = report["cells"][key].get("categories")
         if categories and (column == name or column.startswith(f"{name}: ")):
@@ -195,7 +188,7 @@ def _title(report: Mapping, column: str) -> str:
     return f"{column} ({', '.join(marks)})" if marks else column
 
 
-def _resized(report: Mapping) -> list[str]:
+def resized(report: Mapping) -> list[str]:
     """The corruptions and severities whose images do not have the size of the crop, as published ones do."""
     return [
         key.removeprefix("corruption/")
@@ -206,20 +199,21 @@ def _resized(report: Mapping) -> list[str]:
 
 def _fit(grid: list[list[str]], width: int | None) -> list[list[list[str]]]:
     """The grid as it is if its lines fit the width; else its transpose, cut into pieces that fit."""
-    if width is None or max(map(len, _markdown(grid).splitlines())) <= width:
+    if width is None or max(map(len, markdown(grid).splitlines())) <= width:
         return [grid]
     header, *models = grid
     parts = [[model] for model in models[:1]]
     for model in models[1:]:
         candidate = [list(column) for column in zip(header, *parts[-1], model)]
-        if max(map(len, _markdown(candidate).splitlines())) <= width:
+        if max(map(len, markdown(candidate).splitlines())) <= width:
             parts[-1].append(model)
         else:
             parts.append([model])
     return [[list(column) for column in zip(header, *part)] for part in parts]
 
 
-def _markdown(grid: list[list[str]]) -> str:
+def markdown(grid: list[list[str]]) -> str:
+    """A Markdown table of these lines of cells, the header first."""
     lines = [f"| {' | '.join(row)} |" for row in grid]
     return "\n".join([lines[0], "|" + "---|" * len(grid[0]), *lines[1:]])
 
@@ -238,112 +232,10 @@ def differences(report: Mapping) -> list[str]:
     ]
 
 
-class ClassDifference(NamedTuple):
-    """One class under two rows of a report. Accuracies are top-1 in percent, means over the runs of a row."""
-
-    wnid: str
-    n: int  # images; of a suite with several test sets, those of the largest
-    base: float
-    top1: float
-    error: float  # one standard error of `change`, from the number of images, taken as independent
-
-    @property
-    def change(self) -> float:
-        return self.top1 - self.base
-
-
-def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[ClassDifference]:
-    """Each class under the rows `base` and `row`, from the most helped to the most harmed.
-
-    suite: "val", "corruption", …, a further set's name, or the key of one test set; of the corruptions, the standard
-    ones count, each with the same weight. Raises UsageError if the report has no such row or suite.
-    """
-    runs = [checkpoint["row"] for checkpoint in report["checkpoints"]]
-    for name in (base, row):
-        if name not in runs:
-            raise UsageError(f"no row {name}; the rows are {', '.join(dict.fromkeys(runs))}")
-    cells = _class_cells(report, suite)
-    changes = []
-    for wnid in dict.fromkeys(wnid for cell in cells for wnid in cell["results"][0]["classes"]):
-        counts = [[result["classes"][wnid] for result in cell["results"]] for cell in cells if _has(cell, wnid)]
-        means = [
-            statistics.fmean(
-                count["correct"] / count["n"] for cell in counts for run, count in zip(runs, cell) if run == name
-            )
-            for name in (base, row)
-        ]
-        n = max(cell[0]["n"] for cell in counts)
-        error = 100 * (sum(mean * (1 - mean) for mean in means) / n) ** 0.5
-        changes.append(ClassDifference(wnid, n, *(100 * mean for mean in means), error))
-    return sorted(changes, key=lambda each: (-each.change, each.wnid))
-
-
-def _class_cells(report: Mapping, suite: str) -> list[dict]:
-    """The cells whose classes count for a suite. Raises UsageError if there are none."""
-    further = further_sets(report)
-    keys = [key for key in report["cells"] if suite in (key, further.get(key)) or key.startswith(suite + "/")]
-    if suite == "corruption":
-        keys = [key for key in keys if key.split("/")[1] in testsets.STANDARD]
-    if not keys:
-        suites = dict.fromkeys(
-            further.get(key, "corruption" if key.startswith("corruption/") else key) for key in report["cells"]
-        )
-        raise UsageError(f"no test set {suite}; there are {', '.join(suites)}")
-    return [report["cells"][key] for key in keys]
-
-
-def _has(cell: Mapping, wnid: str) -> bool:
-    return wnid in cell["results"][0]["classes"]
-
-
-def by_class(report: Mapping) -> str:
-    """Markdown tables of what each later row does to each class, against the first row.
-
-    A column per test set: top-1 in percent of the first row → that of the other, and the difference in points. Classes
-    are sorted by the difference in the first column. A set of categories has a table of its own.
-    """
-    base, *others = dict.fromkeys(checkpoint["row"] for checkpoint in report["checkpoints"])
-    titles = {suite: title for suite, title in (TITLES | further_sets(report)).items() if _counted(report, suite)}
-    alone = [suite for suite in titles if report["cells"].get(suite, {}).get("categories")]
-    together = [suite for suite in titles if suite not in alone]
-    tables = []
-    for row in others:
-        for suites in filter(None, [together, *([suite] for suite in alone)]):
-            found = {titles[suite]: class_differences(report, suite, base, row) for suite in suites}
-            tables += [_by_class_caption(base, row, found), _markdown(_by_class_grid(found))]
-    return "\n".join(tables)
-
-
-def _counted(report: Mapping, suite: str) -> bool:
-    """Whether a suite has a mean: the extra corruptions alone have none."""
-    if suite == "corruption":
-        return any(key.split("/")[1] in testsets.STANDARD for key in report["cells"] if key.startswith("corruption/"))
-    return suite in report["cells"]
-
-
-def _by_class_caption(base: str, row: str, found: Mapping[str, Sequence[ClassDifference]]) -> str:
-    errors = (f"{title} {max(each.error for each in classes):.1f}" for title, classes in found.items())
-    return (
-        f"{row} against {base}, by class; one standard error of a difference is up to, in points: {', '.join(errors)}"
-    )
-
-
-def _by_class_grid(found: Mapping[str, Sequence[ClassDifference]]) -> list[list[str]]:
-    columns = {
-        title: {each.wnid: f"{each.base:.1f} → {each.top1:.1f} ({each.change:+.1f})" for each in classes}
-        for title, classes in found.items()
-    }
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    return [
-        ["class", *columns],
-        *([name, *(column.get(name, "–") for column in columns.values())] for name in names),
-    ]
-
-
 def notes(report: Mapping) -> list[str]:
     """A line per column: its images and preprocessing, and what is unexpected or missing."""
     titles = TITLES | further_sets(report)
-    lines = [_note(report, suite, title) for suite, title in titles.items() if _cells(report, suite)]
+    lines = [_note(report, suite, title) for suite, title in titles.items() if cells_of(report, suite)]
     if report.get("not_evaluated"):
         lines.append(not_evaluated(report["not_evaluated"]))
     if report["limit"]:
@@ -351,21 +243,22 @@ def notes(report: Mapping) -> list[str]:
     return lines
 
 
-def _cells(report: Mapping, suite: str) -> list[dict]:
+def cells_of(report: Mapping, suite: str) -> list[dict]:
+    """The test sets of a suite, or the one of this key, as they stand in the report."""
     return [cell for key, cell in report["cells"].items() if key == suite or key.startswith(f"{suite}/")]
 
 
 def _note(report: Mapping, suite: str, title: str) -> str:
-    cells = _cells(report, suite)
+    cells = cells_of(report, suite)
     preprocessing = "; ".join(dict.fromkeys(cell["preprocessing"] for cell in cells))
     line = f"{title}: {sum(cell['n'] for cell in cells)} images, {preprocessing}"
     if suite == "corruption":
         line += f", {len(cells)} corruptions × severities"
         if missing(report):
             line += f"; partial, {len(missing(report))} of 75 are missing ({', '.join(missing(report)[:3])}, …)"
-        if _resized(report):
+        if resized(report):
             line += (
-                f"; RESIZED: images of {len(_resized(report))} of these do not have the crop's"
+                f"; RESIZED: images of {len(resized(report))} of these do not have the crop's"
                 f" {report['image_size']} px, so the figure is not comparable with ImageNet-C's"
             )
     if suite == "stylized" and "Resize" not in preprocessing:
@@ -387,96 +280,6 @@ def unusual_preprocessing(report: Mapping, test_set: TestSet, image_size: int) -
 def not_evaluated(folders: Sequence[str], count: int = 20) -> str:
     more = f" and {len(folders) - count} more" if len(folders) > count else ""
     return f"not evaluated, since ImageNet-C has no such corruption or severity: {', '.join(folders[:count])}{more}"
-
-
-# The paper
-
-
-def published() -> dict[str, dict]:
-    """The published rows {name: {"model", "moco_k", "alpha", "note", suite: (mean, std)}}, top-1 in percent."""
-    with open(PUBLISHED, newline="", encoding="utf-8") as file:
-        return {
-            line["name"]: {
-                **{name: line[name] for name in ("model", "moco_k", "alpha")},
-                "note": line.get("note", ""),
-                **{suite: (float(line[suite]), float(line[f"{suite}_std"])) for suite in TITLES},
-            }
-            for line in csv.DictReader(file)
-        }
-
-
-def check_published(rows: Iterable[str]) -> None:
-    """Raise UsageError unless all rows have names of published.csv."""
-    for name in rows:
-        if name not in published():
-            raise UsageError(
-                f"--compare paper: {name} is not a row of the published table; valid names are"
-                f" {', '.join(published())}, as in --pretrained patch-k16384-a2=FILE"
-            )
-
-
-def incomplete(report: Mapping, suite: str) -> str:
-    """Why the figure of a suite cannot be compared with the published one; "" if it can."""
-    cells = _cells(report, suite)
-    if not cells:
-        return "not tested"
-    if report["limit"]:
-        return f"--limit {report['limit']}"
-    if report["image_size"] != PUBLISHED_SIZE:
-        return f"crops of {report['image_size']} px, published: {PUBLISHED_SIZE}"
-    if len(report["wnids"]) != PUBLISHED_CLASSES:
-        return f"the head has {len(report['wnids'])} classes, published: {PUBLISHED_CLASSES}"
-    if suite == "corruption" and missing(report):
-        return f"{len(missing(report))} of 75 corruptions × severities are missing"
-    if suite == "corruption" and _resized(report):
-        return f"images of another size than {PUBLISHED_SIZE} px, for example in {_resized(report)[0]}"
-    return next(filter(None, (_odd_counts(cell, suite) for cell in cells)), "")
-
-
-def _odd_counts(cell: Mapping, suite: str) -> str:
-    """How a cell's classes and images differ in number from the published set; "" if they do not."""
-    classes = RENDITION_CLASSES if suite == "rendition" else PUBLISHED_CLASSES
-    expected = testsets.EXPECTED_COUNTS.get(suite, RENDITION_COUNTS)
-    counts = {wnid: count["n"] for wnid, count in cell["results"][0]["classes"].items()}
-    if len(counts) != classes:
-        return f"{cell['n']} images of {len(counts)} classes, published: {classes} classes"
-    odd = [f"{wnid} has {n}" for wnid, n in counts.items() if n not in expected]
-    usual = f"{expected[0]} to {expected[-1]}" if len(expected) > 1 else expected[0]
-    return f"{len(odd)} classes do not have {usual} images, for example {odd[0]}" if odd else ""
-
-
-def comparison(report: Mapping) -> str:
-    """A Markdown table: for each row ours, the paper's, and the difference in the paper's standard deviations.
-
-    It has the columns whose test sets are complete; lines below it say what the others lack.
-    """
-    reasons = {suite: incomplete(report, suite) for suite in TITLES}
-    suites = [suite for suite, reason in reasons.items() if not reason]
-    remarks = [f"{TITLES[suite]} is not compared: {reason}" for suite, reason in reasons.items() if reason]
-    if not suites:
-        return "\n".join(["--compare paper: no column is complete", *remarks])
-    grid = [["", *(TITLES[suite] for suite in suites)]]
-    for name, row in by_row(report).items():
-        grid += _beside_paper(name, {suite: row[TITLES[suite]] for suite in suites})
-        if note := published()[name]["note"]:
-            remarks.append(f"{name}: {note}")
-    if "stylized" in suites:
-        used = report["cells"]["stylized"]["preprocessing"]
-        remarks.append(f"Stylized: measured here with {used}; the paper does not tell which preprocessing it used")
-    if report["wnids_sha256"] != IMAGENET_100_SHA256:
-        remarks.append("the classes are not those of preprocess/imagenet_100.txt, which the paper's are taken to be")
-    return "\n".join([_markdown(grid), *remarks])
-
-
-def _beside_paper(name: str, ours: Mapping[str, Sequence[float]]) -> list[list[str]]:
-    """Three lines of a table: our {suite: a figure per run}, the paper's, and their distance."""
-    paper = published()[name]
-    distances = [(statistics.fmean(runs) - paper[suite][0]) / paper[suite][1] for suite, runs in ours.items()]
-    return [
-        [f"{name}, measured here", *map(mean_std, ours.values())],
-        [f"{name}, paper", *("{:.2f}±{:.2f}".format(*paper[suite]) for suite in ours)],
-        ["difference in the paper's std", *(f"{distance:+.1f}" for distance in distances)],
-    ]
 
 
 def plain_text(name: str, longest: int = 60) -> str:

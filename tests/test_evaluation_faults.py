@@ -10,7 +10,7 @@ import torch
 from helpers import EVALUATE, PROBE, SMALL_PROBE, refused, run_script, write_folder
 from PIL import Image
 
-from moco import report, results, robustness, testsets
+from moco import published, report, results, robustness, testsets
 from moco.classifier import to_input
 from moco.distributed import DistContext
 from moco.errors import UsageError
@@ -128,7 +128,7 @@ def complete_report(tmp_path):
 
 
 def test_complete_columns_are_compared_with_the_paper(tmp_path):
-    header, *lines = report.comparison(complete_report(tmp_path)).splitlines()
+    header, *lines = published.comparison(complete_report(tmp_path)).splitlines()
     assert header == "|  | val | Corruption | Sketch | Stylized | Rendition |"
     assert lines[3] == "| difference in the paper's std | -244.6 | +13.9 | +20.7 | +171.7 | +101.5 |"
     assert "measured here with CenterCrop(224); the paper does not tell" in lines[4]
@@ -184,7 +184,7 @@ def test_an_incomplete_column_is_not_compared(tmp_path, fault):
     made = complete_report(tmp_path)
     spoil, told, columns = INCOMPLETE[fault]
     spoil(made)
-    text = report.comparison(made)
+    text = published.comparison(made)
     assert told in text
     assert {each for each in ALL_COLUMNS if each in text.splitlines()[0]} == ALL_COLUMNS - columns
 
@@ -198,7 +198,7 @@ def test_an_incomplete_column_is_not_compared(tmp_path, fault):
     ],
 )
 def test_nothing_is_compared_of_another_evaluation(tmp_path, change, told):
-    text = report.comparison(complete_report(tmp_path) | change)
+    text = published.comparison(complete_report(tmp_path) | change)
     assert text.startswith("--compare paper: no column is complete") and told in text and "|" not in text
 
 

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from moco import report, results
+from moco import published, report, results
 from moco.errors import UsageError
 from moco.testsets import STANDARD, TestSet
 
@@ -96,22 +96,22 @@ def test_notes_tell_preprocessing_and_a_limit(tmp_path):
 @pytest.fixture
 def complete(monkeypatch):
     """All test sets of a report count as complete."""
-    monkeypatch.setattr(report, "incomplete", lambda made, suite: "" if suite in made["cells"] else "not tested")
+    monkeypatch.setattr(published, "incomplete", lambda made, suite: "" if suite in made["cells"] else "not tested")
 
 
 def test_comparison_is_in_the_papers_standard_deviations(tmp_path, complete):
     made = make(tmp_path, {"patch-k16384-a2": 1}, {"val": [79.47], "sketch": [30.88]})
-    rows = report.comparison(made).splitlines()
+    rows = published.comparison(made).splitlines()
     assert rows[3] == "| patch-k16384-a2, paper | 79.35±0.12 | 31.76±0.88 |"
     assert rows[4] == "| difference in the paper's std | +1.0 | -1.0 |"
     with pytest.raises(UsageError, match="mine is not a row of the published table.*patch-k8192-a2"):
-        report.check_published(["patch-k16384-a3", "mine"])
+        published.check_rows(["patch-k16384-a3", "mine"])
 
 
 def test_published_figures_are_those_of_the_readme():
-    readme = (report.PUBLISHED.parents[2] / "README.md").read_text()
-    assert len(report.published()) == 9
-    for row in report.published().values():
+    readme = (published.TABLE.parents[2] / "README.md").read_text()
+    assert len(published.rows()) == 9
+    for row in published.rows().values():
         figures = ["{:.2f}±{:.2f}".format(*row[suite]) for suite in report.TITLES]
         if "rendition" in row["note"]:
             figures[-1] += " (?)"
@@ -120,9 +120,9 @@ def test_published_figures_are_those_of_the_readme():
 
 def test_a_comparison_repeats_the_note_on_a_published_row(tmp_path, complete):
     noted, plain = "mocov2-later-k65536", "patch-k16384-a2"
-    lines = report.comparison(make(tmp_path, {noted: 1, plain: 1}, {"rendition": [30.0, 30.0]})).splitlines()
+    lines = published.comparison(make(tmp_path, {noted: 1, plain: 1}, {"rendition": [30.0, 30.0]})).splitlines()
     (line,) = (line for line in lines if line.startswith(f"{noted}: "))
-    assert line == f"{noted}: {report.published()[noted]['note']}" and "copying error" in line
+    assert line == f"{noted}: {published.rows()[noted]['note']}" and "copying error" in line
 
 
 NAMES = ["patch-k16384-a2", "texture-k16384-a2", "mocov2-k16384"]
