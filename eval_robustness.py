@@ -33,6 +33,7 @@ from moco import (
     claim,
     classifier,
     distributed,
+    evaluation_plots,
     images,
     launch,
     listing,
@@ -309,7 +310,7 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
     if args.latex:
         print(report.latex(result))
     if args.plot:
-        report.plot(result, args.plot)
+        evaluation_plots.corruptions(result, args.plot)
         print(f"wrote {args.plot}")
     print(f"wrote {args.json}", flush=True)
 

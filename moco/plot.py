@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from moco import by_class, metrics, options, report
+from moco import evaluation_plots, metrics, options
 from moco.errors import UsageError, cli_main, one_line
 from moco.progress import SYMBOLS
 
@@ -38,8 +38,6 @@ PROBE_PANELS = {
 }
 LOG_SCALE_FROM = 100  # times the smallest loss: one head that exploded must not flatten all others
 MARKED = 20  # values up to which each is marked: a single one would be invisible without, and many hide the dashes
-CLASSES = 20  # of the most helped and of the most harmed classes that are named
-HELPED, HARMED = "#0b66b3", "#d9730d"
 
 
 class Series(NamedTuple):
@@ -158,7 +156,7 @@ def curves(runs: Sequence[Series]) -> "Figure":
         axis.set_visible(False)
     figure.supxlabel("epoch", fontsize=10)
     handles = [axes[0].plot([], [], color=colour)[0] for colour in colours]
-    labels = [report.plain_text(run.label) for run in runs]
+    labels = [evaluation_plots.plain_text(run.label) for run in runs]
     fitting = max(1, 60 * columns // (max(map(len, labels)) + 8))  # a panel is as wide as 60 letters
     figure.legend(handles, labels, loc="outside upper center", fontsize=9, ncols=min(fitting, len(runs), 4))
     return figure
@@ -184,37 +182,6 @@ def _colours(count: int) -> list:
     if count <= 10:
         return [colormaps["tab10"](index) for index in range(count)]
     return [colormaps["turbo"](0.05 + 0.9 * index / (count - 1)) for index in range(count)]
-
-
-def classes(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure":
-    """A bar for each class: its top-1 in `row` minus that in `base`, with its standard error.
-
-    Of many classes, those that `row` helps and harms most. evaluation: what eval_robustness.py --json wrote.
-    """
-    from matplotlib.figure import Figure
-
-    found = by_class.class_differences(evaluation, suite, base, row)
-    shown = found if len(found) <= 2 * CLASSES else found[:CLASSES] + found[-CLASSES:]
-    figure = Figure(figsize=(7.5, 1.6 + 0.19 * len(shown)), layout="constrained")
-    axis = figure.subplots()
-    places = [-index - (index >= CLASSES and len(found) > len(shown)) for index in range(len(shown))]
-    changes = [each.change for each in shown]
-    axis.barh(
-        places, changes, xerr=[each.error for each in shown], error_kw={"elinewidth": 0.8, "ecolor": "black"},
-        color=[HELPED if each >= 0 else HARMED for each in changes],
-    )  # fmt: skip
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(places, [report.plain_text(each.wnid) for each in shown], fontsize=8)
-    axis.set_ylim(places[-1] - 0.8, 0.8)
-    axis.grid(axis="x", linewidth=0.4)
-    axis.set_xlabel("difference in top-1, points; black: one standard error")
-    helped, harmed = sum(each.change > 0 for each in found), sum(each.change < 0 for each in found)
-    names = f"{suite}: {report.plain_text(row)} against {report.plain_text(base)}"
-    title = f"{names}\n{helped} classes helped, {harmed} harmed, of {len(found)}"
-    if len(shown) < len(found):
-        title += f"; drawn: the {CLASSES} at either end"
-    axis.set_title(title, fontsize=10)
-    return figure
 
 
 # Command
@@ -259,7 +226,7 @@ def draw(args: argparse.Namespace) -> "Figure":
     rows = args.rows or list(dict.fromkeys(checkpoint["row"] for checkpoint in evaluation["checkpoints"]))[:2]
     if len(rows) < 2:
         raise UsageError(f"{args.files[0]}: it has one row, {rows[0]}; evaluate two rows, --pretrained A=FILE B=FILE")
-    return classes(evaluation, args.set, *rows)
+    return evaluation_plots.classes(evaluation, args.set, *rows)
 
 
 def main() -> None:

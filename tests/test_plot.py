@@ -8,7 +8,7 @@ import pytest
 from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, run_script
 from test_class_differences import VAL, made
 
-from moco import plot, report, testsets
+from moco import evaluation_plots, plot, testsets
 from moco.errors import UsageError
 
 drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
@@ -99,7 +99,8 @@ def test_any_folder_or_row_name_is_a_label(name, tmp_path):
     (label,) = legend(figure)
     end = name[-50:].replace("\udcff", r"\udcff").replace("$", r"\$")
     assert label.endswith(end) and len(label) <= 62
-    plot.classes(made({"val": VAL}, ["plain", name, name]), "val", "plain", name).savefig(tmp_path / "b.png")
+    evaluation = made({"val": VAL}, ["plain", name, name])
+    evaluation_plots.classes(evaluation, "val", "plain", name).savefig(tmp_path / "b.png")
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_class_differences_are_drawn_from_an_evaluation(tmp_path, monkeypatch, c
     (tmp_path / "r.json").write_text(json.dumps(made({"val": VAL})))
     call(monkeypatch, "r.json", "--out", "r.svg")
     assert capsys.readouterr().out == "wrote r.svg\n" and (tmp_path / "r.svg").stat().st_size > 5_000
-    (axis,) = plot.classes(made({"val": VAL}), "val", "plain", "patch").axes
+    (axis,) = evaluation_plots.classes(made({"val": VAL}), "val", "plain", "patch").axes
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([20, -30])
     assert [text.get_text() for text in axis.get_yticklabels()] == ["cat", "dog"]
     assert axis.get_title() == "val: patch against plain\n1 classes helped, 1 harmed, of 2"
@@ -156,7 +157,7 @@ def test_of_many_classes_the_most_helped_and_harmed_are_drawn():
         {"classes": {name: {"n": n, "correct": 50} for name, n in images.items()}},
         {"classes": {name: {"n": n, "correct": index} for index, (name, n) in enumerate(images.items())}},
     ]
-    (axis,) = plot.classes(made({"val": results}, ["a", "b"]), "val", "a", "b").axes
+    (axis,) = evaluation_plots.classes(made({"val": results}, ["a", "b"]), "val", "a", "b").axes
     names = [text.get_text() for text in axis.get_yticklabels()]
     assert names == [f"c{index:03}" for index in (*range(100, 80, -1), *range(19, -1, -1))]
     assert "50 classes helped, 50 harmed, of 101; drawn: the 20 at either end" in axis.get_title()
@@ -170,9 +171,9 @@ def test_the_corruption_plot_has_lines_for_val_and_chance(tmp_path, monkeypatch)
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     cells = {f"corruption/fog/{s}": [{"top1": 60.0 - s}, {"top1": 70.0 - s}] for s in (1, 3)}
     evaluation = made(cells, ["a", "b"]) | {"wnids": list("abcde")}
-    report.plot(evaluation, "a.png")
+    evaluation_plots.corruptions(evaluation, "a.png")
     evaluation["cells"]["val"] = {"results": [{"top1": 80.0}, {"top1": 75.0}]}
-    report.plot(evaluation, "a.png")
+    evaluation_plots.corruptions(evaluation, "a.png")
     without, with_val = ([list(map(float, line.get_ydata())) for line in figure.axes[0].lines] for figure in figures)
     assert without == [[59.0, 57.0], [69.0, 67.0], [20.0, 20.0]]
     assert sorted(each for each in with_val if len(each)) == sorted([*without, [80.0, 80.0], [75.0, 75.0]])
@@ -199,6 +200,6 @@ def test_each_column_of_the_corruption_plot_names_severities(monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     cells = {f"corruption/{name}/{s}": [{"top1": 50.0}] for name in testsets.STANDARD[:7] for s in (1, 5)}
-    report.plot(made(cells, ["a"]) | {"wnids": ["a", "b"]}, "a.png")
+    evaluation_plots.corruptions(made(cells, ["a"]) | {"wnids": ["a", "b"]}, "a.png")
     labelled = [axis.xaxis.get_tick_params()["labelbottom"] for axis in figures[0].axes if axis.get_visible()]
     assert labelled == [False, False, True, True, True, True, True]

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from moco import published, report, results
+from moco import evaluation_plots, published, report, results
 from moco.errors import UsageError
 from moco.testsets import STANDARD, TestSet
 
@@ -205,5 +205,5 @@ def test_plot_draws_every_corruption(tmp_path):
         for name in STANDARD[:7]
         for severity in (1, 5)
     }
-    report.plot(make(tmp_path, {"a": 2, "b": 1}, cells), tmp_path / "plot.png")
+    evaluation_plots.corruptions(make(tmp_path, {"a": 2, "b": 1}, cells), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
