@@ -34,6 +34,7 @@ import torch.nn.functional as F
 
 from moco import (
     agreement,
+    backbones,
     checkpoint,
     claim,
     classifier,
@@ -229,7 +230,7 @@ def find_backbone(args: argparse.Namespace, pretrained: Mapping) -> tuple[dict, 
     check_arch(args, pretrained, source)
     with torch.device("meta"):
         network = build_encoder(args.arch, 1)
-    return checkpoint.find_backbone(pretrained, source, network)
+    return backbones.find_backbone(pretrained, source, network)
 
 
 def check_arch(args: argparse.Namespace, saved: Mapping, source: str) -> None:

@@ -20,7 +20,7 @@ EXPLODED = 2  # times ln(classes), the loss of guessing: over an epoch, heads th
 def build_probe(arch: str, classes: int, backbone: Mapping[str, torch.Tensor]) -> nn.Module:
     """`arch` with these backbone weights, frozen, and a new head of `classes` outputs: N(0, 0.01), bias 0.
 
-    backbone: the weights that checkpoint.find_backbone returns; {} for random ones.
+    backbone: the weights that backbones.find_backbone returns; {} for random ones.
     """
     model = build_encoder(arch, classes)
     if backbone:

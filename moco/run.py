@@ -1,13 +1,8 @@
-"""Everything around a training loop: resume, save, log, progress, signals, and guards.
-
-The guards watch for numbers that are not finite and for images that cannot be read.
-"""
+"""Everything around a training loop: resume, save, log, progress and signals."""
 
 import contextlib
-import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -16,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from moco import checkpoint, distributed, metrics
 from moco.distributed import DistContext
-from moco.errors import RunError, UsageError, exit_now, one_line
+from moco.errors import UsageError, exit_now
+from moco.guards import UnreadableFiles, nonfinite_error
 from moco.loader import GlobalBatchSampler, prefetch
 from moco.progress import Progress
 from moco.signals import StopSignal, StopWaiting, exit_on_signal
@@ -253,31 +249,8 @@ class Run:
                 return
             step, what = self.means.steps, "weights are"
         lr = min(group["lr"] for group in self.optimizer.param_groups)
-        path = os.path.join(self.folder, f"nonfinite_{self.epoch:04d}_{step}.json")
-        diagnosis = {
-            "epoch": self.epoch,
-            "step": step,
-            "lr": lr,
-            "precision": self.precision,
-            "images": [self.paths[index] for index in self.sampler.global_batch(step - 1)],
-            "nonfinite_weights": [
-                name for module in self.modules for name in checkpoint.nonfinite(module.state_dict())
-            ],
-            "largest_weights": _largest_weights(self.modules),
-        }
-        try:
-            with open(path, "w") as file:
-                json.dump(diagnosis, file, indent=1)
-            written = f"the batch and the largest weights are in {path}"
-        except OSError as error:
-            written = f"{path}, with the batch and the largest weights, could not be written ({error})"
-        advice = f"use a smaller --lr, for example {lr / 10:g}"
-        if self.precision == "fp16":
-            advice = "fp16 ends at 65504: use --precision bf16, or a smaller --lr"
-        raise RunError(
-            f"{what} not finite in epoch {self.epoch} step {step}; {written}; {advice}; the saved checkpoints are"
-            " intact: continue from them with --resume auto"
-        )
+        images = [self.paths[index] for index in self.sampler.global_batch(step - 1)]
+        raise nonfinite_error(what, self.folder, self.epoch, step, lr, self.precision, images, self.modules)
 
 
 def check_unused(folder: str, resume: str, checkpoints: str, probe: str | None) -> None:
@@ -306,46 +279,3 @@ def make_folder(path: str) -> None:
         raise UsageError(
             f"--ckpt_path {path}: cannot be created ({error}); choose a folder you can write to"
         ) from error
-
-
-def _largest_weights(modules: Sequence[nn.Module], count: int = 10) -> dict[str, float]:
-    """{name: largest finite |value|} of the parameters with the largest values."""
-    largest = {
-        name if len(modules) == 1 else f"{i}.{name}": value.nan_to_num(0, 0, 0).abs().max().item()
-        for i, module in enumerate(modules)
-        for name, value in module.named_parameters()
-    }
-    return dict(sorted(largest.items(), key=lambda item: -item[1])[:count])
-
-
-class UnreadableFiles:
-    """The images of a run that could not be read, equal on all ranks: reported once each, counted per epoch.
-
-    limit: how many different files may be unreadable. known: {path: reason} of the run that this one resumes; they are
-    not reported again, and count towards the limit only if they are met again, since they may have been repaired.
-    """
-
-    def __init__(self, limit: int):
-        self.limit, self.known, self.seen, self.in_epoch = limit, {}, set(), 0
-
-    def add(self, unreadable: list[tuple[str, str]]) -> None:
-        """Add the (path, reason) of this rank's batch. All ranks must call this."""
-        for path, reason in distributed.gather_lists(unreadable):
-            self.in_epoch += 1
-            if path not in self.known and distributed.is_main():
-                sys.stderr.write(one_line(f"unreadable image, replaced by another of its class: {path}: {reason}"))
-                sys.stderr.flush()
-            self.known[path] = reason
-            self.seen.add(path)
-
-    def too_many(self) -> bool:
-        return len(self.seen) > self.limit
-
-    def give_up(self) -> None:
-        """Raise RunError on rank 0; the other ranks wait for its end."""
-        if distributed.is_main():
-            raise RunError(
-                f"{len(self.seen)} images could not be read, more than --max-bad-images {self.limit}; repair them or"
-                f" raise the limit, then continue with --resume auto: {', '.join(sorted(self.seen))}"
-            )
-        distributed.barrier()

@@ -11,7 +11,8 @@ from helpers import log
 from moco import checkpoint, distributed, loader
 from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
-from moco.run import Run, UnreadableFiles
+from moco.guards import UnreadableFiles
+from moco.run import Run
 
 CPU, IMAGES, BATCH, STEPS, LATEST = torch.device("cpu"), 12, 2, 6, "latest.pth.tar"
 
