@@ -41,7 +41,7 @@ from moco import (
     contents,
     datasets,
     distributed,
-    files,
+    features,
     gpus,
     images,
     launch,
@@ -57,7 +57,7 @@ from moco.classifier import LinearHeads
 from moco.datasets import ImageList, RetryDataset, StrictDataset
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
-from moco.errors import Finished, RunError, UsageError, cli_main
+from moco.errors import Finished, UsageError, cli_main
 from moco.listing import ImageFolder
 from moco.loader import GlobalBatchSampler
 from moco.run import Run, check_unused
@@ -106,6 +106,8 @@ def parse_args() -> argparse.Namespace:
         )
     if args.data is None and not args.export_backbone:
         parser.error("the following arguments are required: DIR")
+    if args.export_backbone and (args.features or args.evaluate):
+        parser.error("--export-backbone writes the backbone and does nothing else: leave out --features and --evaluate")
     pattern = re.escape(latest_name(args.pretrained))
     args.auto_resume = args.resume == "auto" or distributed.restarted()
     if distributed.restarted():
@@ -342,39 +344,23 @@ def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) ->
     check_ranks(ctx, args, inputs)
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
     backbone, heads = build_heads(ctx, args, inputs)
-    features = [torch.zeros(0, heads[0].in_features)]  # of a rank without images
+    share = [torch.zeros(0, heads[0].in_features)]  # this rank's features; it may have no image
 
     def predict(images: torch.Tensor) -> torch.Tensor:
-        some = classifier.extract_features(backbone, images, DTYPES[args.precision])
+        found = classifier.extract_features(backbone, images, DTYPES[args.precision])
         if args.features:
-            features.append(some.cpu())
-        return heads(some)
+            share.append(found.cpu())
+        return heads(found)
 
     (result,) = classifier.evaluate(predict, build_val_loader(ctx, args, inputs), ctx.device)
     if distributed.is_main() and inputs.saved:
         print(accuracy_line(result), flush=True)
     if args.features:
-        save_features(args, inputs, classifier.gather_in_order(torch.cat(features), len(inputs.val.paths), ctx))
-
-
-def save_features(args: argparse.Namespace, inputs: Inputs, features: torch.Tensor) -> None:
-    """Rank 0 writes the features (N, d) of val/, in the order of its paths. Raises RunError if it cannot."""
-    if not distributed.is_main():
-        return
-    arrays = {
-        "features": features.numpy(),
-        "labels": np.array(inputs.val.labels, dtype=np.int64),
-        "paths": np.array(list(inputs.val.paths)),
-        "classes": np.array(inputs.val.classes),
-        "split": np.array("val"),
-    }
-    try:
-        with files.atomic_write(args.features, "wb") as file:
-            np.savez(file, **arrays)
-    except OSError as error:
-        raise RunError(f"{args.features} could not be written ({error}); free some space") from error
-    weights = args.resume or args.pretrained or "a random backbone"
-    print(f"wrote {args.features}: features {tuple(features.shape)} of {args.data}/val by {weights}", flush=True)
+        found = features.gather_in_order(torch.cat(share), len(inputs.val.paths), ctx)
+        if distributed.is_main():
+            features.save(args.features, found, inputs.val, "val")
+            weights = args.resume or args.pretrained or "a random backbone"
+            print(f"wrote {args.features}: features {tuple(found.shape)} of {args.data}/val by {weights}", flush=True)
 
 
 def build_heads(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> tuple[nn.Module, LinearHeads]:

@@ -173,7 +173,8 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     workers = options.workers_per_rank(args.workers, local_world_size)
     return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved, output, needed), {
         "processes": f"{world_size}, with {workers} loader workers each",
-        "images": f"{len(data.photos)} in {len(data.classes)} classes",
+        "images": f"{len(data.photos)} in {len(data.classes)} classes"
+        + listing.note_on_classes(args.data, data.classes),
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
         "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
@@ -364,8 +365,6 @@ def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) 
 
 def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
     options.print_config(args, derived, args.verbose)
-    if inputs.train.classes == [listing.FLAT] and not os.path.isdir(os.path.join(args.data, "train", listing.FLAT)):
-        print(f"{os.path.join(args.data, 'train')} has no class folders: its images are one class")
     if inputs.train.unmatched:
         print(f"photos skipped because they have no texture: {inputs.train.unmatched}")
     if args.knn and not inputs.knn:

@@ -7,7 +7,6 @@ import torch
 import torch.nn as nn
 
 from moco import augment, checkpoint, contents, distributed, metrics
-from moco.distributed import DistContext
 from moco.encoders import autocast, build_encoder
 from moco.errors import UsageError, first_line
 
@@ -180,13 +179,3 @@ def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list
         {"acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "n": n}
         for top1, top5, n in distributed.all_reduce(counts).tolist()
     ]
-
-
-def gather_in_order(rows: torch.Tensor, total: int, ctx: DistContext) -> torch.Tensor:
-    """The rows (total, d) of all ranks on the CPU, in the order of the data set, from each rank's share of them.
-
-    rows: (n, d), on any device, as `loader.eval_loader` distributes the images. All ranks must call this.
-    """
-    whole = torch.zeros(total, rows.shape[1], device=ctx.device)
-    whole[ctx.rank :: ctx.world_size] = rows.to(ctx.device)
-    return distributed.all_reduce(whole).cpu()

@@ -88,6 +88,13 @@ def list_flat(directory: str) -> ImageFolder | None:
     return ImageFolder(PathList.of(os.path.join(directory, ""), names), LabelList(np.zeros(len(names))), [FLAT])
 
 
+def count_classes(data: str, classes: Sequence[str]) -> str:
+    """The number of classes of the training images of `data`, and that they lie in no class folders, if so."""
+    if list(classes) == [FLAT] and not os.path.isdir(os.path.join(data, "train", FLAT)):
+        return "1 class, as there are no class folders"
+    return f"{len(classes)} classes"
+
+
 def is_folder(path: str | Path) -> bool:
     """Whether there is such a folder. Raises UsageError if that cannot be read, or for a link that leads nowhere."""
     try:

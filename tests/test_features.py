@@ -8,6 +8,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from moco import classifier
+from moco import features as saved_features
 from moco.augment import MEAN, STD
 
 
@@ -75,7 +76,7 @@ def test_features_of_two_processes_are_in_order(tmp_path):
 
 
 def gathered(ctx):
-    return classifier.gather_in_order(torch.arange(10.0).reshape(5, 2)[ctx.rank :: 2], 5, ctx)
+    return saved_features.gather_in_order(torch.arange(10.0).reshape(5, 2)[ctx.rank :: 2], 5, ctx)
 
 
 @pytest.mark.slow
@@ -91,3 +92,6 @@ def test_a_file_of_features_that_cannot_be_is_refused(probed):
     best, data = ["--pretrained", probed / "model_best_random.pth.tar"], probed / "data"
     assert "its name must end in .npz" in refused(PROBE, *best, "--features", probed / "f.npy", data)
     assert "there is no folder" in refused(PROBE, *best, "--features", probed / "no" / "f.npz", data)
+    export = [*best, "--features", probed / "f.npz", "--export-backbone", probed / "b.pth"]
+    assert "--export-backbone writes the backbone and does nothing else" in refused(PROBE, *export, data)
+    assert not (probed / "b.pth").exists()
