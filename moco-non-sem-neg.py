@@ -173,8 +173,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     workers = options.workers_per_rank(args.workers, local_world_size)
     return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved, output, needed), {
         "processes": f"{world_size}, with {workers} loader workers each",
-        "images": f"{len(data.photos)} in {len(data.classes)} classes"
-        + listing.note_on_classes(args.data, data.classes),
+        "images": f"{len(data.photos)} in {listing.count_classes(args.data, data.classes)}",
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
         "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
