@@ -43,7 +43,7 @@ def list_images(directory: str | Path) -> ImageFolder:
     Links are followed, and a link to an image is an image of its own name. Hidden entries and those of NOT_DATA are no
     data. Raises UsageError if the directory is missing or has no class folders, if a class has no image or images lie
     beside the class folders, if something cannot be read or a link leads nowhere, and if links lead to the same folder
-    twice, as all loops do. preprocess/files.py lists by the same rule.
+    twice, as all loops do. preprocess/image_lists.py lists by the same rule.
     """
     directory = Path(directory)
     if not is_folder(directory):

@@ -25,7 +25,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 import files  # before numpy
+import image_lists
 import numpy as np
+import pool
 from PIL import Image
 
 os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # per worker process; read when the library loads OpenCV
@@ -141,7 +143,7 @@ def write_images(photo: str, recipe: Recipe) -> tuple[str, bool, str | None]:
 
 def list_photos(source: Path, limit: int | None) -> list[str]:
     """The paths below `source` of the first `limit` photos of each class. UsageError if two would share a file."""
-    photos = [f"{name}/{file}" for name, images in files.list_images(source).items() for file in images[:limit]]
+    photos = [f"{name}/{file}" for name, images in image_lists.list_images(source).items() for file in images[:limit]]
     twins = len(photos) - len({os.path.splitext(photo)[0] for photo in photos})
     if twins:
         raise files.UsageError(
@@ -169,7 +171,7 @@ def claim(out: Path, settings: dict) -> None:
 
 def foreign(name: str) -> bool:
     """Whether a file or folder of that name in OUT was left there by something else."""
-    return not (name.startswith(".") or name in files.NOT_DATA or files.PARTIAL.search(name))
+    return not (name.startswith(".") or name in image_lists.NOT_DATA or files.PARTIAL.search(name))
 
 
 def parse_args() -> argparse.Namespace:
@@ -218,7 +220,7 @@ def main() -> int:
     )
     small, broken = 0, []
     write = functools.partial(write_images, recipe=recipe)
-    for photo, enlarged, reason in files.in_processes(write, jobs, args.workers, "photo"):
+    for photo, enlarged, reason in pool.in_processes(write, jobs, args.workers, "photo"):
         small += enlarged
         broken += [(photo, reason)] if reason else []
     enlarged = f"; {small} photos below {round(args.size * 256 / 224)} px were enlarged first" if small else ""

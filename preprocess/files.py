@@ -1,24 +1,20 @@
-"""What the scripts here share: one-line errors, lists of images, files written whole or not at all, a process pool."""
+"""What the scripts here share: options, one-line errors, and files written whole or not at all."""
 
 import argparse
 import contextlib
 import errno
 import functools
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import secrets
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn
 
 # One thread per worker process. numpy reads these when it is loaded: import this module first.
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
@@ -26,7 +22,6 @@ for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
 
 import numpy as np  # noqa: E402
 from PIL import Image, PngImagePlugin  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 try:
     import fcntl
@@ -35,10 +30,8 @@ except ImportError:  # Windows
 
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: PIL's limit against decompression bombs
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: colour profiles may be larger than PIL's 1 MB
-NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
 END_SIGNALS = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))  # Windows has no SIGHUP
 PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial$")  # the end of an unfinished file's name
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class UsageError(Exception):
@@ -53,7 +46,7 @@ def cli_main(main: Callable[[], int | None]) -> NoReturn:
     """Call main() and exit with its code; errors end in one line on stderr, signals in 128 + their number."""
     for signum in END_SIGNALS:
         if signal.getsignal(signum) == signal.SIG_DFL:  # not ignored, as under nohup
-            signal.signal(signum, _exit_on_signal)
+            signal.signal(signum, exit_on_signal)
     message, code = "", 1
     try:
         code = main()
@@ -76,7 +69,8 @@ def cli_main(main: Callable[[], int | None]) -> NoReturn:
     sys.exit(code)
 
 
-def _exit_on_signal(signum: int, frame: object) -> NoReturn:
+def exit_on_signal(signum: int, frame: object) -> NoReturn:
+    """The handler of END_SIGNALS in a script: 128 + the number of the signal, as shells expect."""
     sys.exit(128 + signum)
 
 
@@ -125,112 +119,6 @@ def read_words(path: Path) -> list[str]:
     if odd:
         raise ValueError(f"{odd[0]!a} holds invisible characters; save it as UTF-8")
     return words
-
-
-# Lists of images, by the rule of moco/listing.py: what is prepared here is what is trained on there.
-
-
-def list_images(directory: Path, without_classes: bool = False) -> dict[str, list[str]]:
-    """{class: the sorted paths, below its folder, of its images} of a folder of class folders.
-
-    Images are the regular files, at any depth, whose suffix is an image's; links are followed; hidden entries and those
-    of NOT_DATA are no data. Raises UsageError if there are no classes, if a class has no image or images lie beside the
-    class folders, if something cannot be read or a link leads nowhere, and if links lead to the same folder twice, as
-    all loops do. without_classes: images and no folders are accepted, too, as {"": their names}.
-    """
-    listed = {}
-    list_once(directory, os.path.realpath(directory), listed)
-    folders, names = scan_folder(str(directory))
-    beside = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-    if without_classes and beside and not folders:
-        return {"": beside}
-    if not folders:
-        flat = f", only {len(beside)} images; make one folder of images per class" if beside else ""
-        raise UsageError(f"{directory}: it has no class folders{flat}")
-    if beside:
-        raise UsageError(
-            f"{directory}: it has {len(folders)} class folders and, beside them, images: {len(beside)}:"
-            f" {', '.join(beside[:5])}{', …' if len(beside) > 5 else ''}; move these into their class folders, or away"
-        )
-    images = {name: images_in(directory / name, listed) for name in sorted(folders)}
-    empty = [name for name, names in images.items() if not names]
-    if empty:
-        raise UsageError(
-            f"{directory}: no image in {len(empty)}: {', '.join(empty[:5])}{', …' if len(empty) > 5 else ''};"
-            " remove the empty class folders or fill them"
-        )
-    return images
-
-
-def class_folders(folder: Path) -> list[str]:
-    """The names of a folder's subfolders, sorted. Raises UsageError as `scan_folder`."""
-    return sorted(scan_folder(str(folder))[0])
-
-
-def images_in(top: Path, listed: dict[str, str] | None = None) -> list[str]:
-    """The paths below a class folder of its images, sorted. Raises UsageError as `list_images`.
-
-    listed: what list_once keeps, where several class folders are listed.
-    """
-    images, waiting = [], [("", os.path.realpath(top))]
-    listed = {} if listed is None else listed
-    while waiting:
-        below, real = waiting.pop()
-        folder = os.path.join(top, below) if below else str(top)
-        list_once(folder, real, listed)
-        folders, names = scan_folder(folder)
-        images += [os.path.join(below, name) for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
-        for name in folders:
-            path = os.path.join(folder, name)
-            # realpath looks at every folder above, so only for links
-            real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
-            waiting.append((os.path.join(below, name), real_path))
-    return sorted(images)
-
-
-def scan_folder(folder: str) -> tuple[list[str], list[str]]:
-    """The names of the subfolders and of the regular files in a folder, links followed, what is no data left out.
-
-    Raises UsageError for what cannot be read and links that lead nowhere.
-    """
-    folders, files = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(".") or entry.name in NOT_DATA:
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.is_file():
-                    files.append(entry.name)
-                elif entry.is_symlink() and not os.path.exists(entry.path):
-                    raise UsageError(
-                        f"{entry.path}: a link that leads nowhere ({os.readlink(entry.path)}); restore what it leads"
-                        " to, or remove it"
-                    )
-        if not os.access(folder, os.X_OK):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES), folder)
-    except OSError as error:
-        raise UsageError(
-            f"{error.filename or folder}: cannot be read ({error.strerror or error}); nothing may be missing from a"
-            " listing"
-        ) from error
-    return folders, files
-
-
-def list_once(folder: str | Path, real: str, listed: dict[str, str]) -> None:
-    """Raise UsageError if the folder is, or lies above, one that is listed already: it was reached by a link.
-
-    listed: {real path of a listed folder or of one above it: the path by which it was reached}; the folder is added.
-    """
-    if real in listed:
-        raise UsageError(
-            f"{folder}: a link makes images count twice: {real} is or holds what is listed as {listed[real]}; remove"
-            " the link"
-        )
-    while real not in listed:
-        listed[real] = str(folder)
-        real = os.path.dirname(real)
 
 
 # Files
@@ -346,77 +234,10 @@ def _open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
-# Processes
-
-
-def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, unit: str) -> Iterator:
-    """Yield function(job) for all jobs, in order, from a pool of processes; a bar shows rate and remaining time.
-
-    RunError if one of them is killed. The processes end with this one, however it ends.
-    """
-    pool = ProcessPoolExecutor(workers, initializer=_leave_with_parent)
-    chunk = max(1, min(8, len(jobs) // (4 * workers)))  # few long jobs are shared by all workers
-    try:
-        # Not pool.map: interrupted, it cancels what is waiting, and a pool that loses its workers while something is
-        # cancelled ends in a traceback on Python 3.10 and 3.11.
-        waiting = [pool.submit(_call_each, function, jobs[i : i + chunk]) for i in range(0, len(jobs), chunk)]
-        # In a log, where every update is a line, update every 30 s.
-        yield from tqdm(
-            _results(waiting[::-1]),
-            total=len(jobs),
-            unit=unit,
-            smoothing=0.02,
-            mininterval=0.1 if sys.stderr.isatty() else 30,
-        )
-    except BrokenProcessPool:
-        raise RunError(
-            "a worker process was killed (out of memory?); run the same command again to resume, with fewer --workers"
-            " if memory ran out"
-        ) from None
-    except BaseException:
-        stop_workers()
-        raise
-    finally:
-        with contextlib.suppress(RuntimeError):  # a signal while its thread was being started: it cannot be joined
-            pool.shutdown(cancel_futures=True)
-
-
-def _call_each(function: Callable[[Any], Any], jobs: Sequence) -> list:
-    return [function(job) for job in jobs]
-
-
-def _results(waiting: list[Future]) -> Iterator:
-    """The results of the last one first; none is kept."""
-    while waiting:
-        yield from waiting.pop().result()
-
-
 def stop_workers() -> None:
     """End the processes that this one has started."""
     for process in multiprocessing.active_children():
         process.terminate()
-
-
-def _leave_with_parent() -> None:
-    """In a worker: end when the parent does, even if that is killed, and take along the programs that run for it."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # of this worker and its programs; an interrupt at the terminal is the parent's
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_group)
-    if signal.getsignal(END_SIGNALS[1]) is _exit_on_signal:
-        signal.signal(END_SIGNALS[1], _end_group)
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    _end_group()
-
-
-def _end_group(*_: object) -> NoReturn:
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
 
 
 def report_broken(broken: Sequence[tuple[object, str]]) -> int:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import files
+import image_lists
+import pool
 from PIL import Image
 
 SPLITS = {"train": range(600, 1301), "val": range(50, 51)}  # how many photos a class of ImageNet has
@@ -54,7 +56,7 @@ def parse_args() -> argparse.Namespace:
         folder = args.imagenet_path / split
         if not folder.is_dir():
             parser.error(f"--imagenet_path {args.imagenet_path}: it has no {split}/ folder; SRC holds train/ and val/")
-        if not files.class_folders(folder):
+        if not image_lists.class_folders(folder):
             parser.error(
                 f"--imagenet_path {args.imagenet_path}: {split}/ holds no class folders; ImageNet's val"
                 " archive unpacks flat and must be sorted into <wnid>/ folders first"
@@ -145,7 +147,7 @@ def take_smaller(job: Job, side: int) -> list[tuple[Path, str]]:
 def count(folder: Path, usual: range) -> None:
     """Print how many photos a split has, and which of its classes have an unusual number."""
     listed = {}
-    counts = {name: len(files.images_in(folder / name, listed)) for name in files.class_folders(folder)}
+    counts = {name: len(image_lists.images_in(folder / name, listed)) for name in image_lists.class_folders(folder)}
     print(f"{files.printable(folder)}: {len(counts)} classes, {sum(counts.values())} photos")
     odd = [f"{files.printable(name)} {n}" for name, n in counts.items() if n not in usual]
     if odd:
@@ -160,7 +162,7 @@ def list_sources(source: Path, wnids: list[str]) -> dict[str, list[str]]:
     images = {}
     for split in SPLITS:
         listed = {}
-        images |= {f"{split}/{wnid}": files.images_in(source / split / wnid, listed) for wnid in wnids}
+        images |= {f"{split}/{wnid}": image_lists.images_in(source / split / wnid, listed) for wnid in wnids}
     empty = [name for name, names in images.items() if not names]
     if empty:
         raise files.UsageError(
@@ -181,7 +183,7 @@ def list_jobs(args: argparse.Namespace, images: Mapping[str, list[str]]) -> list
             # Outside the splits, where an incomplete folder would look like a class.
             partial = args.imagenet100_path / ".partial" / name
             jobs.append(Job(args.imagenet_path / name, names, target, partial))
-        elif not files.images_in(target):
+        elif not image_lists.images_in(target):
             raise files.UsageError(f"{target} is there already, but holds no image; remove it and run again")
     return jobs
 
@@ -193,7 +195,7 @@ def make(args: argparse.Namespace, images: Mapping[str, list[str]]) -> int:
         parent.mkdir(parents=True, exist_ok=True)
     if args.resize:
         smaller = functools.partial(take_smaller, side=args.resize)
-        for left_out in files.in_processes(smaller, jobs, args.workers, "class"):
+        for left_out in pool.in_processes(smaller, jobs, args.workers, "class"):
             broken += left_out
     else:
         for job in jobs:

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import files  # before numpy
+import image_lists
 import numpy as np
+import pool
 import quilting
 from PIL import Image, ImageDraw
 
@@ -123,7 +125,7 @@ def list_photos(source: Path, splits: list[str], limit: int | None) -> list[str]
     return [
         os.path.join(split, name, file)
         for split in splits
-        for name, images in files.list_images(source / split, without_classes=True).items()
+        for name, images in image_lists.list_images(source / split, without_classes=True).items()
         for file in images[:limit]
     ]
 
@@ -194,7 +196,7 @@ def check(parser: files.Parser, args: argparse.Namespace) -> None:
     """End the script where the options cannot be right."""
     for split in args.splits:
         if not (args.imagenet_path / split).is_dir():
-            there = files.class_folders(args.imagenet_path) if args.imagenet_path.is_dir() else []
+            there = image_lists.class_folders(args.imagenet_path) if args.imagenet_path.is_dir() else []
             parser.error(
                 f"--imagenet_path {args.imagenet_path}: it has no {split}/ folder; SRC is the folder above it, and has"
                 f" {', '.join(there[:5]) or 'no folders'}"
@@ -232,7 +234,7 @@ def main() -> int:
     small, broken = 0, []
     for folder in {texture_path(args.imagenet_t_path, photo).parent for photo in jobs}:
         folder.mkdir(parents=True, exist_ok=True)
-    for photo, enlarged, reason in files.in_processes(write, jobs, args.workers, "image"):
+    for photo, enlarged, reason in pool.in_processes(write, jobs, args.workers, "image"):
         small += enlarged
         broken += [(photo, reason)] if reason else []
     print(f"wrote {len(jobs) - len(broken)} textures; {small} photos below {args.patch} px were enlarged first")

@@ -28,6 +28,7 @@ from typing import NamedTuple
 
 import files
 import numpy as np
+import pool
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 SIZE, CROP = 64, 56  # px, a stored image and the centre crop of the corruption set
@@ -341,7 +342,7 @@ def generate(out: Path, seed: int, train: int, test: int, cell: int, workers: in
     for place, name in enumerate(CORRUPTIONS):  # each has val images of its own
         numbers[name] = range(place * cell // 10, (place + 1) * cell // 10)
     jobs = [(out, seed, split, label, number) for split in numbers for label in range(10) for number in numbers[split]]
-    for _ in files.in_processes(write, jobs, workers, "job"):
+    for _ in pool.in_processes(write, jobs, workers, "job"):
         pass
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import corruptions
 import files
 import numpy as np
+import pool
 import pytest
 import torch
 from helpers import write_photo
@@ -190,7 +191,7 @@ def test_without_the_library_a_line_says_how_to_get_it(photos, tmp_path, monkeyp
 
 
 def test_few_jobs_are_shared_by_all_workers():
-    assert len(set(files.in_processes(_identity, [0.5] * 2, 2, "job"))) == 2
+    assert len(set(pool.in_processes(_identity, [0.5] * 2, 2, "job"))) == 2
 
 
 def _identity(seconds):

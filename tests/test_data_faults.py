@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 import files
+import image_lists
 import numpy as np
 import pytest
 import torch
@@ -41,7 +42,7 @@ def moco_listing(root):
 
 
 def preprocess_listing(root):
-    return [os.path.join(name, image) for name, names in files.list_images(root).items() for image in names]
+    return [os.path.join(name, image) for name, names in image_lists.list_images(root).items() for image in names]
 
 
 LISTINGS = {"moco": (moco_listing, UsageError), "preprocess": (preprocess_listing, files.UsageError)}
@@ -198,7 +199,7 @@ def test_no_file_is_asked_for_its_type(tree, lister, monkeypatch):
 
 
 def test_both_sides_know_the_same_images():
-    assert files.IMAGE_SUFFIXES == listing.IMG_EXTENSIONS and files.NOT_DATA == listing.NOT_DATA
+    assert image_lists.IMAGE_SUFFIXES == listing.IMG_EXTENSIONS and image_lists.NOT_DATA == listing.NOT_DATA
 
 
 def test_a_tree_deeper_than_the_recursion_limit(tmp_path, lister):

@@ -4,6 +4,7 @@ import json
 import os
 
 import files
+import image_lists
 import pytest
 from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused, run_script, same, weights, write_photo
 
@@ -33,8 +34,8 @@ def test_images_beside_class_folders_are_refused(tmp_path):
         (lambda: listing.list_training_images(str(tmp_path / "data")), UsageError),
         (lambda: listing.list_images(train), UsageError),
         (lambda: testsets.list_test_set("sketch", str(train), ["cat"]), UsageError),
-        (lambda: files.list_images(train), files.UsageError),
-        (lambda: files.list_images(train, without_classes=True), files.UsageError),
+        (lambda: image_lists.list_images(train), files.UsageError),
+        (lambda: image_lists.list_images(train, without_classes=True), files.UsageError),
     ):
         with pytest.raises(error, match="it has 1 class folders and, beside them, images: 8: 0.JPEG, 1.JPEG"):
             list_below()
@@ -44,7 +45,7 @@ def test_images_beside_class_folders_are_refused(tmp_path):
 
 def test_a_folder_without_any_image_is_refused(tmp_path):
     (tmp_path / "data" / "train").mkdir(parents=True)
-    for call in (listing.list_training_images, lambda root: files.list_images(tmp_path / "data" / "train", True)):
+    for call in (listing.list_training_images, lambda root: image_lists.list_images(tmp_path / "data" / "train", True)):
         with pytest.raises((UsageError, files.UsageError), match="it has no class folders$"):
             call(str(tmp_path / "data"))
 
@@ -60,7 +61,7 @@ def test_what_needs_labels_refuses_a_flat_folder(tmp_path):
     with pytest.raises(UsageError, match="no class folders, only 8 images"):
         testsets.list_test_set("sketch", str(root / "val"), ["n01"])
     with pytest.raises(files.UsageError, match="only 8 images; make one folder of images per class"):
-        files.list_images(root / "val")
+        image_lists.list_images(root / "val")
 
 
 def test_a_flat_folder_has_textures_and_pairs(tmp_path):

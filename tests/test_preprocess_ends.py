@@ -15,6 +15,7 @@ import files
 import imagenet_100_subset
 import imagenet_texture_syn
 import numpy as np
+import pool
 import pytest
 from helpers import ENVIRONMENT, REPOSITORY, run_script, write_folder, write_photo
 from PIL import Image
@@ -303,7 +304,7 @@ def test_an_interrupt_cancels_no_job_that_waits():
     waiting[-1].set_exception(KeyboardInterrupt())
     left = waiting[:-1]
     with pytest.raises(KeyboardInterrupt):
-        list(files._results(waiting))
+        list(pool._results(waiting))
     assert waiting == left and not any(future.cancelled() for future in left)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "preprocess"))
-import files
+import image_lists
 import quilting
 from imagenet_texture_syn import cut_patches, read_photo
 
@@ -133,8 +133,8 @@ def throughput(jobs, workers):
 
 def main():
     folder = Path(sys.argv[1])
-    rngs = np.random.default_rng(0).spawn(len(files.images_in(folder)))
-    photos = [read_photo(folder / name, PATCH)[0] for name in files.images_in(folder)]
+    rngs = np.random.default_rng(0).spawn(len(image_lists.images_in(folder)))
+    photos = [read_photo(folder / name, PATCH)[0] for name in image_lists.images_in(folder)]
     jobs = [(seed, cut_patches(photo, PATCH, rng)) for seed, (photo, rng) in enumerate(zip(photos, rngs))]
     for job in jobs[:3]:
         texture_of(job)

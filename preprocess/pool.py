@@ -1,0 +1,80 @@
+"""A pool of processes for jobs that take long: with a bar, and with an end whatever happens."""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, NoReturn
+
+from files import END_SIGNALS, RunError, exit_on_signal, stop_workers
+from tqdm import tqdm
+
+
+def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, unit: str) -> Iterator:
+    """Yield function(job) for all jobs, in order, from a pool of processes; a bar shows rate and remaining time.
+
+    RunError if one of them is killed. The processes end with this one, however it ends.
+    """
+    pool = ProcessPoolExecutor(workers, initializer=_leave_with_parent)
+    chunk = max(1, min(8, len(jobs) // (4 * workers)))  # few long jobs are shared by all workers
+    try:
+        # Not pool.map: interrupted, it cancels what is waiting, and a pool that loses its workers while something is
+        # cancelled ends in a traceback on Python 3.10 and 3.11.
+        waiting = [pool.submit(_call_each, function, jobs[i : i + chunk]) for i in range(0, len(jobs), chunk)]
+        # In a log, where every update is a line, update every 30 s.
+        yield from tqdm(
+            _results(waiting[::-1]),
+            total=len(jobs),
+            unit=unit,
+            smoothing=0.02,
+            mininterval=0.1 if sys.stderr.isatty() else 30,
+        )
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process was killed (out of memory?); run the same command again to resume, with fewer --workers"
+            " if memory ran out"
+        ) from None
+    except BaseException:
+        stop_workers()
+        raise
+    finally:
+        with contextlib.suppress(RuntimeError):  # a signal while its thread was being started: it cannot be joined
+            pool.shutdown(cancel_futures=True)
+
+
+def _call_each(function: Callable[[Any], Any], jobs: Sequence) -> list:
+    return [function(job) for job in jobs]
+
+
+def _results(waiting: list[Future]) -> Iterator:
+    """The results of the last one first; none is kept."""
+    while waiting:
+        yield from waiting.pop().result()
+
+
+def _leave_with_parent() -> None:
+    """In a worker: end when the parent does, even if that is killed, and take along the programs that run for it."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()  # of this worker and its programs; an interrupt at the terminal is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_group)
+    if signal.getsignal(END_SIGNALS[1]) is exit_on_signal:
+        signal.signal(END_SIGNALS[1], _end_group)
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    _end_group()
+
+
+def _end_group(*_: object) -> NoReturn:
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
