@@ -48,7 +48,7 @@ from moco import (
 )
 from moco.claim import Claim
 from moco.distributed import DistContext
-from moco.environment import is_local_main
+from moco.environment import is_main
 from moco.errors import UsageError, cli_main
 from moco.testsets import TestSet
 
@@ -339,10 +339,9 @@ def main() -> None:
             "test_sets": f"{len(test_sets)}, of which {len(result['cells'])} are done",
             "images": sum(len(test_set.labels) for test_set in test_sets),
             **({"corruptions": report.not_evaluated(unknown)} if unknown else {}),
-            "dry run": "nothing was started",
         }
-        return options.print_config(args, derived, args.verbose)
-    if unknown and is_local_main():
+        return options.print_dry_run(args, derived)
+    if unknown and is_main():
         print(report.not_evaluated(unknown), file=sys.stderr)
     launch.launch(evaluate, (args, models, wnids, image_size, test_sets, result, output), gpu=args.gpu)
     keys = [test_set.key for test_set in test_sets]

@@ -57,6 +57,7 @@ from moco.classifier import LinearHeads
 from moco.datasets import ImageList, RetryDataset, StrictDataset
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
+from moco.environment import is_main
 from moco.errors import Finished, UsageError, cli_main
 from moco.listing import ImageFolder
 from moco.loader import GlobalBatchSampler
@@ -466,11 +467,10 @@ def export_backbone(args: argparse.Namespace) -> None:
     args.arch = args.arch or arch_of_files(args, {}, pretrained)
     weights, origin = find_backbone(args, pretrained)
     if args.dry_run:
-        return options.print_config(
-            args, {"network": args.arch, "backbone": origin, "dry run": "nothing was written"}, args.verbose
-        )
-    checkpoint.save(args.export_backbone, weights)
-    print(f"wrote {args.export_backbone}, a {args.arch}: {origin}")
+        return options.print_dry_run(args, {"network": args.arch, "backbone": origin}, "nothing was written")
+    if is_main():
+        checkpoint.save(args.export_backbone, weights)
+        print(f"wrote {args.export_backbone}, a {args.arch}: {origin}")
 
 
 def main() -> None:
@@ -480,7 +480,7 @@ def main() -> None:
         return export_backbone(args)
     inputs, derived = validate_args(args)
     if args.dry_run:
-        return options.print_config(args, derived | {"dry run": "nothing was started"}, args.verbose)
+        return options.print_dry_run(args, derived)
     worker, arguments = (main_worker, (args, inputs, derived)) if trains(args) else (evaluate_only, (args, inputs))
     launch.launch(worker, arguments, **options.launch_settings(args))
 

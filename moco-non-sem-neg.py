@@ -50,7 +50,7 @@ from moco.claim import Claim
 from moco.datasets import RetryDataset, TwoCrops
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
-from moco.environment import is_local_main
+from moco.environment import is_main
 from moco.errors import Finished, UsageError, cli_main
 from moco.listing import TrainingImages
 from moco.loader import GlobalBatchSampler
@@ -391,9 +391,9 @@ def main() -> None:
     args = parse_args()
     inputs, derived = validate_args(args)
     if args.dry_run:
-        return options.print_config(args, derived | {"dry run": "nothing was started"}, args.verbose)
+        return options.print_dry_run(args, derived)
     if args.preview:
-        return save_preview(args, inputs.train) if is_local_main() else None
+        return save_preview(args, inputs.train) if is_main() else None
     launch.launch(main_worker, (args, inputs, derived), **options.launch_settings(args))
 
 

@@ -83,13 +83,20 @@ def set_spawned_rank(local_rank: int) -> None:
 
 def is_local_main() -> bool:
     """Whether this is the first process of its node. All of them find the same bad input; one reports it."""
-    if _spawned_rank:
-        return False
+    return not _spawned_rank and _is_first("local_rank")
+
+
+def is_main() -> bool:
+    """Whether this is the first process of those a launcher started; of use before they connect."""
+    return not _spawned_rank and _is_first("rank")
+
+
+def _is_first(rank: str) -> bool:
     try:
         found = launched()
     except ValueError:  # reported by each, since none knows which it is
         return True
-    return found is None or found.local_rank == 0
+    return found is None or getattr(found, rank) == 0
 
 
 def _by_rank_variables() -> Launched | None:

@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from moco.environment import end_with_torchrun, is_local_main
+from moco.environment import end_with_torchrun, is_local_main, is_main
 from moco.limits import COLLECTIVE_SECONDS, LOADERS_END_SECONDS
 
 WORKER_KILLED = (
@@ -87,7 +87,7 @@ def _exit_code(error: BaseException) -> int | str | None:
         for stream in broken:
             _discard(stream)
         return 128 + signal.SIGPIPE  # silent, like a program that SIGPIPE ends
-    if isinstance(error, Finished) and is_local_main():
+    if isinstance(error, Finished) and is_main():
         print(error)
     _flush_stdout()
     if isinstance(error, Finished):

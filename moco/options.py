@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 
-from moco.environment import is_local_main
+from moco.environment import is_local_main, is_main
 from moco.errors import UsageError, one_line
 
 
@@ -267,6 +267,12 @@ def workers_per_rank(total: int, ranks: int) -> int:
 
 
 # Configuration
+
+
+def print_dry_run(args: argparse.Namespace, derived: Mapping, done: str = "nothing was started") -> None:
+    """What --dry-run prints, once for all processes that a launcher started."""
+    if is_main():
+        print_config(args, derived | {"dry run": done}, args.verbose)
 
 
 def print_config(args: argparse.Namespace, derived: Mapping, verbose: bool = False) -> None:

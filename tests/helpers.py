@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 
-from moco import augment, launch, rendezvous
+from moco import augment, distributed, launch, rendezvous
 from moco.distributed import DistContext
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -238,6 +238,19 @@ def completed(process, timeout=120):
 
 
 # Ranks
+
+
+def train_steps(ctx, ddp_model, optimizer, batches):
+    """Train on (query, key, negative) batches of this rank; returns each step's loss, the mean over the ranks."""
+    losses = []
+    for query, key, negative in batches:
+        logits, labels = ddp_model(query, key, negative.unsqueeze(1))
+        loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append((distributed.all_reduce(loss.detach().clone()) / ctx.world_size).item())
+    return losses
 
 
 def run_ranks(world, folder, *functions):

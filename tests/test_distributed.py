@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import run_ranks
+from helpers import run_ranks, train_steps
 
 from moco import distributed
 from moco.builder import MoCo
@@ -31,17 +31,9 @@ def steps_in_eval_mode(ctx):
     model = small_moco(K=20, m=0.9, T=0.2, alpha=2.0).eval()
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     ddp_model = distributed.wrap_ddp(model, ctx.device)
-    generator = torch.Generator().manual_seed(1)
-    losses = []
-    for _ in range(3):
-        images = torch.randn(3, GLOBAL_BATCH, 3, 32, 32, generator=generator)
-        query, key, negative = (share(x, ctx) for x in images)
-        logits, labels = ddp_model(query, key, negative.unsqueeze(1))
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append((distributed.all_reduce(loss.detach().clone()) / ctx.world_size).item())
+    images = torch.randn(3, 3, GLOBAL_BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    batches = ([share(view, ctx) for view in views] for views in images)
+    losses = train_steps(ctx, ddp_model, optimizer, batches)
     fc = model.encoder_q.fc.weight.detach()
     return {"losses": losses, "queue": model.queue, "pointer": model.queue_ptr, "fc": fc}
 

@@ -151,7 +151,9 @@ def test_torchruns_own_variables_are_not_ignored(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert environment.under_torchrun() and not environment.is_local_main()
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert environment.is_local_main()
+    assert environment.is_local_main() and not environment.is_main()
+    monkeypatch.setenv("RANK", "0")
+    assert environment.is_main()
     monkeypatch.setenv("LOCAL_RANK", "x")
     assert not environment.under_torchrun()
 

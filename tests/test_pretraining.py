@@ -162,6 +162,14 @@ def test_only_changed_settings_are_printed_unless_verbose(shared_data):
     assert long.items() >= {name: value for name, value in short.items() if name != "dry run"}.items()
 
 
+def test_several_processes_say_once_what_starts_nothing(shared_data, tmp_path):
+    launcher = [*TORCHRUN, "--nproc-per-node=2"]
+    plan = run_script(PRETRAIN, *SMALL, "--batch-size", 4, "--dry-run", shared_data, launcher=launcher).stdout
+    assert plan.count("nothing was started") == plan.count("steps per epoch") == 1 and "processes  2" in plan
+    sheet = ["--batch-size", 4, "--preview", tmp_path / "sheet.png"]
+    assert run_script(PRETRAIN, *SMALL, *sheet, shared_data, launcher=launcher).stdout.count("wrote ") == 1
+
+
 def test_folders_are_listed_once(shared_data, tmp_path):
     for options in (["--dry-run"], ["--epochs", 1]):
         settings = [*SMALL, *options, "--knn", "--ckpt_path", tmp_path / "c", shared_data]

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from helpers import PRETRAIN, completed, log, run_script, same, started, wait_for, weights
+from helpers import PRETRAIN, completed, log, run_script, same, started, train_steps, wait_for, weights
 
 from moco import augment, distributed, launch, loader, memory, metrics, rendezvous
 from moco.builder import MoCo
@@ -134,18 +134,10 @@ def steps(ctx, folder=None, training=False):
     model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=20, m=0.9, T=0.2, alpha=2.0)
     model.train(training).to(ctx.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, fused=True)
-    ddp_model, losses = distributed.wrap_ddp(model, ctx.device), []
-    generator = torch.Generator().manual_seed(1)
-    for step in range(3):
-        distributed.seed_shuffles(0, step)
-        images = torch.randn(3, 8, 3, 32, 32, generator=generator)
-        query, key, negative = (view.chunk(ctx.world_size)[ctx.rank].to(ctx.device) for view in images)
-        logits, labels = ddp_model(query, key, negative.unsqueeze(1))
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append((distributed.all_reduce(loss.detach().clone()) / ctx.world_size).item())
+    images = torch.randn(3, 3, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    batches = ([view.chunk(ctx.world_size)[ctx.rank].to(ctx.device) for view in views] for views in images)
+    distributed.seed_shuffles(0)
+    losses = train_steps(ctx, distributed.wrap_ddp(model, ctx.device), optimizer, batches)
     weights = torch.cat([weight.detach().flatten() for weight in model.encoder_q.parameters()]).cpu()
     return {"losses": losses, "queue": model.queue.cpu(), "weights": weights}
 

@@ -9,11 +9,13 @@ if ! munge -n > /dev/null 2>&1; then
   runuser -u munge -- /usr/sbin/munged --force --pid-file=/run/munge/tests.pid
   cp /run/munge/tests.pid "$dir/munged.pid"     # ours to stop
 fi
+free='import socket; print(*(server.getsockname()[1] for server in [socket.create_server(("", 0)) for _ in range(3)]))'
+read -r -a port < <(python3 -c "$free")
 {
   cat << CONF
 ClusterName=tests
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=16817
+SlurmctldPort=${port[0]}
 AuthType=auth/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -31,7 +33,7 @@ ReturnToService=0
 PartitionName=main Nodes=n[1-2] Default=YES State=UP
 CONF
   for number in 1 2; do
-    echo "NodeName=n$number NodeHostname=$host NodeAddr=127.0.0.1 Port=$((16820 + number)) CPUs=$(nproc) RealMemory=2000"
+    echo "NodeName=n$number NodeHostname=$host NodeAddr=127.0.0.1 Port=${port[number]} CPUs=$(nproc) RealMemory=2000"
   done
 } > "$dir/slurm.conf"
 export SLURM_CONF=$dir/slurm.conf
