@@ -4,11 +4,13 @@ Slow, and skipped where there is no Slurm, or without root. It needs five minute
 """
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -29,7 +31,6 @@ from helpers import (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),  # a job needs both nodes
     pytest.mark.skipif(
         os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))),
         reason="no Slurm, or not root",
@@ -40,7 +41,15 @@ EPOCHS = 60
 
 
 @pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
+def alone():
+    """All of Slurm's nodes are this machine: one process of the tests at a time."""
+    with open(Path(tempfile.gettempdir()) / "slurm-of-tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="module")
+def slurm(alone, tmp_path_factory):
     """A function that runs one of Slurm's commands, in the folder of the repository."""
     folder = tmp_path_factory.mktemp("slurm")
     scripts = REPOSITORY / "tests" / "slurm"
