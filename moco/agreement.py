@@ -17,8 +17,8 @@ from moco.sequences import LabelList, PathList
 # Options that may differ: where things are on a node, which node it is, and what only rank 0 does.
 OWN_OPTIONS = {
     "data", "ckpt_path", "resume", "pretrained", "workers", "batch_size", "gpu", "rank", "local_rank", "dist_url",
-    "print_freq", "verbose", "json", "plot", "val", "corruption", "sketch", "stylized", "rendition", "defaults",
-    "auto_resume",
+    "print_freq", "verbose", "json", "plot", "latex", "classes", "val", "corruption", "sketch", "stylized",
+    "rendition", "sets", "defaults", "auto_resume",
 }  # fmt: skip
 SHOWN = 4  # ranks named per value
 

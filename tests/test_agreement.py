@@ -66,7 +66,7 @@ def test_facts_of_a_single_process_are_not_computed():
 
 
 def test_what_may_differ_between_nodes_is_not_compared():
-    args = SimpleNamespace(data="/a", rank=1, dist_url="tcp://a:1", workers=3, lr=0.1, moco_k=8, defaults={})
+    args = SimpleNamespace(data="/a", rank=1, dist_url="tcp://a:1", workers=3, sets=["A=/a"], lr=0.1, moco_k=8)
     assert agreement.shared_options(args) == {"--lr": 0.1, "--moco-k": 8}
 
 
