@@ -109,10 +109,8 @@ def accuracy(
     # One rank's BatchNorm statistics for all images: rank 0's, which are the saved ones.
     distributed.broadcast_buffers(encoder)
     width = next(layer.in_features for layer in encoder.fc.modules() if isinstance(layer, nn.Linear))
-    none = (
-        torch.zeros(0, width, device=device),
-        torch.zeros(0, dtype=torch.long, device=device),
-    )  # of a rank without any
+    # Of a rank without any.
+    none = torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.long, device=device)
     shares = next(_joined(itertools.chain([none], unit_features(encoder, val_batches, device)), math.inf))
     queries, targets = map(distributed.gather_uneven, shares)
     cosines = queries.new_full((len(queries), k), -math.inf)  # each query's neighbours so far; such a one has no vote

@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,8 @@ from moco.errors import PeerError, RunError, UsageError, cli_main, translate_err
 from moco.gpus import say_why_on_cpu, usable_gpus
 from moco.limits import COLLECTIVE_SECONDS, GRACE_SECONDS
 from moco.signals import STOP_SIGNALS, handle_stop_signals
+
+PRELOADED = ["torch", "torch.distributed", "torch.multiprocessing", "torchvision", "torchvision.transforms.v2"]
 
 
 def resolve_world_size(
@@ -161,6 +163,7 @@ def _spawned(
 ) -> None:
     rank, world_size = node * local_world_size + local_rank, nodes * local_world_size
     ctx = DistContext(rank, world_size, local_rank, local_world_size, device_of(local_rank))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked in the process that this one was forked from
     environment.set_spawned_rank(local_rank)  # one process per node prints errors
     os.setpgrp()  # a terminal's signals arrive once, through the parent
     worker_and_args = pickle.loads(job)
@@ -176,6 +179,9 @@ def _spawn(count: int, arguments: tuple) -> None:
     """Start `count` ranks, _spawned(i, *arguments), and wait for all; signals are forwarded to them.
 
     If one fails, the others are terminated. This process exits with the code of the rank that failed.
+
+    They are forked from a process that has imported PyTorch and done nothing else: importing it takes each of them
+    seconds, and this process may have used CUDA, which does not survive a fork.
     """
     received, processes = [], []
 
@@ -186,11 +192,15 @@ def _spawn(count: int, arguments: tuple) -> None:
                 os.kill(process.pid, signum)
 
     handle_stop_signals(forward)
-    # multiprocessing's resource tracker inherits the mask: a signal to all processes of a job must not end it.
+    method = "spawn" if sys.platform == "darwin" else "forkserver"  # macOS's libraries do not survive a fork
+    # multiprocessing's own processes inherit the mask: a signal to all processes of a job must not end them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     resource_tracker.ensure_running()
+    if method == "forkserver":
+        forkserver.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    context = mp.start_processes(_spawned, arguments, nprocs=count, join=False)
+    context = mp.start_processes(_spawned, arguments, nprocs=count, join=False, start_method=method)
     del arguments  # they may hold a checkpoint, which each rank has now
     processes += context.processes
     for signum in list(received):  # while they were started

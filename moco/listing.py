@@ -14,8 +14,6 @@ from moco.errors import UsageError
 from moco.sequences import LabelList, PathList
 
 FLAT = "all"  # the class of images that lie in no class folder
-
-
 NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
 
 

@@ -44,29 +44,47 @@ class RunError(Exception):
 
 def cli_main(main: Callable[[], int | None]) -> NoReturn:
     """Call main() and exit with its code; errors end in one line on stderr, signals in 128 + their number."""
+    _open_closed_streams()
     for signum in END_SIGNALS:
         if signal.getsignal(signum) == signal.SIG_DFL:  # not ignored, as under nohup
             signal.signal(signum, exit_on_signal)
     message, code = "", 1
     try:
         code = main()
+        sys.stdout.flush()
     except UsageError as error:
         message, code = str(error), 2
     except RunError as error:
         message = str(error)
     except KeyboardInterrupt:
         message, code = "interrupted; run the same command again to resume", 128 + signal.SIGINT
-    except BrokenPipeError:  # stdout was closed, as by `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of stdout has ended, as in `… | head`
+        code = 141  # silent, like a program that SIGPIPE ends
     except OSError as error:  # a full or read-only disk, a drive that is gone
         message = f"{error}; free some space if the disk is full, and run the same command again to resume"
     except MemoryError:
         message = "out of memory; use fewer --workers and run the same command again to resume"
     finally:
         stop_workers()
+        _flush_stdout()
     if message:
         sys.stderr.write(" ".join(f"{os.path.basename(sys.argv[0])}: error: {message}".split()) + "\n")
     sys.exit(code)
+
+
+def _open_closed_streams() -> None:
+    """Let what is printed to a closed stdout or stderr go nowhere, and not into the next file that is opened."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
+
+
+def _flush_stdout() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:  # no reader, or a full disk: Python would try again when it exits, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_on_signal(signum: int, frame: object) -> NoReturn:

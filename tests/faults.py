@@ -87,7 +87,7 @@ def impatient_for_batches(seconds=2):
 
 
 def workers_as_asked():
-    options.workers_per_rank = lambda total, processes: total  # not at most one per core,
+    options.workers_per_rank = lambda total, ranks: -(-total // ranks)  # not at most one per core,
     warnings.filterwarnings("ignore", "This DataLoader will create")  # which PyTorch does not like
 
 

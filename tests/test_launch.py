@@ -1,5 +1,4 @@
 import datetime
-import functools
 import pickle
 import signal
 
@@ -71,8 +70,8 @@ def test_launch_options_that_contradict_are_refused(options, message):
 
 @pytest.fixture
 def spawned(monkeypatch):
-    """The jobs that launch hands to its processes, which are forked from a server that has imported PyTorch."""
-    jobs, start = [], functools.partial(launch.mp.start_processes, start_method="forkserver")
+    """The jobs that launch hands to its processes."""
+    jobs, start = [], launch.mp.start_processes
 
     def recorded(function, args, **settings):
         jobs.append(args[-1])

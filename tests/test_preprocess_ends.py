@@ -375,10 +375,13 @@ def test_a_folder_that_cannot_be_made_is_one_line(imagenet, tmp_path, kind):
     assert "Not a directory" in result.stderr or "File exists" in result.stderr
 
 
-def test_a_closed_stdout_is_no_traceback(imagenet):
-    run = start(subset_command(imagenet), "bash", "-c", '"$@" | true; exit "${PIPESTATUS[0]}"', "pipe")
+@pytest.mark.parametrize("shell", ['"$@" | true', '"$@" | (exec <&-; sleep 2)', '"$@" >&-'])
+@pytest.mark.parametrize("missing", [[], ["--classes", "nowhere.txt"]])
+def test_a_closed_stdout_is_no_traceback(imagenet, shell, missing):
+    run = start([*subset_command(imagenet), *missing], "bash", "-c", f'{shell}; exit "${{PIPESTATUS[0]}}"', "pipe")
     _, stderr = run.communicate(timeout=60)
     assert "Traceback" not in stderr and "BrokenPipe" not in stderr
+    assert ("nowhere.txt" in stderr) == bool(missing) and (run.returncode == 0 or missing or "|" in shell)
 
 
 @pytest.mark.parametrize("names", ["../n01", "n01/part0", ".."])

@@ -1,6 +1,5 @@
 """A resumed run does not keep the checkpoint in memory: not the state that was read, nor the copy sent to each rank."""
 
-import functools
 import importlib.util
 import multiprocessing
 import signal
@@ -66,9 +65,7 @@ def size_of_job(ctx, path, tensor):
     torch.save({"bytes": len(job), "numbers": tensor.numel()}, path)
 
 
-def test_a_rank_drops_the_copy_that_was_sent_to_it(tmp_path, monkeypatch):
-    start = functools.partial(launch.mp.start_processes, start_method="forkserver")
-    monkeypatch.setattr(launch.mp, "start_processes", start)
+def test_a_rank_drops_the_copy_that_was_sent_to_it(tmp_path):
     launch.launch(size_of_job, (tmp_path / "sizes.pt", torch.zeros(10**6)), multiprocessing=True)
     assert torch.load(tmp_path / "sizes.pt") == {"bytes": 0, "numbers": 10**6}
 

@@ -14,6 +14,7 @@ import pickle
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +29,19 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 COUNTS = {100_000: 100, 1_281_167: 1000}  # files: classes
 RANKS, WORKERS = 8, 4
 RUN = shlex.split("-a resnet10 --image-size 32 --patch-ratio 4 12 --moco-k 64 --seed 1 --print-freq 1")
-TORCHRUN = shlex.split(f"-m torch.distributed.run --standalone --nproc-per-node={RANKS}")
+LAUNCHERS = {
+    "one process": (1, []),
+    f"{RANKS} ranks × {WORKERS} workers, spawned": (RANKS, []),
+    f"{RANKS} ranks × {WORKERS} workers, torchrun": (
+        RANKS, shlex.split(f"-m torch.distributed.run --standalone --nproc-per-node={RANKS}")
+    ),
+}  # fmt: skip
+# What is put into the script: that many ranks and workers on a CPU, whatever its cores.
+CHANGE = f"""
+from moco import options
+launch.usable_gpus = torch.cuda.device_count = lambda: {RANKS}
+options.workers_per_rank = lambda total, ranks: -(-total // ranks)
+"""
 
 
 def write_links(root, files, classes):
@@ -122,13 +135,16 @@ def private_memory():
 # Whole runs
 
 
-def first_step(repository, root, launcher):
+def first_step(repository, root, ranks, launcher):
     """Seconds from the start of the script to its first step; images in batches of 8 per rank."""
-    ranks = RANKS if launcher else 1
     with tempfile.TemporaryDirectory() as folder:
         options = ["-b", 8 * ranks, "-j", WORKERS * ranks, "--ckpt_path", folder]
-        script = ["tests/faults.py", "workers as asked", "moco-non-sem-neg.py"]
-        command = [sys.executable, *launcher, *script, *RUN, *options, root]
+        if ranks > 1 and not launcher:
+            options.append("--multiprocessing-distributed")
+        before, main, after = Path(repository, "moco-non-sem-neg.py").read_text().partition("\nif __name__ ==")
+        script = Path(folder, "script.py")
+        script.write_text(before + CHANGE + main + after)
+        command = [sys.executable, *launcher, script, *RUN, *options, root]
         start = time.perf_counter()
         run = subprocess.Popen(
             list(map(str, command)), cwd=repository, env=environment(repository), text=True, start_new_session=True,
@@ -161,8 +177,10 @@ def figures(repository, root):
     found = {}
     for method in ("fork", "forkserver"):
         found |= measured(repository, "--measure", root, method)
-    found["first step of a single process, s"] = min(first_step(repository, root, []) for _ in range(2))
-    found[f"first step of {RANKS} ranks × {WORKERS} workers, s"] = first_step(repository, root, TORCHRUN)
+    for name, (ranks, launcher) in LAUNCHERS.items():
+        found[f"to the first step, {name}, s"] = statistics.median(
+            first_step(repository, root, ranks, launcher) for _ in range(3)
+        )
     return found
 
 
