@@ -1,5 +1,6 @@
 """Processes: single, spawned, torchrun, srun, several nodes; how they rendezvous and end together."""
 
+import contextlib
 import datetime
 import os
 import pickle
@@ -181,7 +182,9 @@ def _spawn(count: int, arguments: tuple) -> None:
     If one fails, the others are terminated. This process exits with the code of the rank that failed.
 
     They are forked from a process that has imported PyTorch and done nothing else: importing it takes each of them
-    seconds, and this process may have used CUDA, which does not survive a fork.
+    seconds, and this process may have used CUDA, which does not survive a fork. Where that process cannot be started,
+    as with a TMPDIR too long for the name of a socket, and on macOS, whose libraries do not survive a fork, they import
+    PyTorch themselves.
     """
     received, processes = [], []
 
@@ -192,13 +195,15 @@ def _spawn(count: int, arguments: tuple) -> None:
                 os.kill(process.pid, signum)
 
     handle_stop_signals(forward)
-    method = "spawn" if sys.platform == "darwin" else "forkserver"  # macOS's libraries do not survive a fork
+    method = "spawn"
     # multiprocessing's own processes inherit the mask: a signal to all processes of a job must not end them.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     resource_tracker.ensure_running()
-    if method == "forkserver":
+    if sys.platform != "darwin":
         forkserver.set_forkserver_preload(PRELOADED)
-        forkserver.ensure_running()
+        with contextlib.suppress(OSError):
+            forkserver.ensure_running()
+            method = "forkserver"
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     context = mp.start_processes(_spawned, arguments, nprocs=count, join=False, start_method=method)
     del arguments  # they may hold a checkpoint, which each rank has now

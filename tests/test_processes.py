@@ -91,6 +91,13 @@ def children(pid):
     return [int(word) for word in listing.split()]
 
 
+def test_ranks_start_where_a_fork_server_cannot(data, tmp_path):
+    (tmp_path / ("t" * 100)).mkdir()  # too long for the name of its socket
+    settings = [*SMALL, "--epochs", 1, "--multiprocessing-distributed", "--ckpt_path", tmp_path, data]
+    run = completed(started(PRETRAIN, *settings, env={"TMPDIR": str(tmp_path / ("t" * 100))}))
+    assert run.returncode == 0 and run.stderr == "" and len(log(tmp_path)) == 1
+
+
 @pytest.mark.parametrize("delay", [0, 0.02], ids=["between batches", "while one is handed over"])
 def test_a_killed_loading_process_ends_the_run_in_one_line(data, tmp_path, delay):
     settings = [*SMALL, "--ckpt_path", tmp_path, data]
@@ -103,16 +110,20 @@ def test_a_killed_loading_process_ends_the_run_in_one_line(data, tmp_path, delay
     assert resumed.returncode == 0 and "already finished" in resumed.stdout  # all that was logged was saved
 
 
-@pytest.mark.parametrize("launcher", [[], [*TORCHRUN, "--nproc-per-node=2"]], ids=["alone", "torchrun"])
-def test_all_processes_end_with_a_killed_run(data, tmp_path, launcher):
+@pytest.mark.parametrize(
+    "launcher, options, count",
+    [([], [], 2), ([*TORCHRUN, "--nproc-per-node=2"], [], 5), ([], ["--multiprocessing-distributed"], 3)],
+    ids=["alone", "torchrun", "spawned"],
+)
+def test_all_processes_end_with_a_killed_run(data, tmp_path, launcher, options, count):
     """Loading processes, and ranks whose launcher is gone: they would train, and write, beside the resumed run."""
-    settings = [*SMALL, "--epochs", 1000, "--print-freq", 1, "--ckpt_path", tmp_path, data]
+    settings = [*SMALL, *options, "--epochs", 1000, "--print-freq", 1, "--ckpt_path", tmp_path, data]
     process = started(PRETRAIN, *settings, launcher=launcher)
     wait_for(process, "epoch 1 ")
-    assert len(alive(process)) >= (5 if launcher else 2)
+    assert len(alive(process)) >= count
     process.kill()
     ended(process)
-    if launcher:  # as on SIGTERM
+    if count > 2:  # as on SIGTERM
         assert torch.load(tmp_path / "checkpoint_latest.pth.tar", weights_only=True)["epoch"] >= 1
 
 
