@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,8 +203,8 @@ def test_many_bad_files_do_not_cost_a_wait_each(tmp_path, monkeypatch, kind):
         waited.append(duration)
         clock[0] += duration
 
-    monkeypatch.setattr(images.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(images.time, "sleep", sleep)
+    # Not in the module `time` itself: other threads use it.
+    monkeypatch.setattr(images, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
     monkeypatch.setattr(images, "_started", 0.0)
     monkeypatch.setattr(images, "_vain_waits", 0)
     path = tmp_path / "x.JPEG"
@@ -231,7 +232,8 @@ def test_a_file_that_is_completed_meanwhile_is_read(tmp_path, monkeypatch):
     write_photo(path, size=(40, 32))
     whole = path.read_bytes()
     monkeypatch.setattr(images, "_vain_waits", 0)
-    monkeypatch.setattr(images.time, "sleep", lambda duration: path.write_bytes(whole))
+    repair = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: path.write_bytes(whole))
+    monkeypatch.setattr(images, "time", repair)
     for _ in range(20):  # waiting that helps is not limited
         path.write_bytes(whole[:200])
         assert images.read_rgb(path).shape == (3, 32, 40)
