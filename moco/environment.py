@@ -1,6 +1,5 @@
 """Which process of a run this is, by the environment variables that its launcher has set."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -62,20 +61,13 @@ def launched() -> Launched | None:
     return found if found and found.world_size > 1 else None
 
 
-def end_with_launcher() -> None:
-    """From now on, get SIGTERM once torchrun, or the process that spawned this rank, has ended, even if it was killed.
+def end_with_torchrun() -> None:
+    """From now on, get SIGTERM once torchrun has ended, even if it was killed, whatever this process is waiting for.
 
-    A rank that outlives it would write beside the resumed run. Does nothing for a process that is alone.
+    A rank that outlives torchrun would write beside the resumed run. Does nothing without torchrun.
     """
-    if launcher := multiprocessing.parent_process():
-        threading.Thread(target=_wait_for, args=(launcher,), daemon=True).start()
-    elif under_torchrun():
+    if under_torchrun():
         threading.Thread(target=_wait_for_end_of, args=(os.getppid(),), daemon=True).start()
-
-
-def _wait_for(launcher: multiprocessing.process.BaseProcess) -> None:
-    launcher.join()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _wait_for_end_of(parent: int) -> None:

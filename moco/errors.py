@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from moco.environment import end_with_launcher, is_local_main, is_main
+from moco.environment import end_with_torchrun, is_local_main, is_main
 from moco.limits import COLLECTIVE_SECONDS, LOADERS_END_SECONDS
 
 WORKER_KILLED = (
@@ -59,10 +59,10 @@ class PeerError(RunError):
 def cli_main(main: Callable[[], object]) -> None:
     """Call main(), and turn what it raises into one line on stderr and an exit code."""
     _repair_streams()
+    end_with_torchrun()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts changed it while they imported
     try:
-        end_with_launcher()
         main()
         sys.stdout.flush()
         code = 0

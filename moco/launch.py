@@ -6,9 +6,11 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import resource_tracker
+from multiprocessing.queues import SimpleQueue
 
 import torch
 import torch.distributed as dist
@@ -21,8 +23,6 @@ from moco.errors import PeerError, RunError, UsageError, cli_main, translate_err
 from moco.gpus import say_why_on_cpu, usable_gpus
 from moco.limits import COLLECTIVE_SECONDS, GRACE_SECONDS
 from moco.signals import STOP_SIGNALS, handle_stop_signals
-
-PRELOADED = ["torch", "torch.distributed", "torch.multiprocessing", "torchvision", "torchvision.transforms.v2"]
 
 
 def resolve_world_size(
@@ -143,8 +143,9 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
         if not torch.cuda.device_count():
             print("no GPU found: running one CPU process (gloo)", flush=True)
         # Pickled here: tensors in `args` would otherwise travel through /dev/shm, which containers keep small.
-        where = (node, nodes, local_world_size, dist_url, backend)
-        return _spawn(local_world_size, (*where, bytearray(pickle.dumps((worker, args)))))
+        return _spawn(
+            local_world_size, (node, nodes, local_world_size, dist_url, backend), pickle.dumps((worker, args))
+        )
     device = device_of(gpu or 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # otherwise a context on GPU 0 as well
@@ -160,15 +161,13 @@ def _spawned(
     local_world_size: int,
     dist_url: str,
     backend: str,
-    job: bytearray,
+    jobs: SimpleQueue,
 ) -> None:
     rank, world_size = node * local_world_size + local_rank, nodes * local_world_size
     ctx = DistContext(rank, world_size, local_rank, local_world_size, device_of(local_rank))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # blocked in the process that this one was forked from
     environment.set_spawned_rank(local_rank)  # one process per node prints errors
     os.setpgrp()  # a terminal's signals arrive once, through the parent
-    worker_and_args = pickle.loads(job)
-    job.clear()  # it may hold a checkpoint
+    worker_and_args = pickle.loads(jobs.get())
     try:
         cli_main(lambda: _join_and_run(ctx, dist_url, backend, *worker_and_args))
     except Exception:  # printed here: the parent learns of one process only, which may not be the first to fail
@@ -176,15 +175,11 @@ def _spawned(
         sys.exit(1)
 
 
-def _spawn(count: int, arguments: tuple) -> None:
-    """Start `count` ranks, _spawned(i, *arguments), and wait for all; signals are forwarded to them.
+def _spawn(count: int, arguments: tuple, job: bytes) -> None:
+    """Start `count` ranks, _spawned(i, *arguments, jobs), and wait for all; signals are forwarded to them.
 
+    job: the pickled worker and its arguments, which each rank takes from the queue `jobs` when it has imported PyTorch.
     If one fails, the others are terminated. This process exits with the code of the rank that failed.
-
-    They are forked from a process that has imported PyTorch and done nothing else: importing it takes each of them
-    seconds, and this process may have used CUDA, which does not survive a fork. Where that process cannot be started,
-    as with a TMPDIR too long for the name of a socket, and on macOS, whose libraries do not survive a fork, they import
-    PyTorch themselves.
     """
     received, processes = [], []
 
@@ -195,18 +190,14 @@ def _spawn(count: int, arguments: tuple) -> None:
                 os.kill(process.pid, signum)
 
     handle_stop_signals(forward)
-    method = "spawn"
-    # multiprocessing's own processes inherit the mask: a signal to all processes of a job must not end them.
+    # multiprocessing's resource tracker inherits the mask: a signal to all processes of a job must not end it.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     resource_tracker.ensure_running()
-    if sys.platform != "darwin":
-        forkserver.set_forkserver_preload(PRELOADED)
-        with contextlib.suppress(OSError):
-            forkserver.ensure_running()
-            method = "forkserver"
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    context = mp.start_processes(_spawned, arguments, nprocs=count, join=False, start_method=method)
-    del arguments  # they may hold a checkpoint, which each rank has now
+    jobs = mp.get_context("spawn").SimpleQueue()
+    context = mp.start_processes(_spawned, (*arguments, jobs), nprocs=count, join=False)
+    threading.Thread(target=_hand_out, args=(jobs, job, count), daemon=True).start()
+    del job  # it may hold a checkpoint
     processes += context.processes
     for signum in list(received):  # while they were started
         forward(signum, None)
@@ -222,6 +213,17 @@ def _spawn(count: int, arguments: tuple) -> None:
                 " --batch-size or fewer -j"
             ) from error
         sys.exit(error.exit_code)
+
+
+def _hand_out(jobs: SimpleQueue, job: bytes, count: int) -> None:
+    """Put one job for each rank.
+
+    As an argument of the ranks, each would start only when the one before it has imported PyTorch and read its own:
+    what is larger than a pipe, 64 KB, waits for its reader.
+    """
+    with contextlib.suppress(OSError):  # the ranks have ended, and _spawn learns of it
+        for _ in range(count):
+            jobs.put(job)
 
 
 def _join_and_run(ctx: DistContext, dist_url: str, backend: str, worker: Callable, args: tuple, source: str = ""):

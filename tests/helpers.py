@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import runpy
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -154,8 +153,6 @@ def _script(folder, arguments, env):
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), descriptor)
     multiprocessing.set_start_method(None, force=True)  # a forked process would inherit "forkserver", for workers too
-    multiprocessing.process._parent_process = None  # no rank of this process
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # launch may have started the fork server, with signals blocked
     os.chdir(REPOSITORY)
     os.environ.update(env)
     sys.path[0] = str(REPOSITORY)

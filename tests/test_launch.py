@@ -70,14 +70,21 @@ def test_launch_options_that_contradict_are_refused(options, message):
 
 @pytest.fixture
 def spawned(monkeypatch):
-    """The jobs that launch hands to its processes."""
-    jobs, start = [], launch.mp.start_processes
+    """The jobs that launch hands to its processes, which are forked from a server that has imported PyTorch."""
+    jobs, hand_out = [], launch._hand_out
 
-    def recorded(function, args, **settings):
-        jobs.append(args[-1])
-        return start(function, args, **settings)
+    def recorded(queue, job, count):
+        jobs.append(job)
+        hand_out(queue, job, count)
 
-    monkeypatch.setattr(launch.mp, "start_processes", recorded)
+    monkeypatch.setattr(launch, "_hand_out", recorded)
+    start = launch.mp.start_processes
+
+    def small_arguments(function, args, **settings):
+        assert len(pickle.dumps(args[:-1])) < 1000  # a pipe takes 64 KB; for more, each rank would wait for the others
+        return start(function, args, start_method="forkserver", **settings)
+
+    monkeypatch.setattr(launch.mp, "start_processes", small_arguments)
     handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
     yield jobs
     for signum, handler in handlers.items():

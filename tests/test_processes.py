@@ -91,13 +91,6 @@ def children(pid):
     return [int(word) for word in listing.split()]
 
 
-def test_ranks_start_where_a_fork_server_cannot(data, tmp_path):
-    (tmp_path / ("t" * 100)).mkdir()  # too long for the name of its socket
-    settings = [*SMALL, "--epochs", 1, "--multiprocessing-distributed", "--ckpt_path", tmp_path, data]
-    run = completed(started(PRETRAIN, *settings, env={"TMPDIR": str(tmp_path / ("t" * 100))}))
-    assert run.returncode == 0 and run.stderr == "" and len(log(tmp_path)) == 1
-
-
 @pytest.mark.parametrize("delay", [0, 0.02], ids=["between batches", "while one is handed over"])
 def test_a_killed_loading_process_ends_the_run_in_one_line(data, tmp_path, delay):
     settings = [*SMALL, "--ckpt_path", tmp_path, data]

@@ -42,6 +42,6 @@ def test_a_signal_while_ranks_start_is_forwarded(monkeypatch, number):
 
     monkeypatch.setattr(launch.mp, "start_processes", start)
     monkeypatch.setattr(launch.os, "kill", lambda pid, signum: sent.append((pid, signum)))
-    launch._spawn(2, ())
+    launch._spawn(2, (), b"")
     assert sent == [(101, number), (102, number)]
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOP_SIGNALS)
