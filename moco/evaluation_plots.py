@@ -90,7 +90,7 @@ def classes(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure":
     axis.set_xlabel("difference in top-1, points; black: one standard error")
     helped, harmed = sum(each.change > 0 for each in found), sum(each.change < 0 for each in found)
     names = f"{suite}: {plain_text(row)} against {plain_text(base)}"
-    title = f"{names}\n{helped} classes helped, {harmed} harmed, of {len(found)}"
+    title = f"{names}\nclasses helped: {helped}, harmed: {harmed}, of {len(found)}"
     if len(shown) < len(found):
         title += f"; drawn: the {CLASSES} at either end"
     axis.set_title(title, fontsize=10)

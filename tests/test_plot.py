@@ -147,7 +147,7 @@ def test_class_differences_are_drawn_from_an_evaluation(tmp_path, monkeypatch, c
     (axis,) = evaluation_plots.classes(made({"val": VAL}), "val", "plain", "patch").axes
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([20, -30])
     assert [text.get_text() for text in axis.get_yticklabels()] == ["cat", "dog"]
-    assert axis.get_title() == "val: patch against plain\n1 classes helped, 1 harmed, of 2"
+    assert axis.get_title() == "val: patch against plain\nclasses helped: 1, harmed: 1, of 2"
 
 
 @drawing
@@ -160,7 +160,7 @@ def test_of_many_classes_the_most_helped_and_harmed_are_drawn():
     (axis,) = evaluation_plots.classes(made({"val": results}, ["a", "b"]), "val", "a", "b").axes
     names = [text.get_text() for text in axis.get_yticklabels()]
     assert names == [f"c{index:03}" for index in (*range(100, 80, -1), *range(19, -1, -1))]
-    assert "50 classes helped, 50 harmed, of 101; drawn: the 20 at either end" in axis.get_title()
+    assert "classes helped: 50, harmed: 50, of 101; drawn: the 20 at either end" in axis.get_title()
 
 
 @drawing
