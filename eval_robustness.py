@@ -318,7 +318,7 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
 def main() -> None:
     args = parse_args()
     if args.list_released:
-        return print(released.listing())
+        return print(released.listing()) if is_main() else None
     rows, sets = parse_rows(args.pretrained), parse_sets(args.sets)
     validate_args(args, rows)
     models, pretraining, wnids, image_size = load_models(rows, args)

@@ -1,6 +1,5 @@
 """Processes: single, spawned, torchrun, srun, several nodes; how they rendezvous and end together."""
 
-import contextlib
 import datetime
 import os
 import pickle
@@ -221,9 +220,8 @@ def _hand_out(jobs: SimpleQueue, job: bytes, count: int) -> None:
     As an argument of the ranks, each would start only when the one before it has imported PyTorch and read its own:
     what is larger than a pipe, 64 KB, waits for its reader.
     """
-    with contextlib.suppress(OSError):  # the ranks have ended, and _spawn learns of it
-        for _ in range(count):
-            jobs.put(job)
+    for _ in range(count):
+        jobs.put(job)
 
 
 def _join_and_run(ctx: DistContext, dist_url: str, backend: str, worker: Callable, args: tuple, source: str = ""):

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from helpers import (
+    EVALUATE,
     FAULTS,
     PRETRAIN,
     REPOSITORY,
@@ -168,6 +169,9 @@ def test_several_processes_say_once_what_starts_nothing(shared_data, tmp_path):
     assert plan.count("nothing was started") == plan.count("steps per epoch") == 1 and "processes  2" in plan
     sheet = ["--batch-size", 4, "--preview", tmp_path / "sheet.png"]
     assert run_script(PRETRAIN, *SMALL, *sheet, shared_data, launcher=launcher).stdout.count("wrote ") == 1
+    second = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    assert run_script(EVALUATE, "--list-released", env=second).stdout == ""
+    assert "patch-k16384-a2" in run_script(EVALUATE, "--list-released", env=second | {"RANK": "0"}).stdout
 
 
 def test_folders_are_listed_once(shared_data, tmp_path):

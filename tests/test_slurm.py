@@ -1,6 +1,6 @@
 """A real Slurm of two nodes on this machine: the files of docs/reproduce.md from submission to the table.
 
-Slow, and skipped where there is no Slurm, or without root. It needs five minutes on two cores.
+Slow, and skipped where there is no Slurm, or without root. It needs three minutes on two cores.
 """
 
 import contextlib
