@@ -1,27 +1,20 @@
 """Processes: single, spawned, torchrun, srun, several nodes; how they rendezvous and end together."""
 
 import datetime
+import functools
 import os
-import pickle
-import signal
 import sys
-import threading
-import traceback
 from collections.abc import Callable
-from multiprocessing import resource_tracker
-from multiprocessing.queues import SimpleQueue
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from moco import environment, rendezvous
+from moco import environment, rendezvous, spawn
 from moco.distributed import DistContext
 from moco.environment import Launched
-from moco.errors import PeerError, RunError, UsageError, cli_main, translate_error
+from moco.errors import PeerError, UsageError, translate_error
 from moco.gpus import say_why_on_cpu, usable_gpus
-from moco.limits import COLLECTIVE_SECONDS, GRACE_SECONDS
-from moco.signals import STOP_SIGNALS, handle_stop_signals
+from moco.limits import COLLECTIVE_SECONDS
 
 
 def resolve_world_size(
@@ -141,10 +134,8 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
     if settings.get("multiprocessing"):
         if not torch.cuda.device_count():
             print("no GPU found: running one CPU process (gloo)", flush=True)
-        # Pickled here: tensors in `args` would otherwise travel through /dev/shm, which containers keep small.
-        return _spawn(
-            local_world_size, (node, nodes, local_world_size, dist_url, backend), pickle.dumps((worker, args))
-        )
+        rank = functools.partial(_run_rank, node, local_world_size, total, dist_url, backend, (worker, args))
+        return spawn.run(rank, local_world_size)
     device = device_of(gpu or 0)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # otherwise a context on GPU 0 as well
@@ -153,75 +144,12 @@ def launch(worker: Callable, args: tuple, **settings) -> object:
     return worker(DistContext(device=device), *args)
 
 
-def _spawned(
-    local_rank: int,
-    node: int,
-    nodes: int,
-    local_world_size: int,
-    dist_url: str,
-    backend: str,
-    jobs: SimpleQueue,
+def _run_rank(
+    node: int, local_world_size: int, world_size: int, dist_url: str, backend: str, job: tuple, local_rank: int
 ) -> None:
-    rank, world_size = node * local_world_size + local_rank, nodes * local_world_size
+    rank = node * local_world_size + local_rank
     ctx = DistContext(rank, world_size, local_rank, local_world_size, device_of(local_rank))
-    environment.set_spawned_rank(local_rank)  # one process per node prints errors
-    os.setpgrp()  # a terminal's signals arrive once, through the parent
-    worker_and_args = pickle.loads(jobs.get())
-    try:
-        cli_main(lambda: _join_and_run(ctx, dist_url, backend, *worker_and_args))
-    except Exception:  # printed here: the parent learns of one process only, which may not be the first to fail
-        traceback.print_exc()
-        sys.exit(1)
-
-
-def _spawn(count: int, arguments: tuple, job: bytes) -> None:
-    """Start `count` ranks, _spawned(i, *arguments, jobs), and wait for all; signals are forwarded to them.
-
-    job: the pickled worker and its arguments, which each rank takes from the queue `jobs` when it has imported PyTorch.
-    If one fails, the others are terminated. This process exits with the code of the rank that failed.
-    """
-    received, processes = [], []
-
-    def forward(signum, frame):
-        received.append(signum)
-        for process in processes:
-            if process.is_alive():
-                os.kill(process.pid, signum)
-
-    handle_stop_signals(forward)
-    # multiprocessing's resource tracker inherits the mask: a signal to all processes of a job must not end it.
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    resource_tracker.ensure_running()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    jobs = mp.get_context("spawn").SimpleQueue()
-    context = mp.start_processes(_spawned, (*arguments, jobs), nprocs=count, join=False)
-    threading.Thread(target=_hand_out, args=(jobs, job, count), daemon=True).start()
-    del job  # it may hold a checkpoint
-    processes += context.processes
-    for signum in list(received):  # while they were started
-        forward(signum, None)
-    try:
-        while not context.join(grace_period=GRACE_SECONDS):
-            pass
-    except mp.ProcessExitedException as error:
-        if received:
-            sys.exit(128 + received[-1])
-        if error.exit_code < 0:
-            raise RunError(
-                f"process {error.error_index} was killed by {error.signal_name}; if memory ran out, use a smaller"
-                " --batch-size or fewer -j"
-            ) from error
-        sys.exit(error.exit_code)
-
-
-def _hand_out(jobs: SimpleQueue, job: bytes, count: int) -> None:
-    """Put one job for each rank.
-
-    As an argument of the ranks, each would start only when the one before it has imported PyTorch and read its own:
-    what is larger than a pipe, 64 KB, waits for its reader.
-    """
-    for _ in range(count):
-        jobs.put(job)
+    _join_and_run(ctx, dist_url, backend, *job)
 
 
 def _join_and_run(ctx: DistContext, dist_url: str, backend: str, worker: Callable, args: tuple, source: str = ""):

@@ -1,6 +1,7 @@
 """Stopping a run from outside: the current step is finished and saved first."""
 
 import contextlib
+import ctypes
 import functools
 import multiprocessing.util
 import os
@@ -21,6 +22,7 @@ if sys.platform == "win32":  # it lacks what this module is about, and all scrip
 
 # SIGUSR1 is what Slurm is asked to send; SIGHUP comes from a terminal that is closed, unless nohup has it ignored.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of prctl
 
 
 def handle_stop_signals(handler: Callable) -> None:
@@ -28,6 +30,24 @@ def handle_stop_signals(handler: Callable) -> None:
     for signum in STOP_SIGNALS:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Put off STOP_SIGNALS in this thread; a process that it starts meanwhile inherits that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def signal_when_parent_ends(signum: int) -> None:
+    """On Linux, get this signal when the thread that started this process ends, even if its process is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+        if os.getppid() != multiprocessing.parent_process().pid:  # it ended before that
+            os.kill(os.getpid(), signum)
 
 
 class StopWaiting(BaseException):

@@ -6,19 +6,13 @@ anew, which takes seconds and 200 MB each, and hold their own copy of the list. 
 process's first batch and live as long as it does. macOS, whose libraries do not survive a fork, spawns them.
 """
 
-import contextlib
-import ctypes
 import multiprocessing
-import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from multiprocessing.context import BaseContext, ForkContext, ForkProcess
 
-from moco.signals import STOP_SIGNALS
-
-PR_SET_PDEATHSIG = 1  # of prctl
+from moco.signals import blocked, signal_when_parent_ends
 
 
 class LoadingProcess(ForkProcess):
@@ -30,14 +24,12 @@ class LoadingProcess(ForkProcess):
 
     def start(self) -> None:
         self._parent_thread_lasts = threading.current_thread() is threading.main_thread()
-        with _blocked():
+        with blocked():
             super().start()
 
     def run(self) -> None:
-        if self._parent_thread_lasts and sys.platform == "linux":  # its end would count as the parent's
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != multiprocessing.parent_process().pid:  # it ended before that
-                os._exit(1)
+        if self._parent_thread_lasts:  # its end would count as the parent's
+            signal_when_parent_ends(signal.SIGKILL)
         super().run()
 
 
@@ -49,13 +41,3 @@ class LoadingContext(ForkContext):
 
 def context() -> BaseContext:
     return multiprocessing.get_context("spawn") if sys.platform == "darwin" else LoadingContext()
-
-
-@contextlib.contextmanager
-def _blocked() -> Iterator[None]:
-    """Put off STOP_SIGNALS in this thread; a process that it starts meanwhile inherits that."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,6 +1,4 @@
 import datetime
-import pickle
-import signal
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from helpers import TORCHRUN_RANK
 from moco import launch, rendezvous
 from moco.distributed import DistContext
 from moco.errors import UsageError
-from moco.signals import STOP_SIGNALS
 
 
 def launched(ctx, *args):
@@ -66,55 +63,6 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 def test_launch_options_that_contradict_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         launch.launch(launched, (), **options)
-
-
-@pytest.fixture
-def spawned(monkeypatch):
-    """The jobs that launch hands to its processes, which are forked from a server that has imported PyTorch."""
-    jobs, hand_out = [], launch._hand_out
-
-    def recorded(queue, job, count):
-        jobs.append(job)
-        hand_out(queue, job, count)
-
-    monkeypatch.setattr(launch, "_hand_out", recorded)
-    start = launch.mp.start_processes
-
-    def small_arguments(function, args, **settings):
-        assert len(pickle.dumps(args[:-1])) < 1000  # a pipe takes 64 KB; for more, each rank would wait for the others
-        return start(function, args, start_method="forkserver", **settings)
-
-    monkeypatch.setattr(launch.mp, "start_processes", small_arguments)
-    handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    yield jobs
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-
-
-def save_what_arrived(ctx, path, tensor):
-    torch.save({"ctx": ctx[:4], "tensor": tensor}, path)
-
-
-def test_a_spawned_process_gets_its_arguments_by_pickle(spawned, tmp_path, capfd):
-    tensor = torch.arange(5)
-    settings = {"multiprocessing": True, "dist_url": rendezvous.MULTICAST_DEFAULT}
-    launch.launch(save_what_arrived, (tmp_path / "arrived.pt", tensor), **settings)
-    arrived = torch.load(tmp_path / "arrived.pt", weights_only=False)
-    assert arrived["ctx"] == (0, 1, 0, 1) and torch.equal(arrived["tensor"], tensor)
-    # As bytes: a tensor would be sent through /dev/shm.
-    (job,) = spawned
-    assert pickle.loads(job)[0] is save_what_arrived
-    assert "no GPU found" in capfd.readouterr().out
-
-
-def refuse(ctx):
-    raise UsageError("--lr: too large")
-
-
-def test_a_spawned_process_ends_the_launcher_with_its_code(spawned):
-    with pytest.raises(SystemExit) as stop:
-        launch.launch(refuse, (), multiprocessing=True, dist_url=rendezvous.MULTICAST_DEFAULT)
-    assert stop.value.code == 2
 
 
 def test_world_size_counts_the_processes_of_all_nodes(monkeypatch):
