@@ -103,19 +103,32 @@ def test_a_killed_loading_process_ends_the_run_in_one_line(data, tmp_path, delay
     assert resumed.returncode == 0 and "already finished" in resumed.stdout  # all that was logged was saved
 
 
+SPAWNED = ["--multiprocessing-distributed"]
+
+
 @pytest.mark.parametrize(
-    "launcher, options, count",
-    [([], [], 2), ([*TORCHRUN, "--nproc-per-node=2"], [], 5), ([], ["--multiprocessing-distributed"], 3)],
-    ids=["alone", "torchrun", "spawned"],
+    "launcher, options, count, killed",
+    [
+        ([], [], 2, "the run"),
+        ([*TORCHRUN, "--nproc-per-node=2"], [], 5, "the run"),
+        ([], SPAWNED, 4, "the run"),
+        ([], SPAWNED, 4, "the starter"),
+    ],
+    ids=["alone", "torchrun", "spawned", "spawned, starter"],
 )
-def test_all_processes_end_with_a_killed_run(data, tmp_path, launcher, options, count):
+def test_all_processes_end_with_a_killed_run(data, tmp_path, launcher, options, count, killed):
     """Loading processes, and ranks whose launcher is gone: they would train, and write, beside the resumed run."""
     settings = [*SMALL, *options, "--epochs", 1000, "--print-freq", 1, "--ckpt_path", tmp_path, data]
     process = started(PRETRAIN, *settings, launcher=launcher)
     wait_for(process, "epoch 1 ")
     assert len(alive(process)) >= count
-    process.kill()
-    ended(process)
+    if killed == "the run":
+        process.kill()
+        ended(process)
+    else:
+        (starter,) = filter(children, children(process.pid))
+        os.kill(starter, signal.SIGKILL)
+        assert_one_line(completed(process), "the process that starts the ranks was killed by SIGKILL")
     if count > 2:  # as on SIGTERM
         assert torch.load(tmp_path / "checkpoint_latest.pth.tar", weights_only=True)["epoch"] >= 1
 
