@@ -8,7 +8,6 @@
 """
 
 import argparse
-import codecs
 import functools
 import importlib.util
 import os
@@ -18,7 +17,6 @@ import signal
 import sys
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 
 if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends silently; cli_main restores it
@@ -31,12 +29,12 @@ from moco import (
     agreement,
     by_class,
     claim,
+    class_lists,
     classifier,
     distributed,
     evaluation_plots,
     images,
     launch,
-    listing,
     options,
     published,
     released,
@@ -51,8 +49,6 @@ from moco.distributed import DistContext
 from moco.environment import is_main
 from moco.errors import UsageError, cli_main
 from moco.testsets import TestSet
-
-IMAGENET_100 = Path(__file__).parent / "preprocess" / "imagenet_100.txt"
 
 
 def parse_args() -> argparse.Namespace:
@@ -156,7 +152,8 @@ def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> 
     models, pretraining, shared = [], [], None
     for path in [path for files in rows.values() for path in files]:
         model, saved = classifier.load_classifier(path)
-        own = class_list(path, saved, model.fc.out_features, args), saved.get("image_size", 224)
+        wnids = class_lists.of_head(path, saved, model.fc.out_features, args.classes, args.val)
+        own = wnids, saved.get("image_size", 224)
         if shared is None:
             shared, first = own, path
         elif own != shared:
@@ -166,75 +163,6 @@ def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> 
         models.append(model)
         pretraining.append(saved.get("pretraining") or {})
     return models, pretraining, *shared
-
-
-def class_list(path: str, saved: Mapping, outputs: int, args: argparse.Namespace) -> list[str]:
-    """The wnid of each output: the checkpoint's own, those of --classes, those of --val, or ImageNet-100's."""
-    if saved.get("wnids"):
-        return saved["wnids"]
-    if args.classes:
-        wnids = read_classes(args.classes)
-        if len(wnids) > outputs:
-            raise UsageError(
-                f"--classes {args.classes}: {len(wnids)} classes, but the head of {path} has {outputs} outputs"
-            )
-        if args.val:
-            check_listed(args, wnids)
-        return wnids
-    if args.val:
-        of_val = listing.list_images(testsets.class_root(args.val)).classes
-        if len(of_val) == outputs:
-            return of_val
-    imagenet_100 = read_classes(IMAGENET_100)
-    if outputs == len(imagenet_100) and (not args.val or set(imagenet_100) <= set(of_val)):
-        return imagenet_100
-    raise UsageError(
-        f"--pretrained {path}: it stores no class list for its {outputs} outputs, and none fits; name a file of them"
-        f" with --classes (ImageNet-100's: {os.path.relpath(IMAGENET_100)}), or give as --val the data the head was"
-        f" trained on, if it has {outputs} classes, or train the head with main_lincls.py, which stores them"
-    )
-
-
-def check_listed(args: argparse.Namespace, wnids: Sequence[str]) -> None:
-    """Raise UsageError if --val lacks a class of --classes: a misspelt name can shift the labels of the others."""
-    root = testsets.class_root(args.val)
-    absent = sorted(set(wnids) - set(listing.list_images(root).classes))
-    if absent:
-        raise UsageError(
-            f"--classes {args.classes}: {len(absent)} of its {len(wnids)} classes, for example {absent[0]}, are not in"
-            f" --val {root}; correct the list, or leave out --val to test on other sets"
-        )
-
-
-def read_classes(path: str | Path) -> list[str]:
-    """The sorted wnids of a file: UTF-8, or UTF-16 with a byte order mark, separated by whitespace.
-
-    Raises UsageError if it is missing, not text, empty, or names a class twice.
-    """
-    if not os.path.isfile(path):
-        raise UsageError(f"--classes {path}: no such file")
-    try:
-        wnids = class_names(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--classes {path}: not a readable text file ({error})") from error
-    repeated = sorted({wnid for wnid, following in zip(wnids, wnids[1:]) if wnid == following})
-    if not wnids or repeated:
-        wrong = f"it names {repeated[0]} twice ({len(repeated)} repeated)" if repeated else "it is empty"
-        raise UsageError(
-            f"--classes {path}: {wrong}; it must name each class once, one per line, like"
-            f" {os.path.relpath(IMAGENET_100)}"
-        )
-    return wnids
-
-
-def class_names(data: bytes) -> list[str]:
-    """The sorted words of a text file. Raises ValueError if it is not text. The subset script has the same function."""
-    text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")
-    names = sorted(text.replace("\ufeff", " ").split())  # byte order marks, also of files that were joined
-    odd = [name for name in names if not name.isprintable()]
-    if odd:
-        raise ValueError(f"{odd[0]!a} holds invisible characters; save it as UTF-8")
-    return names
 
 
 # ---------------------------------------------------------------- evaluation

@@ -21,8 +21,7 @@ import torch
 from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, fill_encoder, refused, write_folder, write_photo
 from PIL import Image
 
-import eval_robustness
-from moco import datasets, images, listing, released, testsets
+from moco import class_lists, datasets, images, listing, released, testsets
 from moco.datasets import ImageList, StrictDataset
 from moco.encoders import build_encoder
 from moco.errors import RunError, UsageError
@@ -416,7 +415,7 @@ MISSPELT = {
 
 
 def read_for_evaluation(path):
-    return eval_robustness.read_classes(path)
+    return class_lists.read(path)
 
 
 def read_for_subset(path):
