@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: PIL's limit against decompression bombs
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: colour profiles may be larger than PIL's 1 MB
 RETRY_SECONDS = 0.1  # a file on a network drive may be readable a moment later
-MAX_WAITING = 0.01  # share of a process's time that waits which did not help may take
+MAX_WAITING = 0.005  # share of a process's time that waits which did not help may take
 NO_FAST_JPEG = "this torchvision has no JPEG decoder (torchvision.io.decode_jpeg): PIL reads the JPEGs, which is slower"
 
 
