@@ -1,8 +1,8 @@
 """Processes that this program starts itself, one per GPU: they start together, hear of signals, and end together.
 
 Importing PyTorch takes each of them seconds of a core. So one process, the starter, imports it and forks the others. It
-does nothing else, and so has neither used CUDA nor started threads, which do not survive a fork; this program may have.
-On macOS, whose libraries do not survive a fork either, the others import PyTorch themselves.
+does nothing else, and so has neither used CUDA nor computed in threads, neither of which survives a fork; this program
+may have. On macOS, whose libraries do not survive a fork at all, the others import PyTorch themselves.
 """
 
 import atexit

@@ -74,6 +74,15 @@ def test_a_bug_keeps_its_traceback(error):
     "error, kind, wanted",
     [
         (RuntimeError("[gloo/transport] Connection closed by peer"), PeerError, "another process .* has ended"),
+        (
+            dist.DistBackendError(
+                "NCCL error in: NCCLUtils.hpp:268, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version"
+                " 2.21.5\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\nLast error:\n"
+                "Duplicate GPU detected : rank 3 and rank 2 both on CUDA device e2000"
+            ),
+            RunError,
+            "^rank 3 and rank 2 use the same GPU; .*--gpus-per-task=1",
+        ),
         (dist.DistBackendError("NCCL watchdog timeout"), RunError, "can no longer reach each other .NCCL watchdog"),
         (OSError(errno.ENOSPC, "No space left on device"), RunError, "/dev/shm or on the disk"),
         (ConnectionResetError("reset"), RunError, "loading process was killed"),
