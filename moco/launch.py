@@ -1,4 +1,4 @@
-"""Processes: single, spawned, torchrun, srun, several nodes; how they rendezvous and end together."""
+"""The processes of a run: one alone, spawned ones (moco/spawn.py), torchrun's or srun's; how they rendezvous."""
 
 import datetime
 import functools
