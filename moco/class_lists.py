@@ -74,7 +74,7 @@ def read(path: str | Path) -> list[str]:
 
 
 def _words(data: bytes) -> list[str]:
-    """The sorted words of a text file. Raises ValueError if it is not text. The subset script has the same function."""
+    """The sorted words of a text file. Raises ValueError if it is not text. preprocess/files.py has the same."""
     text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")
     names = sorted(text.replace("\ufeff", " ").split())  # byte order marks, also of files that were joined
     odd = [name for name in names if not name.isprintable()]

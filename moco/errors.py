@@ -193,7 +193,7 @@ def translate_error(error: BaseException) -> RunError | None:
             f"another process of this run has not answered for {COLLECTIVE_SECONDS} s: it has stopped, or its machine"
             " or the network is gone; continue from the last checkpoint with --resume auto"
         )
-    if shared := re.search(r"Duplicate GPU detected *: *(rank \d+ and rank \d+)", text):  # of NCCL, in the first step
+    if shared := re.search(r"Duplicate GPU detected *: *(rank \d+ and rank \d+)", text):  # of NCCL
         return RunError(
             f"{shared[1]} use the same GPU; give each process its own: with Slurm --gpus-per-task=1, with torchrun no"
             " more processes than GPUs, and no CUDA_VISIBLE_DEVICES that names one GPU for all"

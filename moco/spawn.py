@@ -36,8 +36,9 @@ def run(function: Callable[[int], object], count: int) -> None:
     context = mp.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
     starter = context.Process(target=_starter, args=(reader, count))
-    with blocked():  # multiprocessing's resource tracker inherits that: a signal to all processes must not end it
-        resource_tracker.ensure_running()
+    with blocked():  # inherited: a signal to all processes must not end multiprocessing's resource tracker
+        resource_tracker.ensure_running()  # it unblocks some of them
+    with blocked():  # inherited: one that comes while the starter imports is kept until it can be forwarded
         starter.start()
         handle_stop_signals(lambda signum, frame: _forward(signum, [starter]))
     reader.close()

@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import write_folder
 
+from moco.signals import STOP_SIGNALS
+
 for signum in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(signum) is signal.SIG_IGN:  # as in the background, or under nohup: the scripts would inherit it
         signal.signal(signum, lambda signum, frame: None)  # not a handler that is inherited
@@ -43,6 +45,15 @@ def pytest_collection_modifyitems(config, items):
 def _elsewhere(tmp_path, monkeypatch):
     """Defaults such as ./ckpts/moco must not be those of the repository, where there may be runs."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def handlers():
+    """Handlers of signals that a test sets are taken back."""
+    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import importlib.util
 import inspect
-import signal
 import sys
 
 import pytest
@@ -11,15 +10,8 @@ from helpers import PRETRAIN, PROBE, REPOSITORY, SMALL, SMALL_PROBE, run_script,
 
 from moco import checkpoint, launch
 from moco.distributed import DistContext
-from moco.signals import STOP_SIGNALS
 
-
-@pytest.fixture(autouse=True)
-def _handlers():
-    handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,7 @@ from helpers import TORCHRUN_RANK
 from moco import distributed, signals
 from moco.signals import StopSignal
 
-
-@pytest.fixture(autouse=True)
-def handlers():
-    before = {signum: signal.getsignal(signum) for signum in signals.STOP_SIGNALS}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 @pytest.mark.parametrize("signum", signals.STOP_SIGNALS)

@@ -12,18 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import REPOSITORY, alive, ended, started
 
 from moco import launch, rendezvous, spawn
 from moco.errors import RunError, UsageError
 from moco.signals import STOP_SIGNALS
 
-
-@pytest.fixture(autouse=True)
-def handlers():
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
+pytestmark = pytest.mark.usefixtures("handlers")
 
 
 def save_what_arrived(ctx, path, tensor):
@@ -121,11 +116,9 @@ def wait(folder, rank):
     time.sleep(60)
 
 
-@pytest.mark.parametrize("when", ["during the import", "afterwards"])
-def test_a_signal_ends_all_processes(tmp_path, when):
+def test_a_signal_ends_all_processes(tmp_path):
     def terminate():
-        time.sleep(0.2)
-        while when == "afterwards" and len(list(tmp_path.glob("* waits"))) < 2:
+        while len(list(tmp_path.glob("* waits"))) < 2:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -134,6 +127,37 @@ def test_a_signal_ends_all_processes(tmp_path, when):
     with pytest.raises(SystemExit) as stop:
         spawn.run(functools.partial(wait, tmp_path), 2)
     assert stop.value.code == 128 + signal.SIGTERM
+
+
+PROGRAM = """
+import time
+from moco import spawn
+
+def wait(rank):
+    time.sleep(60)
+
+if __name__ == "__main__":
+    spawn.run(wait, 2)
+"""
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_during_the_import_ends_all_processes(tmp_path, number):
+    """In a program of its own, since it matters what multiprocessing starts first."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    process = started(program, env={"PYTHONPATH": str(REPOSITORY)})
+    while not starters(process) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    code, _, err = ended(process)
+    assert (code, err) == (128 + number, "")
+
+
+def starters(process):
+    """The children of a program that multiprocessing has spawned."""
+    commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in alive(process)}
+    return [pid for pid, command in commands.items() if b"spawn_main" in command]
 
 
 class Rank:

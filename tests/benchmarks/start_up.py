@@ -4,7 +4,7 @@
 
 BEFORE: a commit to compare the working tree with. The files are links to one small photo, in memory (/dev/shm, 2 GB,
 removed afterwards); the runs use a ResNet-10 on 32 px. Memory is measured with items that only look up their path: at
-the first batch, and after rank 0 of 8 has read its eighth of an epoch with 4 workers. Prints a table; takes 15 minutes.
+the first batch, and after rank 0 of 8 has read its eighth of an epoch with 4 workers. Prints a table, in half an hour.
 """
 
 import json
