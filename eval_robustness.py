@@ -25,30 +25,17 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from moco import (
-    agreement,
-    by_class,
-    claim,
-    class_lists,
-    classifier,
-    distributed,
-    evaluation_plots,
-    images,
-    launch,
-    options,
-    published,
-    released,
-    report,
-    results,
-    robustness,
-    sharing,
-    testsets,
-)
-from moco.claim import Claim
+from moco import distributed, options, plot
+from moco.data import images
 from moco.distributed import DistContext
-from moco.environment import is_main
-from moco.errors import UsageError, cli_main
-from moco.testsets import TestSet
+from moco.errors import UsageError
+from moco.evaluation import classifier, paper, released, report, results, scores, testsets
+from moco.evaluation.testsets import TestSet
+from moco.processes import launch, sharing
+from moco.processes.environment import is_main
+from moco.processes.exits import cli_main
+from moco.training import files
+from moco.training.files import Claim
 
 
 def parse_args() -> argparse.Namespace:
@@ -98,7 +85,7 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
         suites = " ".join(f"--{suite} DIR" for suite in testsets.SUITES)
         raise UsageError(f"nothing to test on: use any of {suites} --set NAME=DIR")
     if args.compare:
-        published.check_rows(rows)
+        paper.check_rows(rows)
     if args.by_class and len(rows) < 2:
         raise UsageError("--by-class: it compares rows with the first; name two or more, as --pretrained A=FILE B=FILE")
     if args.plot and not args.corruption:
@@ -150,9 +137,9 @@ def split_files(text: str) -> list[str]:
 def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> tuple[list, list[dict], list[str], int]:
     """The models and pre-training options of all checkpoints, and the class list and crop size that they share."""
     models, pretraining, shared = [], [], None
-    for path in [path for files in rows.values() for path in files]:
+    for path in [path for paths in rows.values() for path in paths]:
         model, saved = classifier.load_classifier(path)
-        wnids = class_lists.of_head(path, saved, model.fc.out_features, args.classes, args.val)
+        wnids = testsets.head_classes(path, saved, model.fc.out_features, args.classes, args.val)
         own = wnids, saved.get("image_size", 224)
         if shared is None:
             shared, first = own, path
@@ -179,15 +166,13 @@ def evaluate(
     output: Claim,
 ) -> None:
     """Score the test sets that `result` lacks; rank 0 saves it after each. All ranks must call this."""
-    agreement.check_agreement(
-        agreement.shared_options(args),
+    launch.check_agreement(
+        launch.shared_options(args),
         {
-            "the checkpoints": lambda: agreement.digest([model.state_dict() for model in models]),
-            "the class list": lambda: agreement.describe_classes(wnids),
-            "the test sets": lambda: agreement.digest([(each.key, each.paths, each.labels) for each in test_sets]),
-            "what --json has": lambda: (
-                f"{len(result['cells'])} test sets ({agreement.digest(sorted(result['cells']))})"
-            ),
+            "the checkpoints": lambda: launch.digest([model.state_dict() for model in models]),
+            "the class list": lambda: launch.describe_classes(wnids),
+            "the test sets": lambda: launch.digest([(each.key, each.paths, each.labels) for each in test_sets]),
+            "what --json has": lambda: f"{len(result['cells'])} test sets ({launch.digest(sorted(result['cells']))})",
         },
     )
     output.take()
@@ -205,11 +190,11 @@ def evaluate(
     interval = 0.1 if sys.stderr.isatty() else 30
     total = sum(len(test_set.labels) for test_set in todo)
     with tqdm(total=total, unit="image", disable=not distributed.is_main(), mininterval=interval) as bar:
-        for test_set, scores in robustness.score(
+        for test_set, scored in scores.score(
             todo, models, wnids, image_size, args.batch_size, workers, ctx, bar.update, chosen
         ):
             bar.set_description(test_set.key, refresh=False)
-            results.add(result, test_set, scores, image_size, wnids)
+            results.add(result, test_set, scored, image_size, wnids)
             if distributed.is_main():
                 results.save(args.json, result)
                 if warning := report.unusual_preprocessing(result, test_set, image_size):
@@ -232,13 +217,13 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
     for line in [*report.differences(result), *report.notes(result)]:
         print(textwrap.fill(line, width, subsequent_indent="  ") if width else line)
     if args.compare:
-        print(published.comparison(result))
+        print(paper.comparison(result))
     if args.by_class:
-        print(by_class.table(result))
+        print(report.by_class_table(result))
     if args.latex:
         print(report.latex(result))
     if args.plot:
-        evaluation_plots.corruptions(result, args.plot)
+        plot.corruptions(result, args.plot)
         print(f"wrote {args.plot}")
     print(f"wrote {args.json}", flush=True)
 
@@ -257,7 +242,7 @@ def main() -> None:
     test_sets = sharing.once_per_node("test sets", list_test_sets)
     unknown = testsets.unknown_corruptions(args.corruption) if args.corruption else []
     result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
-    output = claim.of_file("--json", args.json)  # before it is read
+    output = files.of_file("--json", args.json)  # before it is read
     results.reuse_results(args.json, result, test_sets)
     if args.dry_run:
         derived = {

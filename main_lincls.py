@@ -32,37 +32,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moco import (
-    agreement,
-    backbones,
-    checkpoint,
-    claim,
-    classifier,
-    contents,
-    datasets,
-    distributed,
-    features,
-    gpus,
-    images,
-    launch,
-    listing,
-    loader,
-    metrics,
-    options,
-    released,
-    sharing,
-)
-from moco.claim import Claim
-from moco.classifier import LinearHeads
-from moco.datasets import ImageList, RetryDataset, StrictDataset
+from moco import distributed, options
+from moco.data import datasets, folders, images, loader
+from moco.data.datasets import ImageList, RetryDataset, StrictDataset
+from moco.data.folders import ImageFolder
+from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
-from moco.environment import is_main
-from moco.errors import Finished, UsageError, cli_main
-from moco.listing import ImageFolder
-from moco.loader import GlobalBatchSampler
-from moco.run import Run, check_unused
-from moco.signals import StopSignal
+from moco.errors import Finished, UsageError
+from moco.evaluation import classifier, released
+from moco.evaluation.classifier import LinearHeads
+from moco.processes import launch, sharing
+from moco.processes.environment import is_main
+from moco.processes.exits import cli_main
+from moco.processes.signals import StopSignal
+from moco.training import checkpoint, files, metrics
+from moco.training.files import Claim
+from moco.training.run import Run, check_unused
 
 
 class Inputs(NamedTuple):
@@ -140,13 +126,13 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     local_world_size, world_size = launch.resolve_world_size(**options.launch_settings(args))
     batch_size = options.per_rank(args.batch_size, local_world_size)
     workers = options.workers_per_rank(args.workers, local_world_size)
-    gpus.check_options(launch.devices_of(local_world_size, args.gpu), args.precision)
+    launch.check_options(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
-    output = claim.of_folder("--ckpt_path", args.ckpt_path)  # before anything in it is read
+    output = files.of_folder("--ckpt_path", args.ckpt_path)  # before anything in it is read
     if trains(args):
         name = re.escape(run_name(args.pretrained))
-        files = rf"(checkpoint_robust|model_best)_{name}\.pth\.tar"
-        check_unused(args.ckpt_path, args.resume, files, probe=run_name(args.pretrained))
+        names = rf"(checkpoint_robust|model_best)_{name}\.pth\.tar"
+        check_unused(args.ckpt_path, args.resume, names, probe=run_name(args.pretrained))
     saved = checkpoint.load(args.resume) if args.resume else {}
     pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
     args.arch = args.arch or arch_of_files(args, saved, pretrained)
@@ -181,10 +167,10 @@ def trains(args: argparse.Namespace) -> bool:
 
 def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder]:
     """The training images (None if no head is trained) and the validation images."""
-    val = listing.list_images(listing.split_path(args.data, "val"))
+    val = folders.list_images(folders.split_path(args.data, "val"))
     if not trains(args):
         return None, val
-    train = listing.list_images(listing.split_path(args.data, "train"))
+    train = folders.list_images(folders.split_path(args.data, "train"))
     different = sorted(set(train.classes) ^ set(val.classes))
     if different:
         raise UsageError(f"{args.data}: train/ and val/ hold different classes, for example {different[0]}")
@@ -193,8 +179,8 @@ def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder
 
 def arch_of_files(args: argparse.Namespace, saved: Mapping, pretrained: Mapping) -> str:
     """The architecture that --resume or --pretrained names, else the default."""
-    of_resume = contents.arch_of(saved, f"--resume {args.resume}")
-    return of_resume or contents.arch_of(pretrained, f"--pretrained {args.pretrained}") or "resnet50"
+    of_resume = checkpoint.arch_of(saved, f"--resume {args.resume}")
+    return of_resume or checkpoint.arch_of(pretrained, f"--pretrained {args.pretrained}") or "resnet50"
 
 
 def check_resume(
@@ -223,17 +209,17 @@ def check_resume(
         raise Finished(message) if args.auto_resume else UsageError(message)
     checkpoint.check_data_order(saved, source, args.seed, sampler.num_images, sampler.global_batch_size)
     shapes = [own[name] for name in checkpoint.FC_KEYS] * heads
-    contents.check_optimizer(saved["optimizers"] if "optimizers" in saved else saved["optimizer"], source, shapes)
+    checkpoint.check_optimizer(saved["optimizers"] if "optimizers" in saved else saved["optimizer"], source, shapes)
 
 
 def find_backbone(args: argparse.Namespace, pretrained: Mapping) -> tuple[dict, str]:
     """The backbone weights of --pretrained, and where in the file they were."""
     source = f"--pretrained {args.pretrained}"
-    contents.check_values(pretrained, source)
+    checkpoint.check_values(pretrained, source)
     check_arch(args, pretrained, source)
     with torch.device("meta"):
         network = build_encoder(args.arch, 1)
-    return backbones.find_backbone(pretrained, source, network)
+    return checkpoint.find_backbone(pretrained, source, network)
 
 
 def check_arch(args: argparse.Namespace, saved: Mapping, source: str) -> None:
@@ -309,15 +295,15 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
 def check_ranks(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Refuse to train or test if another process of this run was started with something else."""
     train = inputs.train or inputs.val
-    agreement.check_agreement(
-        agreement.shared_options(args),
+    launch.check_agreement(
+        launch.shared_options(args),
         {
             "the batch of a process": lambda: options.per_rank(args.batch_size, ctx.local_world_size),
-            "the training set": lambda: agreement.describe_files(train.paths),
-            "the validation set": lambda: agreement.describe_files(inputs.val.paths),
-            "the class list": lambda: agreement.describe_classes(inputs.val.classes),
-            "the backbone": lambda: agreement.digest(inputs.backbone),
-            "the checkpoint of --resume": lambda: agreement.describe_checkpoint(inputs.saved),
+            "the training set": lambda: launch.describe_files(train.paths),
+            "the validation set": lambda: launch.describe_files(inputs.val.paths),
+            "the class list": lambda: launch.describe_classes(inputs.val.classes),
+            "the backbone": lambda: launch.digest(inputs.backbone),
+            "the checkpoint of --resume": lambda: launch.describe_checkpoint(inputs.saved),
         },
     )
 
@@ -357,9 +343,9 @@ def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) ->
     if distributed.is_main() and inputs.saved:
         print(accuracy_line(result), flush=True)
     if args.features:
-        found = features.gather_in_order(torch.cat(share), len(inputs.val.paths), ctx)
+        found = classifier.gather_in_order(torch.cat(share), len(inputs.val.paths), ctx)
         if distributed.is_main():
-            features.save(args.features, found, inputs.val, "val")
+            classifier.save_features(args.features, found, inputs.val, "val")
             weights = args.resume or args.pretrained or "a random backbone"
             print(f"wrote {args.features}: features {tuple(found.shape)} of {args.data}/val by {weights}", flush=True)
 

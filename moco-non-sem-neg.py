@@ -26,36 +26,23 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moco import (
-    agreement,
-    augment,
-    checkpoint,
-    claim,
-    contents,
-    distributed,
-    gpus,
-    images,
-    knn,
-    launch,
-    listing,
-    loader,
-    memory,
-    metrics,
-    options,
-    sharing,
-    views,
-)
+from moco import augment, distributed, memory, options, views
 from moco.builder import MoCo
-from moco.claim import Claim
-from moco.datasets import RetryDataset, TwoCrops
+from moco.data import folders, images, loader
+from moco.data.datasets import RetryDataset, TwoCrops
+from moco.data.folders import TrainingImages
+from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
-from moco.environment import is_main
-from moco.errors import Finished, UsageError, cli_main
-from moco.listing import TrainingImages
-from moco.loader import GlobalBatchSampler
-from moco.run import Run, check_unused
-from moco.signals import StopSignal
+from moco.errors import Finished, UsageError
+from moco.evaluation import knn
+from moco.processes import launch, sharing
+from moco.processes.environment import is_main
+from moco.processes.exits import cli_main
+from moco.processes.signals import StopSignal
+from moco.training import checkpoint, files, metrics
+from moco.training.files import Claim
+from moco.training.run import Run, check_unused
 
 ROBUST_ALIASES = {"patch": "patch", "nonsem": "patch", "texture": "texture", "texture_syn": "texture", "none": "none"}
 SAVED_OPTIONS = (
@@ -71,7 +58,7 @@ class Inputs(NamedTuple):
     """What validation found: the data, and the checkpoint of --resume."""
 
     train: TrainingImages
-    knn: tuple[listing.ImageFolder, ...] | None  # train/ and val/ with --knn, if there is a val/ with the same classes
+    knn: tuple[folders.ImageFolder, ...] | None  # train/ and val/ with --knn, if there is a val/ with the same classes
     saved: dict  # {} for a fresh start
     claim: Claim  # of --ckpt_path
     memory: dict[str, int]  # bytes that a process needs, by part
@@ -145,21 +132,21 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     if args.robust == "texture" and args.num_nonsem != 1:
         raise UsageError(f"--num-nonsem {args.num_nonsem}: there is one texture per photo; with --robust texture use 1")
     options.check_epochs(args)
-    output = claim.of_folder("--ckpt_path", args.ckpt_path)  # before anything in it is read
+    output = files.of_folder("--ckpt_path", args.ckpt_path)  # before anything in it is read
     saved = checkpoint.load(args.resume) if args.resume else {}
-    args.arch = args.arch or contents.arch_of(saved, f"--resume {args.resume}") or "resnet50"
+    args.arch = args.arch or checkpoint.arch_of(saved, f"--resume {args.resume}") or "resnet50"
     local_world_size, world_size = launch.resolve_world_size(**options.launch_settings(args))
     if args.preview:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
     options.check_folder("--ckpt_path", args.ckpt_path)
     if not args.preview:
         check_unused(args.ckpt_path, args.resume, CHECKPOINTS, probe=None)
-    list_images = functools.partial(listing.list_training_images, args.data, with_textures=args.robust == "texture")
+    list_images = functools.partial(folders.list_training_images, args.data, with_textures=args.robust == "texture")
     data = sharing.once_per_node("training images", list_images)
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
     devices = launch.devices_of(local_world_size, args.gpu)
-    gpus.check_options(devices, args.precision, args.compile)
+    launch.check_options(devices, args.precision, args.compile)
     needed = memory.required(
         functools.partial(build_model, args, torch.float32),
         args.arch,
@@ -173,7 +160,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     workers = options.workers_per_rank(args.workers, local_world_size)
     return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved, output, needed), {
         "processes": f"{world_size}, with {workers} loader workers each",
-        "images": f"{len(data.photos)} in {listing.count_classes(args.data, data.classes)}",
+        "images": f"{len(data.photos)} in {folders.count_classes(args.data, data.classes)}",
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
         "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
@@ -192,7 +179,7 @@ def check_resume(args: argparse.Namespace, saved: dict, data: TrainingImages, sa
     checkpoint.check_exactly(model, state, source)
     checkpoint.check_finite(state, source)
     if saved.get("optimizer", {}) != {}:  # published files may come without one
-        contents.check_optimizer(saved["optimizer"], source, list(model.parameters()))
+        checkpoint.check_optimizer(saved["optimizer"], source, list(model.parameters()))
     if saved["epoch"] >= args.epochs:
         message = f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue"
         raise Finished(message) if args.auto_resume else UsageError(message)
@@ -263,15 +250,15 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
 def check_ranks(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Refuse to train if another process of this run was started with something else."""
     data = inputs.train
-    agreement.check_agreement(
-        agreement.shared_options(args),
+    launch.check_agreement(
+        launch.shared_options(args),
         {
             "the batch of a process": lambda: options.per_rank(args.batch_size, ctx.local_world_size),
-            "the training set": lambda: agreement.describe_files(data.photos),
-            "the textures": lambda: agreement.describe_files(data.textures or ()),
-            "the class list": lambda: agreement.describe_classes(data.classes),
-            "kNN's images": lambda: [agreement.describe_files(folder.paths) for folder in inputs.knn or ()],
-            "the checkpoint of --resume": lambda: agreement.describe_checkpoint(inputs.saved),
+            "the training set": lambda: launch.describe_files(data.photos),
+            "the textures": lambda: launch.describe_files(data.textures or ()),
+            "the class list": lambda: launch.describe_classes(data.classes),
+            "kNN's images": lambda: [launch.describe_files(folder.paths) for folder in inputs.knn or ()],
+            "the checkpoint of --resume": lambda: launch.describe_checkpoint(inputs.saved),
         },
     )
 
@@ -337,18 +324,18 @@ def make_views(
     )
 
 
-def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[listing.ImageFolder, ...] | None:
+def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[folders.ImageFolder, ...] | None:
     """The photos of train/ and val/; None if there is no val/ with the same classes. UsageError for a single class."""
     if len(data.classes) < 2:
         raise UsageError(
             f"--knn needs labels: the images of {args.data}/train are one class, and any guess is right; leave out"
             " --knn, or make one folder of images per class"
         )
-    root = listing.photo_root(args.data) if args.robust == "texture" else args.data
+    root = folders.photo_root(args.data) if args.robust == "texture" else args.data
     if not os.path.isdir(os.path.join(root, "val")):
         return None
-    val = sharing.once_per_node("val", functools.partial(listing.list_images, os.path.join(root, "val")))
-    return (listing.ImageFolder(data.photos, data.labels, data.classes), val) if val.classes == data.classes else None
+    val = sharing.once_per_node("val", functools.partial(folders.list_images, os.path.join(root, "val")))
+    return (folders.ImageFolder(data.photos, data.labels, data.classes), val) if val.classes == data.classes else None
 
 
 def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) -> dict:

@@ -14,7 +14,8 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from moco import augment, datasets, distributed, listing, views  # noqa: E402
+from moco import augment, distributed, views  # noqa: E402
+from moco.data import datasets, folders  # noqa: E402
 from moco.negatives import patch_negatives  # noqa: E402
 
 SIZE, PATCHES = 56, (8, 18)  # px: the quick start's crops, without its smallest patches
@@ -42,7 +43,7 @@ def main() -> None:
             "--size",
             64,
         )
-        data = listing.list_texture_pairs(str(textures))
+        data = folders.list_texture_pairs(str(textures))
         crops = datasets.TwoCrops(data.photos, SIZE, data.textures)
         torch.manual_seed(0)
         firsts = {name: data.labels.index(label) for label, name in enumerate(data.classes)}

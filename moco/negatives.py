@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from moco import augment
-from moco.transfer import to_device
+from moco.distributed import to_device
 
 
 def patch_negatives(

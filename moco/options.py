@@ -5,8 +5,8 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 
-from moco.environment import is_local_main, is_main
 from moco.errors import UsageError, one_line
+from moco.processes.environment import is_local_main, is_main
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -6,8 +6,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
 from moco import augment
+from moco.distributed import to_device
 from moco.negatives import cut_patches, draw_patches
-from moco.transfer import to_device
 
 TILE = 224  # px; smaller crops are enlarged to about this side in a picture
 LABEL_HEIGHT, GAP = 34, 6  # px

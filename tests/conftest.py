@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import write_folder
 
-from moco.signals import STOP_SIGNALS
+from moco.processes.signals import STOP_SIGNALS
 
 for signum in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(signum) is signal.SIG_IGN:  # as in the background, or under nohup: the scripts would inherit it

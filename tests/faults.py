@@ -14,9 +14,12 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from moco import checkpoint, errors, images, launch, listing, loader, options, rendezvous  # noqa: E402
+from moco import errors, options  # noqa: E402
 from moco.builder import MoCo  # noqa: E402
-from moco.run import Run  # noqa: E402
+from moco.data import folders, images, loader  # noqa: E402
+from moco.processes import launch  # noqa: E402
+from moco.training import checkpoint  # noqa: E402
+from moco.training.run import Run  # noqa: E402
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -79,7 +82,7 @@ def in_saving(action):
 
 
 def impatient(seconds=3):
-    rendezvous.JOIN_SECONDS = launch.COLLECTIVE_SECONDS = errors.COLLECTIVE_SECONDS = seconds
+    launch.JOIN_SECONDS = launch.COLLECTIVE_SECONDS = errors.COLLECTIVE_SECONDS = seconds
 
 
 def impatient_for_batches(seconds=2):
@@ -93,13 +96,13 @@ def workers_as_asked():
 
 def report_listings():
     """Print each folder that is listed."""
-    original = listing.list_images
+    original = folders.list_images
 
     def list_images(directory):
         print(f"listed {directory}", flush=True)
         return original(directory)
 
-    listing.list_images = list_images
+    folders.list_images = list_images
 
 
 FAULTS = {

@@ -22,8 +22,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 
-from moco import augment, distributed, launch, rendezvous
+from moco import augment, distributed
 from moco.distributed import DistContext
+from moco.processes import launch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # of the scripts
@@ -163,7 +164,7 @@ def _script(folder, arguments, env):
 os.environ["OMP_NUM_THREADS"] = "1"  # the fork server reads it when it starts
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["torch", "torchvision", "torch.optim.swa_utils", "moco.launch", "moco.robustness", "moco.run"]
+    ["torch", "torchvision", "torch.optim.swa_utils", "moco.processes.launch", "moco.evaluation.scores", "moco.training.run"]
 )
 
 
@@ -255,7 +256,7 @@ def train_steps(ctx, ddp_model, optimizer, batches):
 
 def run_ranks(world, folder, *functions):
     """{name of function: [what function(ctx) returned on each rank]}, in one gloo group of `world` processes."""
-    arguments = (world, rendezvous.free_port(), str(folder), functions)
+    arguments = (world, launch.free_port(), str(folder), functions)
     mp.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
     ranks = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
     return {function.__name__: [rank[function.__name__] for rank in ranks] for function in functions}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers import ENVIRONMENT, PRETRAIN, PROBE, REPOSITORY, SMALL, SMALL_PROBE, run_script, write_photo
 
-from moco import agreement, distributed, rendezvous
+from moco import distributed
+from moco.data.folders import LabelList, PathList
 from moco.errors import UsageError
-from moco.sequences import LabelList, PathList
+from moco.processes import launch
 
 
 @pytest.fixture
@@ -24,10 +25,10 @@ def compared(monkeypatch):
         sent = []
         monkeypatch.setattr(distributed, "gather_lists", lambda items: sent.extend(items) or items)
         for rank in ranks:
-            agreement.check_agreement(*rank)
+            launch.check_agreement(*rank)
         monkeypatch.setattr(distributed, "gather_lists", lambda items: sent)
         try:
-            agreement.check_agreement(*ranks[0])
+            launch.check_agreement(*ranks[0])
         except UsageError as error:
             return str(error)
         return ""
@@ -45,7 +46,7 @@ def test_equal_ranks_agree(compared):
 
 
 def test_a_difference_is_named_with_values_ranks_and_hosts(compared, monkeypatch):
-    monkeypatch.setattr(agreement.socket, "gethostname", lambda: "n1")
+    monkeypatch.setattr(launch.socket, "gethostname", lambda: "n1")
     message = compared(({"--lr": 0.03, "--alpha": 2}, {}), ({"--lr": 0.06, "--alpha": 2}, {}))
     assert "--lr is 0.03 on rank 0 (n1), but 0.06 on rank 1 (n1);" in message and "alpha" not in message
 
@@ -57,17 +58,17 @@ def test_several_differences_are_all_named(compared):
 
 def test_another_version_of_the_code_is_a_difference(compared, monkeypatch):
     versions = itertools.cycle("ab")
-    monkeypatch.setattr(agreement, "code_version", lambda: next(versions))
+    monkeypatch.setattr(launch, "code_version", lambda: next(versions))
     assert "the code is version a on rank 0" in compared(facts(), facts())
 
 
 def test_facts_of_a_single_process_are_not_computed():
-    agreement.check_agreement({}, {"never": lambda: 1 / 0})
+    launch.check_agreement({}, {"never": lambda: 1 / 0})
 
 
 def test_what_may_differ_between_nodes_is_not_compared():
     args = SimpleNamespace(data="/a", rank=1, dist_url="tcp://a:1", workers=3, sets=["A=/a"], lr=0.1, moco_k=8)
-    assert agreement.shared_options(args) == {"--lr": 0.1, "--moco-k": 8}
+    assert launch.shared_options(args) == {"--lr": 0.1, "--moco-k": 8}
 
 
 @pytest.mark.parametrize(
@@ -84,15 +85,15 @@ def test_what_may_differ_between_nodes_is_not_compared():
     ],
 )
 def test_digests_of_different_values_differ(one, other):
-    assert agreement.digest(one) != agreement.digest(other) and agreement.digest(one) == agreement.digest(one)
+    assert launch.digest(one) != launch.digest(other) and launch.digest(one) == launch.digest(one)
 
 
 def test_digests_do_not_depend_on_the_folder_or_the_layout():
     names = ["n01/a.png", "n01/\udcff.png"]
-    assert agreement.digest(PathList.of("/x/", names)) == agreement.digest(PathList.of("/scratch/", names))
+    assert launch.digest(PathList.of("/x/", names)) == launch.digest(PathList.of("/scratch/", names))
     weights = torch.from_numpy(np.arange(48.0).reshape(2, 3, 2, 4))
-    assert agreement.digest(weights) == agreement.digest(weights.to(memory_format=torch.channels_last))
-    assert agreement.digest(torch.ones(3, dtype=torch.bfloat16)) and agreement.digest(torch.zeros(0))
+    assert launch.digest(weights) == launch.digest(weights.to(memory_format=torch.channels_last))
+    assert launch.digest(torch.ones(3, dtype=torch.bfloat16)) and launch.digest(torch.zeros(0))
 
 
 # Real runs
@@ -100,7 +101,7 @@ def test_digests_do_not_depend_on_the_folder_or_the_layout():
 
 def start_two(script, *options):
     """(exit code, stderr) of two processes of one run, the i-th with options[i]."""
-    port = rendezvous.free_port()
+    port = launch.free_port()
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(

@@ -4,10 +4,10 @@ import pickle
 import pytest
 import torch
 
-from moco import backbones, checkpoint
 from moco.builder import MoCo
 from moco.encoders import build_encoder
 from moco.errors import RunError, UsageError
+from moco.training import checkpoint
 
 
 def resnet(classes=7, arch="resnet18"):
@@ -26,7 +26,7 @@ def pretraining_file(path, prefix="module.", mlp=True):
 def test_a_pretraining_files_backbone_is_its_query_encoder(tmp_path, prefix, mlp):
     query = pretraining_file(tmp_path / "checkpoint_0199.pth.tar", prefix, mlp)
     saved = checkpoint.load(tmp_path / "checkpoint_0199.pth.tar")
-    backbone = backbones.find_backbone(saved, "file", resnet()).weights
+    backbone = checkpoint.find_backbone(saved, "file", resnet()).weights
     expected = {name: value for name, value in query.items() if not name.startswith("fc.")}
     assert backbone.keys() == expected.keys() == {n for n in resnet().state_dict() if not n.startswith("fc.")}
     assert all(torch.equal(backbone[name], expected[name]) for name in expected)
@@ -37,7 +37,7 @@ def test_torchvision_and_linear_files_have_a_backbone_too(tmp_path):
     linear = {"arch": "resnet18", "state_dict": checkpoint.add_prefix(state)}
     for saved in (state, linear):
         torch.save(saved, tmp_path / "file.pth")
-        backbone = backbones.find_backbone(checkpoint.load(tmp_path / "file.pth"), "file", resnet()).weights
+        backbone = checkpoint.find_backbone(checkpoint.load(tmp_path / "file.pth"), "file", resnet()).weights
         assert backbone.keys() == {name for name in state if not name.startswith("fc.")}
 
 
@@ -154,9 +154,9 @@ def test_a_backbone_that_is_not_finite_is_refused(value):
     state["layer1.0.bn1.weight"][3] = value
     assert checkpoint.nonfinite(state) == ["layer1.0.bn1.weight"]
     with pytest.raises(UsageError, match="file: layer1.0.bn1.weight holds infinite values or NaN"):
-        backbones.find_backbone({"state_dict": state}, "file", resnet())
+        checkpoint.find_backbone({"state_dict": state}, "file", resnet())
     with pytest.raises(UsageError, match="file: it holds no weights of this --arch"):
-        backbones.find_backbone({"state_dict": {"fc.weight": torch.ones(2)}}, "file", resnet())
+        checkpoint.find_backbone({"state_dict": {"fc.weight": torch.ones(2)}}, "file", resnet())
 
 
 def test_a_run_that_contradicts_its_checkpoint_is_refused():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from moco import by_class
 from moco.errors import UsageError
+from moco.evaluation import report
 
 
 def counts(**correct):
@@ -24,11 +24,11 @@ VAL = [counts(cat=(5, 10), dog=(8, 10)), counts(cat=(6, 10), dog=(6, 10)), count
 
 
 def test_class_differences_are_means_over_the_runs_of_a_row():
-    cat, dog = by_class.class_differences(made({"val": VAL}), "val", "plain", "patch")
+    cat, dog = report.class_differences(made({"val": VAL}), "val", "plain", "patch")
     assert (cat.wnid, cat.n, cat.base, cat.top1) == ("cat", 10, 50, 70) and cat.change == pytest.approx(20)
     assert (dog.wnid, dog.base, dog.top1) == ("dog", 80, 50) and dog.change == pytest.approx(-30)
     assert cat.error == pytest.approx(100 * ((0.5 * 0.5 + 0.7 * 0.3) / 10) ** 0.5)
-    back = by_class.class_differences(made({"val": VAL}), "val", "patch", "plain")
+    back = report.class_differences(made({"val": VAL}), "val", "patch", "plain")
     assert [each.wnid for each in back] == ["dog", "cat"] and back[0].change == pytest.approx(30)
 
 
@@ -41,11 +41,11 @@ def test_class_differences_of_corruptions_weigh_each_set_equally():
         "val": [counts(cat=(1, 1), dog=(1, 1))] * 2,
     }
     report_ = made(cells, ["a", "b"])
-    (cat,) = by_class.class_differences(report_, "corruption", "a", "b")
+    (cat,) = report.class_differences(report_, "corruption", "a", "b")
     assert (cat.n, cat.base, cat.top1) == (10, 25, 75)
-    (of_one,) = by_class.class_differences(report_, "corruption/snow/5", "a", "b")
+    (of_one,) = report.class_differences(report_, "corruption/snow/5", "a", "b")
     assert (of_one.n, of_one.change) == (2, 100)
-    assert [each.wnid for each in by_class.class_differences(report_, "val", "a", "b")] == [
+    assert [each.wnid for each in report.class_differences(report_, "val", "a", "b")] == [
         "cat",
         "dog",
     ]  # equal: by name
@@ -53,13 +53,13 @@ def test_class_differences_of_corruptions_weigh_each_set_equally():
 
 def test_class_differences_name_the_rows_and_sets_there_are():
     with pytest.raises(UsageError, match="no row texture; the rows are plain, patch"):
-        by_class.class_differences(made({"val": VAL}), "val", "plain", "texture")
+        report.class_differences(made({"val": VAL}), "val", "plain", "texture")
     some = made({"val": VAL, "corruption/fog/1": VAL, "corruption/fog/2": VAL, "set/mine": VAL})
     with pytest.raises(UsageError, match="no test set sketch; there are val, corruption, mine"):
-        by_class.class_differences(some, "sketch", "plain", "patch")
-    assert by_class.class_differences(some, "set/mine", "plain", "patch")[0].wnid == "cat"
+        report.class_differences(some, "sketch", "plain", "patch")
+    assert report.class_differences(some, "set/mine", "plain", "patch")[0].wnid == "cat"
 
 
 def test_class_differences_are_those_of_the_json_file():
     stored = json.loads(json.dumps(made({"val": VAL})))
-    assert by_class.class_differences(stored, "val", "plain", "patch")[0].change == pytest.approx(20)
+    assert report.class_differences(stored, "val", "plain", "patch")[0].change == pytest.approx(20)

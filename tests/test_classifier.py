@@ -4,10 +4,12 @@ import pytest
 import torch
 from helpers import write_folder
 
-from moco import checkpoint, classifier, datasets, listing, loader
+from moco.data import datasets, folders, loader
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
 from moco.errors import UsageError
+from moco.evaluation import classifier
+from moco.training import checkpoint
 
 
 @pytest.fixture
@@ -78,7 +80,7 @@ class ByBrightness(torch.nn.Module):
 
 
 def test_evaluate_counts_every_image_once(tmp_path):
-    paths, labels, _ = listing.list_images(write_folder(tmp_path) / "train")
+    paths, labels, _ = folders.list_images(write_folder(tmp_path) / "train")
     dataset = datasets.StrictDataset(datasets.ImageList(paths, labels, datasets.eval_transform(16)))
     batches = loader.eval_loader(dataset, 5, 0, DistContext())
     model = ByBrightness()

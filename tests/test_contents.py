@@ -26,9 +26,10 @@ from helpers import (
     write_folder,
 )
 
-from moco import backbones, classifier, metrics
 from moco.encoders import build_encoder
 from moco.errors import UsageError
+from moco.evaluation import classifier
+from moco.training import checkpoint, metrics
 
 TINY = [*SMALL[: SMALL.index("--moco-k")], "--moco-k", 16, "--moco-dim", 8, "-j", 0, "--seed", 1]
 
@@ -108,7 +109,7 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_weights_of_other_projects_are_found(kind):
     state = resnet()
-    found = backbones.find_backbone(FOREIGN[kind](state), "x", build_encoder("resnet18", 1))
+    found = checkpoint.find_backbone(FOREIGN[kind](state), "x", build_encoder("resnet18", 1))
     expected = {name: value for name, value in state.items() if not name.startswith("fc.")}
     assert same(found.weights, expected)
     assert f"{len(expected)} tensors from" in found.origin
@@ -117,7 +118,7 @@ def test_weights_of_other_projects_are_found(kind):
 @pytest.mark.parametrize("other", ["resnet34", "resnet50", "resnet10", "shufflenet_v2_x0_5"])
 def test_another_network_is_not_taken_for_a_resnet18(other):
     with pytest.raises(UsageError, match="check --arch"):
-        backbones.find_backbone({"state_dict": resnet(other)}, "x", build_encoder("resnet18", 1))
+        checkpoint.find_backbone({"state_dict": resnet(other)}, "x", build_encoder("resnet18", 1))
 
 
 def test_arch_comes_from_the_file_unless_it_is_given(runs, tmp_path):

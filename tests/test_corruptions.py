@@ -14,10 +14,11 @@ from helpers import write_photo
 from PIL import Image
 from torchvision import transforms
 
-from moco import datasets, robustness, testsets
 from moco.augment import MEAN, STD
+from moco.data import datasets
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
+from moco.evaluation import scores, testsets
 
 SCRIPT = "preprocess/corruptions.py"
 STAND_IN = f"""
@@ -257,6 +258,6 @@ def test_figures_equal_a_loop_over_the_library(photos, tmp_path, monkeypatch):
                     hits += model(finish(Image.open(file))[None]).argmax().item() == label
             expected[f"corruption/{name}/{severity}"] = 100 * hits / 3
     test_sets = testsets.list_test_sets({"corruption": str(tmp_path / "c")}, ["cat", "dog"])
-    scores = robustness.score(test_sets, [model], ["cat", "dog"], 48, 8, 0, DistContext())
-    assert {test_set.key: result["top1"] for test_set, (result,) in scores} == expected
+    scored = scores.score(test_sets, [model], ["cat", "dog"], 48, 8, 0, DistContext())
+    assert {test_set.key: result["top1"] for test_set, (result,) in scored} == expected
     assert 0 < sum(expected.values()) / 95 < 100

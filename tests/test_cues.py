@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import REPOSITORY, paint
 
-from moco import cues, robustness, testsets
 from moco.distributed import DistContext
 from moco.errors import UsageError
+from moco.evaluation import cues, scores, testsets
 
 IMAGENET_100 = sorted((REPOSITORY / "preprocess" / "imagenet_100.txt").read_text().split())
 SIZES = {
@@ -33,7 +33,7 @@ class ByGray(torch.nn.Module):
 
 def score(folder, model, wnids, key="set/cues"):
     (test_set,) = testsets.list_test_sets({key: str(folder)}, wnids)
-    ((_, (result,)),) = robustness.score([test_set], [model], wnids, 28, 4, 0, DistContext())
+    ((_, (result,)),) = scores.score([test_set], [model], wnids, 28, 4, 0, DistContext())
     return test_set, result
 
 

@@ -21,11 +21,12 @@ import torch
 from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, fill_encoder, refused, write_folder, write_photo
 from PIL import Image
 
-from moco import class_lists, datasets, images, listing, released, testsets
-from moco.datasets import ImageList, StrictDataset
+from moco.data import datasets, folders, images
+from moco.data.datasets import ImageList, StrictDataset
+from moco.data.images import BadImage
 from moco.encoders import build_encoder
 from moco.errors import RunError, UsageError
-from moco.images import BadImage
+from moco.evaluation import released, testsets
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def retry_at_once(monkeypatch):
 
 
 def moco_listing(root):
-    return [os.path.relpath(path, root) for path in listing.list_images(root).paths]
+    return [os.path.relpath(path, root) for path in folders.list_images(root).paths]
 
 
 def preprocess_listing(root):
@@ -173,7 +174,7 @@ def test_a_split_that_cannot_be_read_is_not_missing(tree, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "stat", denied)
-    for call in (listing.list_images, functools.partial(listing.split_path, split="train"), testsets.class_root):
+    for call in (folders.list_images, functools.partial(folders.split_path, split="train"), testsets.class_root):
         with pytest.raises(UsageError, match="Permission denied"):
             call(str(tree))
 
@@ -182,7 +183,7 @@ def test_a_dangling_split_is_not_missing(tmp_path):
     write_folder(tmp_path, train=1, val=1)
     shutil.rmtree(tmp_path / "val")
     (tmp_path / "val").symlink_to("gone")
-    for call in (functools.partial(listing.split_path, split="val"), testsets.class_root):
+    for call in (functools.partial(folders.split_path, split="val"), testsets.class_root):
         with pytest.raises(UsageError, match="val: a link that leads nowhere .gone."):
             call(str(tmp_path))
 
@@ -198,7 +199,7 @@ def test_no_file_is_asked_for_its_type(tree, lister, monkeypatch):
 
 
 def test_both_sides_know_the_same_images():
-    assert image_lists.IMAGE_SUFFIXES == listing.IMG_EXTENSIONS and image_lists.NOT_DATA == listing.NOT_DATA
+    assert image_lists.IMAGE_SUFFIXES == folders.IMG_EXTENSIONS and image_lists.NOT_DATA == folders.NOT_DATA
 
 
 def test_a_tree_deeper_than_the_recursion_limit(tmp_path, lister):
@@ -369,14 +370,14 @@ def test_two_photos_of_one_texture_are_refused(tmp_path):
     write_folder(tmp_path / "data-texture", train=2, suffix=".png")
     write_photo(tmp_path / "data" / "train" / "n01" / "n01_0.png")
     with pytest.raises(UsageError, match="differ from another in the suffix only.*n01_0"):
-        listing.list_texture_pairs(str(tmp_path / "data-texture"))
+        folders.list_texture_pairs(str(tmp_path / "data-texture"))
 
 
 def test_names_that_are_not_utf8_can_be_printed(tmp_path):
     write_folder(tmp_path / "data", train=2)
     write_folder(tmp_path / "data-texture", train=1, suffix=".png")
     write_photo(tmp_path / "data" / "train" / "n01" / "odd\udcff.JPEG")
-    unmatched = listing.list_texture_pairs(str(tmp_path / "data-texture")).unmatched
+    unmatched = folders.list_texture_pairs(str(tmp_path / "data-texture")).unmatched
     assert "odd\\udcff" in unmatched and unmatched.encode()
 
 
@@ -415,7 +416,7 @@ MISSPELT = {
 
 
 def read_for_evaluation(path):
-    return class_lists.read(path)
+    return folders.read_class_list(path)
 
 
 def read_for_subset(path):

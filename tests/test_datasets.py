@@ -7,7 +7,7 @@ import torchvision.transforms as transforms
 from helpers import write_folder, write_photo
 from PIL import Image
 
-from moco import datasets, images, listing
+from moco.data import datasets, folders, images
 from moco.errors import RunError, UsageError
 
 
@@ -17,7 +17,7 @@ def at_once(monkeypatch):
 
 
 def test_photos_are_listed_by_sorted_class_and_name(data):
-    paths, labels, classes = listing.list_images(data / "train")
+    paths, labels, classes = folders.list_images(data / "train")
     assert classes == ["n01", "n02"] and labels == [0] * 8 + [1] * 8
     assert paths == sorted(paths) and len(paths) == 16
 
@@ -25,20 +25,20 @@ def test_photos_are_listed_by_sorted_class_and_name(data):
 def test_links_to_class_folders_are_followed(data, tmp_path):
     (tmp_path / "subset").mkdir()
     (tmp_path / "subset" / "n02").symlink_to(data / "train" / "n02", target_is_directory=True)
-    paths, labels, classes = listing.list_images(tmp_path / "subset")
+    paths, labels, classes = folders.list_images(tmp_path / "subset")
     assert classes == ["n02"] and len(paths) == 8
 
 
 def test_empty_class_folders_are_named(data):
     (data / "train" / "n03").mkdir()
     with pytest.raises(UsageError, match="1: n03"):
-        listing.list_images(data / "train")
+        folders.list_images(data / "train")
 
 
 @pytest.mark.parametrize("missing", ["root", "split"])
 def test_missing_directories_are_named(data, missing):
     with pytest.raises(UsageError, match="no such directory" if missing == "root" else "no test/ folder"):
-        listing.split_path(data / "nowhere" if missing == "root" else data, "train" if missing == "root" else "test")
+        folders.split_path(data / "nowhere" if missing == "root" else data, "train" if missing == "root" else "test")
 
 
 def write_pairs(tmp_path):
@@ -49,7 +49,7 @@ def write_pairs(tmp_path):
 
 def test_photo_and_texture_are_paired_by_relative_path(tmp_path):
     data = write_pairs(tmp_path)
-    photos, textures, labels, classes, unmatched = listing.list_texture_pairs(f"{data}/")
+    photos, textures, labels, classes, unmatched = folders.list_texture_pairs(f"{data}/")
     assert labels == [0] * 4 + [1] * 4
     assert len(photos) == 8 and classes == ["n01", "n02"] and unmatched == ""
     for photo, texture in zip(photos, textures):
@@ -58,7 +58,7 @@ def test_photo_and_texture_are_paired_by_relative_path(tmp_path):
 
 def test_only_the_last_folder_name_is_taken_for_the_pair(tmp_path):
     data = write_pairs(tmp_path / "my-texture")
-    photos, *_ = listing.list_texture_pairs(data)
+    photos, *_ = folders.list_texture_pairs(data)
     assert photos[0].startswith(str(tmp_path / "my-texture" / "x" / "train"))
 
 
@@ -70,7 +70,7 @@ def test_textures_without_photo_are_counted_and_five_named(tmp_path):
     for name in "abc":
         write_photo(data / "train" / "n01" / f"{name}.png")
     with pytest.raises(UsageError) as error:
-        listing.list_texture_pairs(data)
+        folders.list_texture_pairs(data)
     assert "7: " in str(error.value) and "and 2 more" in str(error.value) and str(error.value).count(".png") == 5
 
 
@@ -79,7 +79,7 @@ def test_photos_without_texture_are_left_out_and_counted(tmp_path):
     for label in (1, 2):
         for i in range(3):
             (data / "train" / f"n0{label}" / f"n0{label}_{i}.png").unlink()
-    photos, textures, labels, _, unmatched = listing.list_texture_pairs(data)
+    photos, textures, labels, _, unmatched = folders.list_texture_pairs(data)
     assert labels == [0, 1]
     assert [Path(path).stem for path in photos] == [Path(path).stem for path in textures] == ["n01_3", "n02_3"]
     assert unmatched.startswith("6: ") and unmatched.endswith("and 1 more") and unmatched.count(".JPEG") == 5
@@ -87,14 +87,14 @@ def test_photos_without_texture_are_left_out_and_counted(tmp_path):
 
 def test_texture_needs_its_name_and_its_sibling(data, tmp_path):
     with pytest.raises(UsageError, match="ends in -texture"):
-        listing.list_texture_pairs(data)
+        folders.list_texture_pairs(data)
     write_folder(tmp_path / "y-texture")
     with pytest.raises(UsageError, match="no such directory"):
-        listing.list_texture_pairs(tmp_path / "y-texture")
+        folders.list_texture_pairs(tmp_path / "y-texture")
 
 
 def test_crops_follow_from_the_seed_alone(data):
-    paths, labels, _ = listing.list_images(data / "train")
+    paths, labels, _ = folders.list_images(data / "train")
     views = datasets.RetryDataset(datasets.TwoCrops(paths, 32), labels)
     torch.manual_seed(1)
     first, unreadable = views[3, 42]

@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco import augment, metrics
+from moco import augment
 from moco.builder import MoCo
 from moco.encoders import build_encoder
+from moco.training import metrics
 from moco.views import training_views
 
 HERE_IS_A_GPU = torch.cuda.is_available()

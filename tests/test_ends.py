@@ -27,8 +27,11 @@ from helpers import (
     write_folder,
 )
 
-from moco import checkpoint, environment, errors, files, metrics, results
-from moco.errors import RunError, UsageError, translate_error
+from moco.errors import RunError, UsageError
+from moco.evaluation import results
+from moco.processes import environment, exits
+from moco.processes.exits import translate_error
+from moco.training import checkpoint, files, metrics
 
 SCRIPTS = (PRETRAIN, PROBE, EVALUATE)
 # Runs a script after a change to its process:  changed.py CHANGE SCRIPT ARGUMENT…
@@ -469,6 +472,6 @@ def test_exit_codes_are_kept(error, code, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        errors.cli_main(main)
+        exits.cli_main(main)
     assert stop.value.code == code and capsys.readouterr().err.count("\n") == (code != 5)
     assert Path(sys.argv[0]).name  # used in the message

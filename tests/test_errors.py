@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from helpers import TORCHRUN_RANK
 
-from moco import errors
 from moco.errors import PeerError, RunError, UsageError
+from moco.processes import exits
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +27,7 @@ def ended(error):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        errors.cli_main(main)
+        exits.cli_main(main)
     return stop.value.code
 
 
@@ -67,7 +67,7 @@ def test_a_bug_keeps_its_traceback(error):
         raise error
 
     with pytest.raises(type(error), match="a bug"):
-        errors.cli_main(main)
+        exits.cli_main(main)
 
 
 @pytest.mark.parametrize(
@@ -99,12 +99,12 @@ def test_a_bug_keeps_its_traceback(error):
     ],
 )
 def test_errors_of_pytorch_and_the_system_are_translated(error, kind, wanted):
-    translated = errors.translate_error(error)
+    translated = exits.translate_error(error)
     assert type(translated) is kind
     with pytest.raises(kind, match=wanted):
         raise translated
 
 
 def test_an_error_that_may_be_a_bug_is_not_translated():
-    assert errors.translate_error(RuntimeError("size mismatch")) is None
-    assert errors.translate_error(OSError(errno.EACCES, "denied")) is None
+    assert exits.translate_error(RuntimeError("size mismatch")) is None
+    assert exits.translate_error(OSError(errno.EACCES, "denied")) is None

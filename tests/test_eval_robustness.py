@@ -8,12 +8,14 @@ import torch
 from helpers import GrayLevels, paint, write_folder
 
 import eval_robustness
-from moco import claim, class_lists, results, testsets
+from moco.data import folders
 from moco.distributed import DistContext
 from moco.errors import UsageError
+from moco.evaluation import results, testsets
+from moco.training import files
 
 WNIDS = ["n01", "n02", "n03", "n04"]
-IMAGENET_100 = class_lists.read(class_lists.IMAGENET_100)
+IMAGENET_100 = folders.read_class_list(folders.IMAGENET_100)
 
 
 def test_every_column_of_a_miniature_is_computed_by_hand(tmp_path, capsys):
@@ -74,7 +76,7 @@ def test_every_column_of_a_miniature_is_computed_by_hand(tmp_path, capsys):
     )
     rows = {"right": [str(tmp_path / "m.pth")], "off": [str(tmp_path / "m.pth")]}
     result = results.new(rows, [{}, {}], WNIDS, 28, None)
-    output = claim.of_file("--json", args.json)
+    output = files.of_file("--json", args.json)
     eval_robustness.evaluate(DistContext(), args, models, WNIDS, 28, test_sets, result, output)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
@@ -116,27 +118,27 @@ def test_rows_are_files_or_named_lists_of_them(tmp_path):
 
 def test_the_checkpoints_own_classes_come_first(tmp_path):
     (tmp_path / "c.txt").write_text("n07\nn03\n")
-    assert class_lists.of_head("x", {"wnids": ["a", "b"]}, 2, classes=tmp_path / "c.txt") == ["a", "b"]
-    assert class_lists.of_head("x", {}, 1000, classes=tmp_path / "c.txt") == ["n03", "n07"]
+    assert testsets.head_classes("x", {"wnids": ["a", "b"]}, 2, classes=tmp_path / "c.txt") == ["a", "b"]
+    assert testsets.head_classes("x", {}, 1000, classes=tmp_path / "c.txt") == ["n03", "n07"]
     with pytest.raises(UsageError, match="2 classes, but the head of x has 1 outputs"):
-        class_lists.of_head("x", {}, 1, classes=tmp_path / "c.txt")
+        testsets.head_classes("x", {}, 1, classes=tmp_path / "c.txt")
 
 
 def test_then_those_of_val_if_there_are_as_many(tmp_path):
     data = write_folder(tmp_path / "data", classes=("n08", "n02", "n05"), train=1, val=1)
-    assert class_lists.of_head("x", {}, 3, val=data) == ["n02", "n05", "n08"]
+    assert testsets.head_classes("x", {}, 3, val=data) == ["n02", "n05", "n08"]
     with pytest.raises(UsageError, match="--classes .*give as --val.*train the head"):
-        class_lists.of_head("x", {}, 4, val=data)
+        testsets.head_classes("x", {}, 4, val=data)
 
 
 def test_then_imagenet_100_if_it_fits(tmp_path):
-    assert class_lists.of_head("x", {}, 100) == IMAGENET_100 and len(set(IMAGENET_100)) == 100
+    assert testsets.head_classes("x", {}, 100) == IMAGENET_100 and len(set(IMAGENET_100)) == 100
     for wnid in [*IMAGENET_100, "n00000000"]:  # a larger validation set, of all of ImageNet, say
         (tmp_path / "val" / wnid).mkdir(parents=True)
         (tmp_path / "val" / wnid / "a.JPEG").write_bytes(b"")
-    assert class_lists.of_head("x", {}, 100, val=tmp_path) == IMAGENET_100
+    assert testsets.head_classes("x", {}, 100, val=tmp_path) == IMAGENET_100
     with pytest.raises(UsageError):  # 1000 outputs: ImageNet's, or the published 100?
-        class_lists.of_head("x", {}, 1000)
+        testsets.head_classes("x", {}, 1000)
     (tmp_path / "val" / IMAGENET_100[0]).rename(tmp_path / "val" / "n00000001")
     with pytest.raises(UsageError):
-        class_lists.of_head("x", {}, 100, val=tmp_path)
+        testsets.head_classes("x", {}, 100, val=tmp_path)

@@ -10,10 +10,10 @@ import torch
 from helpers import EVALUATE, PROBE, SMALL_PROBE, refused, run_script, write_folder
 from PIL import Image
 
-from moco import published, report, results, robustness, testsets
-from moco.classifier import to_input
 from moco.distributed import DistContext
 from moco.errors import UsageError
+from moco.evaluation import paper, report, results, scores, testsets
+from moco.evaluation.classifier import to_input
 
 WNIDS = ["n01", "n02"]
 
@@ -39,7 +39,7 @@ def paint_rim(path, side):
 
 
 def scored(test_sets, *models):
-    return list(robustness.score(test_sets, models, WNIDS, 28, 4, 0, DistContext()))
+    return list(scores.score(test_sets, models, WNIDS, 28, 4, 0, DistContext()))
 
 
 def dark_share(image):
@@ -128,7 +128,7 @@ def complete_report(tmp_path):
 
 
 def test_complete_columns_are_compared_with_the_paper(tmp_path):
-    header, *lines = published.comparison(complete_report(tmp_path)).splitlines()
+    header, *lines = paper.comparison(complete_report(tmp_path)).splitlines()
     assert header == "|  | val | Corruption | Sketch | Stylized | Rendition |"
     assert lines[3] == "| difference in the paper's std | -244.6 | +13.9 | +20.7 | +171.7 | +101.5 |"
     assert "measured here with CenterCrop(224); the paper does not tell" in lines[4]
@@ -184,7 +184,7 @@ def test_an_incomplete_column_is_not_compared(tmp_path, fault):
     made = complete_report(tmp_path)
     spoil, told, columns = INCOMPLETE[fault]
     spoil(made)
-    text = published.comparison(made)
+    text = paper.comparison(made)
     assert told in text
     assert {each for each in ALL_COLUMNS if each in text.splitlines()[0]} == ALL_COLUMNS - columns
 
@@ -198,7 +198,7 @@ def test_an_incomplete_column_is_not_compared(tmp_path, fault):
     ],
 )
 def test_nothing_is_compared_of_another_evaluation(tmp_path, change, told):
-    text = published.comparison(complete_report(tmp_path) | change)
+    text = paper.comparison(complete_report(tmp_path) | change)
     assert text.startswith("--compare paper: no column is complete") and told in text and "|" not in text
 
 
@@ -272,8 +272,8 @@ def test_scores_are_those_of_the_models_chosen_for_each_set(tmp_path):
     models = [Watch(), Watch(), Watch()]
     sets = testsets.list_test_sets({"corruption": str(tmp_path)}, WNIDS)
     chosen = {"corruption/fog/1": [2, 0], "corruption/fog/2": [1]}
-    scores = list(robustness.score(sets, models, WNIDS, 28, 4, 0, DistContext(), chosen=chosen))
-    assert [len(results) for _, results in scores] == [2, 1] and [len(model.seen) for model in models] == [1, 1, 1]
+    scored = list(scores.score(sets, models, WNIDS, 28, 4, 0, DistContext(), chosen=chosen))
+    assert [len(results) for _, results in scored] == [2, 1] and [len(model.seen) for model in models] == [1, 1, 1]
 
 
 OTHERS = {

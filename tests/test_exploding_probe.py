@@ -8,8 +8,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from helpers import PROBE, SMALL_PROBE, run_script
 
-from moco import classifier
-from moco.classifier import LinearHeads, exploded, explosion_hint
+from moco.evaluation import classifier
+from moco.evaluation.classifier import LinearHeads, exploded, explosion_hint
 
 
 @pytest.mark.parametrize(

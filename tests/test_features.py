@@ -7,9 +7,8 @@ from helpers import PROBE, SMALL_PROBE, TORCHRUN, refused, run_ranks, run_script
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from moco import classifier
-from moco import features as saved_features
 from moco.augment import MEAN, STD
+from moco.evaluation import classifier
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +75,7 @@ def test_features_of_two_processes_are_in_order(tmp_path):
 
 
 def gathered(ctx):
-    return saved_features.gather_in_order(torch.arange(10.0).reshape(5, 2)[ctx.rank :: 2], 5, ctx)
+    return classifier.gather_in_order(torch.arange(10.0).reshape(5, 2)[ctx.rank :: 2], 5, ctx)
 
 
 @pytest.mark.slow

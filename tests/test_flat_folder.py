@@ -8,8 +8,9 @@ import image_lists
 import pytest
 from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused, run_script, same, weights, write_photo
 
-from moco import listing, testsets
+from moco.data import folders
 from moco.errors import UsageError
+from moco.evaluation import testsets
 
 
 def write_images(folder):
@@ -22,7 +23,7 @@ def write_images(folder):
 def test_images_without_class_folders_are_one_class(tmp_path):
     write_images(tmp_path / "data" / "train")
     (tmp_path / "data" / "train" / ".thumbnails").mkdir()
-    found = listing.list_training_images(str(tmp_path / "data"))
+    found = folders.list_training_images(str(tmp_path / "data"))
     assert list(found.photos) == [str(tmp_path / "data" / "train" / f"{number}.JPEG") for number in range(8)]
     assert list(found.labels) == [0] * 8 and found.classes == ["all"] and found.textures is None
 
@@ -31,8 +32,8 @@ def test_images_beside_class_folders_are_refused(tmp_path):
     train = write_images(tmp_path / "data" / "train")
     write_photo(train / "cat" / "a.png")
     for list_below, error in (
-        (lambda: listing.list_training_images(str(tmp_path / "data")), UsageError),
-        (lambda: listing.list_images(train), UsageError),
+        (lambda: folders.list_training_images(str(tmp_path / "data")), UsageError),
+        (lambda: folders.list_images(train), UsageError),
         (lambda: testsets.list_test_set("sketch", str(train), ["cat"]), UsageError),
         (lambda: image_lists.list_images(train), files.UsageError),
         (lambda: image_lists.list_images(train, without_classes=True), files.UsageError),
@@ -45,7 +46,7 @@ def test_images_beside_class_folders_are_refused(tmp_path):
 
 def test_a_folder_without_any_image_is_refused(tmp_path):
     (tmp_path / "data" / "train").mkdir(parents=True)
-    for call in (listing.list_training_images, lambda root: image_lists.list_images(tmp_path / "data" / "train", True)):
+    for call in (folders.list_training_images, lambda root: image_lists.list_images(tmp_path / "data" / "train", True)):
         with pytest.raises((UsageError, files.UsageError), match="it has no class folders$"):
             call(str(tmp_path / "data"))
 
@@ -68,7 +69,7 @@ def test_a_flat_folder_has_textures_and_pairs(tmp_path):
     write_images(tmp_path / "x" / "train")
     command = ["--imagenet_path", tmp_path / "x", "--imagenet_t_path", tmp_path / "x-texture", "--workers", 1]
     run_script("preprocess/imagenet_texture_syn.py", *command, "--patch", 16, "--size", 32)
-    data = listing.list_texture_pairs(str(tmp_path / "x-texture"))
+    data = folders.list_texture_pairs(str(tmp_path / "x-texture"))
     assert [os.path.basename(path) for path in data.photos] == [f"{number}.JPEG" for number in range(8)]
     assert [os.path.basename(path) for path in data.textures] == [f"{number}.png" for number in range(8)]
     assert data.labels == [0] * 8 and data.classes == ["all"]

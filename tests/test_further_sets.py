@@ -6,9 +6,9 @@ import statistics
 import pytest
 from helpers import EVALUATE, PROBE, SMALL_PROBE, paint, refused, run_script, write_folder
 
-from moco import report, results, testsets
 from moco.errors import UsageError
-from moco.testsets import TestSet
+from moco.evaluation import report, results, testsets
+from moco.evaluation.testsets import TestSet
 
 WNIDS = ["n01", "n02", "n03"]
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused
 
-from moco import gpus, launch, memory
+from moco import memory
 from moco.errors import RunError, UsageError
+from moco.processes import launch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
 TOO_OLD = (
@@ -23,7 +24,7 @@ def driver(tmp_path, monkeypatch):
         (tmp_path / "nvidia" / "gpus" / name).mkdir(parents=True)
     text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.57.02  Tue Jul 13 16:14:05 UTC 2021\nGCC version: 9.3.0"
     (tmp_path / "nvidia" / "version").write_text(text)
-    monkeypatch.setattr(gpus, "PROC", tmp_path / "nvidia")
+    monkeypatch.setattr(launch, "PROC", tmp_path / "nvidia")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     return tmp_path / "nvidia"
 
@@ -56,13 +57,13 @@ def test_a_driver_that_says_nothing_is_refused_too(old_driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: unusable(""))
     (old_driver / "version").unlink()
     with pytest.raises(UsageError, match="cannot use: the driver's version is unknown; update the driver"):
-        gpus.usable_gpus()
+        launch.usable_gpus()
 
 
 def test_gpus_that_work_are_counted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert gpus.usable_gpus() == 8
+    assert launch.usable_gpus() == 8
 
 
 @pytest.mark.parametrize(
@@ -86,8 +87,8 @@ def test_a_run_on_the_cpu_beside_gpus_says_so(driver, monkeypatch, capfd, visibl
 
 
 def test_an_apple_gpu_is_not_used_and_one_line_says_so(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(gpus, "PROC", tmp_path)
-    monkeypatch.setattr(gpus.Path, "glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr(launch, "PROC", tmp_path)
+    monkeypatch.setattr(launch.Path, "glob", lambda self, pattern: iter(()))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     ctx = launch.launch(lambda ctx: ctx, ())
@@ -95,8 +96,8 @@ def test_an_apple_gpu_is_not_used_and_one_line_says_so(tmp_path, monkeypatch, ca
 
 
 def test_without_a_gpu_nothing_is_said(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(gpus, "PROC", tmp_path)
-    monkeypatch.setattr(gpus.Path, "glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr(launch, "PROC", tmp_path)
+    monkeypatch.setattr(launch.Path, "glob", lambda self, pattern: iter(()))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     launch.launch(lambda ctx: ctx, ())
     assert capfd.readouterr() == ("", "")
@@ -112,39 +113,39 @@ def capability(monkeypatch, *versions):
 def test_bf16_is_refused_where_a_gpu_only_emulates_it(monkeypatch):
     devices = capability(monkeypatch, (8, 0), (7, 5))
     with pytest.raises(UsageError, match=r"--precision bf16: Card 1 \(compute capability 7.5\)"):
-        gpus.check_options(devices, "bf16")
-    gpus.check_options(devices, "fp16")
-    gpus.check_options(devices[:1], "bf16")
-    gpus.check_options([CPU], "bf16")
+        launch.check_options(devices, "bf16")
+    launch.check_options(devices, "fp16")
+    launch.check_options(devices[:1], "bf16")
+    launch.check_options([CPU], "bf16")
 
 
 def test_compiling_on_a_gpu_needs_a_c_compiler_and_headers(monkeypatch, tmp_path):
     devices = capability(monkeypatch, (9, 0))
-    which, found = gpus.shutil.which, gpus.importlib.util.find_spec
-    monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: name == "triton" or found(name))
+    which, found = launch.shutil.which, launch.importlib.util.find_spec
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: name == "triton" or found(name))
     (tmp_path / "Python.h").touch()
-    monkeypatch.setattr(gpus.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(launch.sysconfig, "get_path", lambda name: str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
 
-    monkeypatch.setattr(gpus.shutil, "which", lambda name: name if name == "clang" else None)
-    gpus.check_options(devices, "fp32", compiled=True)
-    monkeypatch.setattr(gpus.shutil, "which", lambda name: name if name == "g++" else None)
+    monkeypatch.setattr(launch.shutil, "which", lambda name: name if name == "clang" else None)
+    launch.check_options(devices, "fp32", compiled=True)
+    monkeypatch.setattr(launch.shutil, "which", lambda name: name if name == "g++" else None)
     with pytest.raises(UsageError, match="--compile: on a GPU it needs a C compiler, and there is no gcc or clang"):
-        gpus.check_options(devices, "fp32", compiled=True)
-    gpus.check_options(devices, "fp32")
+        launch.check_options(devices, "fp32", compiled=True)
+    launch.check_options(devices, "fp32")
     monkeypatch.setenv("CC", "mycc")
     with pytest.raises(UsageError, match="CC=mycc is none"):
-        gpus.check_options(devices, "fp32", compiled=True)
-    monkeypatch.setattr(gpus.shutil, "which", which)
+        launch.check_options(devices, "fp32", compiled=True)
+    monkeypatch.setattr(launch.shutil, "which", which)
     monkeypatch.setenv("CC", "sh")
     (tmp_path / "Python.h").unlink()
     with pytest.raises(UsageError, match="--compile: on a GPU it needs Python's headers"):
-        gpus.check_options(devices, "fp32", compiled=True)
-    monkeypatch.setattr(gpus.importlib.util, "find_spec", lambda name: None)
+        launch.check_options(devices, "fp32", compiled=True)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--compile: on a GPU it needs Triton"):
-        gpus.check_options(devices, "fp32", compiled=True)
+        launch.check_options(devices, "fp32", compiled=True)
     with pytest.raises(UsageError, match="--compile: Card 0 .compute capability 6.1. is too old"):
-        gpus.check_options(capability(monkeypatch, (6, 1)), "fp32", compiled=True)
+        launch.check_options(capability(monkeypatch, (6, 1)), "fp32", compiled=True)
 
 
 def test_compiling_on_a_cpu_needs_a_c_plus_plus_compiler(monkeypatch, data):

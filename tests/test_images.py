@@ -13,8 +13,8 @@ import torch
 from helpers import write_photo
 from PIL import Image
 
-from moco import datasets, images
-from moco.images import BadImage
+from moco.data import datasets, images
+from moco.data.images import BadImage
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,11 @@ from helpers import run_ranks, write_folder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from moco import classifier, knn, listing
 from moco.builder import MoCo
+from moco.data import folders
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
+from moco.evaluation import classifier, knn
 
 CPU = torch.device("cpu")
 
@@ -175,8 +176,8 @@ def test_accuracy_by_the_features_before_fc():
 
 
 def test_knn_replaces_an_unreadable_image_by_one_of_its_class(tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.images.RETRY_SECONDS", 0)
-    folder = listing.list_images(write_folder(tmp_path, train=2) / "train")
+    monkeypatch.setattr("moco.data.images.RETRY_SECONDS", 0)
+    folder = folders.list_images(write_folder(tmp_path, train=2) / "train")
     with open(folder.paths[0], "wb") as file:
         file.write(b"broken")
     (batches,) = knn.loaders([folder], 16, 4, 0, DistContext())

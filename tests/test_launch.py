@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from helpers import TORCHRUN_RANK
 
-from moco import launch, rendezvous
 from moco.distributed import DistContext
 from moco.errors import UsageError
+from moco.processes import launch
 
 
 def launched(ctx, *args):
@@ -23,7 +23,7 @@ def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
     calls = {}
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: calls.update(backend=backend, **more))
-    monkeypatch.setattr(rendezvous, "connect", lambda ctx, *where: calls.update(where=where) or "the store")
+    monkeypatch.setattr(launch, "connect", lambda ctx, *where: calls.update(where=where) or "the store")
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.update(ended=True))
     ctx = DistContext(3, 4, 1, 2, torch.device("cuda", 1))
     assert launch._join_and_run(ctx, "env://", "nccl", launched, (5,)) == (ctx, (5,))

@@ -48,16 +48,16 @@ def files_of(tmp_path_factory):
 # At any moment
 
 MOMENTS = {  # a function that is interrupted at its so many-th call, and whether the run has something to save then
-    "listing": ("moco.listing.list_images", 1, False),
-    "building": ("moco.run.Run.__init__", 1, True),
-    "resuming": ("moco.run.Run.resume", 1, True),
-    "decoding": ("moco.datasets.RetryDataset.__getitem__", 12, True),
+    "listing": ("moco.data.folders.list_images", 1, False),
+    "building": ("moco.training.run.Run.__init__", 1, True),
+    "resuming": ("moco.training.run.Run.resume", 1, True),
+    "decoding": ("moco.data.datasets.RetryDataset.__getitem__", 12, True),
     "making views": ("moco.views.training_views", 2, True),
-    "in a step": ("moco.run.Run.after_step", 2, True),
-    "saving": ("moco.checkpoint.save", 1, True),
-    "saving again": ("moco.checkpoint.save", 2, True),
-    "logging": ("moco.metrics.append_jsonl", 1, True),
-    "kNN": ("moco.knn.accuracy", 1, True),
+    "in a step": ("moco.training.run.Run.after_step", 2, True),
+    "saving": ("moco.training.checkpoint.save", 1, True),
+    "saving again": ("moco.training.checkpoint.save", 2, True),
+    "logging": ("moco.training.metrics.append_jsonl", 1, True),
+    "kNN": ("moco.evaluation.knn.accuracy", 1, True),
 }
 
 

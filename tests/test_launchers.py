@@ -6,8 +6,8 @@ import sys
 import pytest
 from helpers import ENVIRONMENT, PRETRAIN, REPOSITORY, SMALL, TORCHRUN_RANK, log, run_script
 
-from moco import environment, launch, rendezvous
 from moco.errors import UsageError
+from moco.processes import environment, launch
 
 SLURM_STEP = {  # what srun sets for the third of four tasks on two nodes
     "SLURM_JOB_ID": "12",
@@ -142,7 +142,7 @@ def test_env_url_takes_the_address_from_the_environment(under):
     assert launch.resolve_world_size(dist_url="env://", world_size=2, rank=1) == (1, 2)
     assert launch._from_env(2, 1, "env://") == (2, 1, "tcp://10.0.0.1:29500")
     under({"MASTER_ADDR": "fd00::1"})
-    assert rendezvous.host_and_port(launch._from_env(2, 1, "env://")[2]) == ("fd00::1", 29500)
+    assert launch.host_and_port(launch._from_env(2, 1, "env://")[2]) == ("fd00::1", 29500)
 
 
 def test_more_tasks_than_gpus_are_refused(under, monkeypatch):
@@ -186,7 +186,7 @@ def run_two(data, folder, variables, *options):
 
 @pytest.mark.slow
 def test_every_launcher_gives_torchruns_run(shared_data, tmp_path):
-    port = rendezvous.free_port()
+    port = launch.free_port()
     launchers = {
         "srun": lambda rank: {
             "SLURM_JOB_ID": str(port), "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
@@ -200,7 +200,7 @@ def test_every_launcher_gives_torchruns_run(shared_data, tmp_path):
     }  # fmt: skip
     logs = {name: run_two(shared_data, tmp_path / name, variables) for name, variables in launchers.items()}
     for name, module in ("torchrun", "torch.distributed.run"), ("launch", "torch.distributed.launch"):
-        launcher = [sys.executable, "-m", module, "--nproc-per-node=2", f"--master-port={rendezvous.free_port()}"]
+        launcher = [sys.executable, "-m", module, "--nproc-per-node=2", f"--master-port={launch.free_port()}"]
         command = [*launcher, REPOSITORY / PRETRAIN, *RUN, "--ckpt_path", tmp_path / name, shared_data]
         subprocess.run(list(map(str, command)), env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
         logs[name] = log(tmp_path / name)

@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from moco import datasets, listing, loader
+from moco.data import datasets, folders, loader
 from moco.distributed import DistContext
 from moco.errors import UsageError
 
@@ -47,7 +47,7 @@ def test_prefetching_yields_the_prepared_batches_in_order():
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there may be cores
 def test_number_of_workers_does_not_change_the_batches(data):
-    paths, labels, _ = listing.list_images(data / "train")
+    paths, labels, _ = folders.list_images(data / "train")
     dataset = datasets.RetryDataset(datasets.TwoCrops(paths, 16), labels)
     batches = loader.GlobalBatchSampler(16, 4, seed=0, ctx=DistContext())
     alone, *others = (
@@ -63,7 +63,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 
 def test_evaluation_sees_every_image_once_over_all_ranks(data):
-    paths, labels, _ = listing.list_images(data / "train")
+    paths, labels, _ = folders.list_images(data / "train")
     dataset = datasets.StrictDataset(datasets.ImageList(paths[:13], range(13), datasets.eval_transform(16)))
     seen = []
     for rank in range(4):

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from moco import metrics
 from moco.errors import RunError
+from moco.training import metrics
 
 
 def test_correct_counts_are_exact_for_every_k_and_few_classes():

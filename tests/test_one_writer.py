@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, completed, ended, run_script, started, wait_for
 
-from moco import claim, files
+from moco.training import files
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -111,17 +111,17 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys, num
 
 
 def test_a_folder_written_since_it_was_read_is_refused(tmp_path):
-    looked = claim.of_folder("--ckpt_path", str(tmp_path))
+    looked = files.of_folder("--ckpt_path", str(tmp_path))
     (tmp_path / "checkpoint_latest.pth.tar").write_text("of another run, which has ended")
-    with pytest.raises(claim.UsageError, match="another run wrote here while this one was starting"):
+    with pytest.raises(files.UsageError, match="another run wrote here while this one was starting"):
         looked.take()
     (tmp_path / "r.json").write_text("one")
-    looked = claim.of_file("--json", str(tmp_path / "r.json"))
+    looked = files.of_file("--json", str(tmp_path / "r.json"))
     (tmp_path / "other-r.json").write_text("of another evaluation")
     looked.take()
-    looked = claim.of_file("--json", str(tmp_path / "r.json"))
+    looked = files.of_file("--json", str(tmp_path / "r.json"))
     files.os.replace(tmp_path / "other-r.json", tmp_path / "r.json")
-    with pytest.raises(claim.UsageError, match=r"--json .*r\.json: another run wrote here"):
+    with pytest.raises(files.UsageError, match=r"--json .*r\.json: another run wrote here"):
         looked.take()
 
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 import torchvision
 from helpers import ENVIRONMENT, PROBE, REPOSITORY, run_script, unit
 
-from moco import checkpoint
 from moco.builder import MoCo, contrastive_logits
 from moco.encoders import ResNet10
 from moco.negatives import patch_negatives
+from moco.training import checkpoint
 
 PAGE = (REPOSITORY / "docs" / "own-loop.md").read_text()
 SETTINGS = {"dim": 128, "K": 4096, "m": 0.99, "T": 0.2, "mlp": True, "alpha": 2}

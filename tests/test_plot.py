@@ -8,8 +8,9 @@ import pytest
 from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, run_script
 from test_class_differences import VAL, made
 
-from moco import evaluation_plots, plot, testsets
+from moco import plot
 from moco.errors import UsageError
+from moco.evaluation import testsets
 
 drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
@@ -100,7 +101,7 @@ def test_any_folder_or_row_name_is_a_label(name, tmp_path):
     end = name[-50:].replace("\udcff", r"\udcff").replace("$", r"\$")
     assert label.endswith(end) and len(label) <= 62
     evaluation = made({"val": VAL}, ["plain", name, name])
-    evaluation_plots.classes(evaluation, "val", "plain", name).savefig(tmp_path / "b.png")
+    plot.class_bars(evaluation, "val", "plain", name).savefig(tmp_path / "b.png")
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_class_differences_are_drawn_from_an_evaluation(tmp_path, monkeypatch, c
     (tmp_path / "r.json").write_text(json.dumps(made({"val": VAL})))
     call(monkeypatch, "r.json", "--out", "r.svg")
     assert capsys.readouterr().out == "wrote r.svg\n" and (tmp_path / "r.svg").stat().st_size > 5_000
-    (axis,) = evaluation_plots.classes(made({"val": VAL}), "val", "plain", "patch").axes
+    (axis,) = plot.class_bars(made({"val": VAL}), "val", "plain", "patch").axes
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([20, -30])
     assert [text.get_text() for text in axis.get_yticklabels()] == ["cat", "dog"]
     assert axis.get_title() == "val: patch against plain\nclasses helped: 1, harmed: 1, of 2"
@@ -157,7 +158,7 @@ def test_of_many_classes_the_most_helped_and_harmed_are_drawn():
         {"classes": {name: {"n": n, "correct": 50} for name, n in images.items()}},
         {"classes": {name: {"n": n, "correct": index} for index, (name, n) in enumerate(images.items())}},
     ]
-    (axis,) = evaluation_plots.classes(made({"val": results}, ["a", "b"]), "val", "a", "b").axes
+    (axis,) = plot.class_bars(made({"val": results}, ["a", "b"]), "val", "a", "b").axes
     names = [text.get_text() for text in axis.get_yticklabels()]
     assert names == [f"c{index:03}" for index in (*range(100, 80, -1), *range(19, -1, -1))]
     assert "classes helped: 50, harmed: 50, of 101; drawn: the 20 at either end" in axis.get_title()
@@ -171,9 +172,9 @@ def test_the_corruption_plot_has_lines_for_val_and_chance(tmp_path, monkeypatch)
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     cells = {f"corruption/fog/{s}": [{"top1": 60.0 - s}, {"top1": 70.0 - s}] for s in (1, 3)}
     evaluation = made(cells, ["a", "b"]) | {"wnids": list("abcde")}
-    evaluation_plots.corruptions(evaluation, "a.png")
+    plot.corruptions(evaluation, "a.png")
     evaluation["cells"]["val"] = {"results": [{"top1": 80.0}, {"top1": 75.0}]}
-    evaluation_plots.corruptions(evaluation, "a.png")
+    plot.corruptions(evaluation, "a.png")
     without, with_val = ([list(map(float, line.get_ydata())) for line in figure.axes[0].lines] for figure in figures)
     assert without == [[59.0, 57.0], [69.0, 67.0], [20.0, 20.0]]
     assert sorted(each for each in with_val if len(each)) == sorted([*without, [80.0, 80.0], [75.0, 75.0]])
@@ -200,6 +201,6 @@ def test_each_column_of_the_corruption_plot_names_severities(monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
     cells = {f"corruption/{name}/{s}": [{"top1": 50.0}] for name in testsets.STANDARD[:7] for s in (1, 5)}
-    evaluation_plots.corruptions(made(cells, ["a"]) | {"wnids": ["a", "b"]}, "a.png")
+    plot.corruptions(made(cells, ["a"]) | {"wnids": ["a", "b"]}, "a.png")
     labelled = [axis.xaxis.get_tick_params()["labelbottom"] for axis in figures[0].axes if axis.get_visible()]
     assert labelled == [False, False, True, True, True, True, True]

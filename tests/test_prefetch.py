@@ -5,7 +5,8 @@ import contextlib
 import pytest
 import torch
 
-from moco import launch, loader
+from moco.data import loader
+from moco.processes import launch
 
 
 class Stream:

@@ -24,7 +24,7 @@ from helpers import (
 )
 from PIL import Image
 
-from moco.rendezvous import free_port
+from moco.processes.launch import free_port
 
 
 def without_seed(settings):

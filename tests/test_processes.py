@@ -27,7 +27,7 @@ from helpers import (
     write_folder,
 )
 
-from moco.rendezvous import free_port
+from moco.processes.launch import free_port
 
 pytestmark = pytest.mark.slow  # each starts several processes
 

@@ -10,13 +10,13 @@ import threading
 
 import pytest
 
-from moco import progress
+from moco.training import metrics
 
 MEANS = {"loss": 8.123, "contrast_acc": 12.5, "q_k": 0.812, "q_t": -0.123, "q_queue": 0.01, "spread": 0.974}
 
 
 def test_a_log_gets_a_line_every_print_freq_steps_and_at_the_end(capsys):
-    epoch = progress.Progress(range(7), 1, images_per_step=4, print_freq=3, epochs_left=1)
+    epoch = metrics.Progress(range(7), 1, images_per_step=4, print_freq=3, epochs_left=1)
     for _ in epoch:
         if epoch.due():
             epoch.report(MEANS, 0.0301)
@@ -28,7 +28,7 @@ def test_a_log_gets_a_line_every_print_freq_steps_and_at_the_end(capsys):
 
 
 def test_several_heads_are_reported_side_by_side(capsys):
-    epoch = progress.Progress(range(1), 0, 4, 1)
+    epoch = metrics.Progress(range(1), 0, 4, 1)
     for _ in epoch:
         epoch.report({"loss": [1.0, 2.5]}, [30.0, 0.1])
     assert "loss 1.000 2.500  lr 30 0.1  " in capsys.readouterr().out
@@ -37,7 +37,7 @@ def test_several_heads_are_reported_side_by_side(capsys):
 class Clock:
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(progress.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
 
     def batches(self, steps, seconds):
         clock = self
@@ -56,7 +56,7 @@ class Clock:
 
 def test_the_wait_for_data_is_measured(monkeypatch):
     clock = Clock(monkeypatch)
-    epoch = progress.Progress(clock.batches(4, seconds=3), 0, images_per_step=8, print_freq=100)
+    epoch = metrics.Progress(clock.batches(4, seconds=3), 0, images_per_step=8, print_freq=100)
     for _ in epoch:
         clock.now += 1
     assert epoch.speed() == {"images_per_s": 4 * 8 / 16, "data_share": 0.75}
@@ -64,7 +64,7 @@ def test_the_wait_for_data_is_measured(monkeypatch):
 
 def test_the_eta_counts_the_remaining_steps_of_all_epochs(monkeypatch, capsys):
     clock = Clock(monkeypatch)
-    epoch = progress.Progress(clock.batches(10, seconds=9), 3, images_per_step=8, print_freq=4, epochs_left=2)
+    epoch = metrics.Progress(clock.batches(10, seconds=9), 3, images_per_step=8, print_freq=4, epochs_left=2)
     for _ in epoch:
         clock.now += 1
         if epoch.due():
@@ -76,7 +76,7 @@ def test_the_eta_counts_the_remaining_steps_of_all_epochs(monkeypatch, capsys):
 def test_a_resumed_epoch_starts_at_its_step(monkeypatch, capsys):
     clock = Clock(monkeypatch)
     loader = clock.batches(10, seconds=1)
-    epoch = progress.Progress(loader, 0, images_per_step=8, print_freq=10, first_step=6)
+    epoch = metrics.Progress(loader, 0, images_per_step=8, print_freq=10, first_step=6)
     rest = iter(epoch)
     for _ in range(4):
         next(rest)
@@ -120,7 +120,7 @@ def test_80_columns_show_the_figures_and_then_the_bar(capsys, monkeypatch, means
     terminal, clock = Terminal(), Clock(monkeypatch)
     monkeypatch.setattr(sys, "stderr", terminal.stream)
     # 200 epochs of 990 steps
-    epoch = progress.Progress(clock.batches(990, seconds=1), 100, images_per_step=128, print_freq=10, epochs_left=99)
+    epoch = metrics.Progress(clock.batches(990, seconds=1), 100, images_per_step=128, print_freq=10, epochs_left=99)
     for _ in epoch:
         if epoch.due():
             epoch.report(means, 0.03)

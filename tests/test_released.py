@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from moco import published, released
 from moco.errors import UsageError
+from moco.evaluation import paper, released
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,7 @@ def test_all_rows_of_the_table_are_listed():
     assert len(released.drive_ids()) == 27 and len(set(released.drive_ids().values())) == 27
     listing = released.listing()
     assert "released:patch-k16384-a2-run1" in listing and released.drive_ids()["mocov2-k8192-run3"] in listing
-    assert {name.rsplit("-run", 1)[0] for name in released.drive_ids()} == set(published.rows())
+    assert {name.rsplit("-run", 1)[0] for name in released.drive_ids()} == set(paper.paper_rows())
 
 
 def test_other_paths_are_left_as_they_are():

@@ -5,9 +5,10 @@ import statistics
 
 import pytest
 
-from moco import evaluation_plots, published, report, results
+from moco import plot
 from moco.errors import UsageError
-from moco.testsets import STANDARD, TestSet
+from moco.evaluation import paper, report, results
+from moco.evaluation.testsets import STANDARD, TestSet
 
 WNIDS = ["n01", "n02"]
 
@@ -96,22 +97,22 @@ def test_notes_tell_preprocessing_and_a_limit(tmp_path):
 @pytest.fixture
 def complete(monkeypatch):
     """All test sets of a report count as complete."""
-    monkeypatch.setattr(published, "incomplete", lambda made, suite: "" if suite in made["cells"] else "not tested")
+    monkeypatch.setattr(paper, "incomplete", lambda made, suite: "" if suite in made["cells"] else "not tested")
 
 
 def test_comparison_is_in_the_papers_standard_deviations(tmp_path, complete):
     made = make(tmp_path, {"patch-k16384-a2": 1}, {"val": [79.47], "sketch": [30.88]})
-    rows = published.comparison(made).splitlines()
+    rows = paper.comparison(made).splitlines()
     assert rows[3] == "| patch-k16384-a2, paper | 79.35±0.12 | 31.76±0.88 |"
     assert rows[4] == "| difference in the paper's std | +1.0 | -1.0 |"
     with pytest.raises(UsageError, match="mine is not a row of the published table.*patch-k8192-a2"):
-        published.check_rows(["patch-k16384-a3", "mine"])
+        paper.check_rows(["patch-k16384-a3", "mine"])
 
 
 def test_published_figures_are_those_of_the_readme():
-    readme = (published.TABLE.parents[2] / "README.md").read_text()
-    assert len(published.rows()) == 9
-    for row in published.rows().values():
+    readme = (paper.TABLE.parents[2] / "README.md").read_text()
+    assert len(paper.paper_rows()) == 9
+    for row in paper.paper_rows().values():
         figures = ["{:.2f}±{:.2f}".format(*row[suite]) for suite in report.TITLES]
         if "rendition" in row["note"]:
             figures[-1] += " (?)"
@@ -120,9 +121,9 @@ def test_published_figures_are_those_of_the_readme():
 
 def test_a_comparison_repeats_the_note_on_a_published_row(tmp_path, complete):
     noted, plain = "mocov2-later-k65536", "patch-k16384-a2"
-    lines = published.comparison(make(tmp_path, {noted: 1, plain: 1}, {"rendition": [30.0, 30.0]})).splitlines()
+    lines = paper.comparison(make(tmp_path, {noted: 1, plain: 1}, {"rendition": [30.0, 30.0]})).splitlines()
     (line,) = (line for line in lines if line.startswith(f"{noted}: "))
-    assert line == f"{noted}: {published.rows()[noted]['note']}" and "copying error" in line
+    assert line == f"{noted}: {paper.paper_rows()[noted]['note']}" and "copying error" in line
 
 
 NAMES = ["patch-k16384-a2", "texture-k16384-a2", "mocov2-k16384"]
@@ -205,5 +206,5 @@ def test_plot_draws_every_corruption(tmp_path):
         for name in STANDARD[:7]
         for severity in (1, 5)
     }
-    evaluation_plots.corruptions(make(tmp_path, {"a": 2, "b": 1}, cells), tmp_path / "plot.png")
+    plot.corruptions(make(tmp_path, {"a": 2, "b": 1}, cells), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000

@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers import PRETRAIN, PROBE, REPOSITORY, SMALL, SMALL_PROBE, run_script, write_folder
 
-from moco import checkpoint, launch
 from moco.distributed import DistContext
+from moco.processes import launch
+from moco.training import checkpoint
 
 pytestmark = pytest.mark.usefixtures("handlers")
 

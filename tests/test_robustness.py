@@ -6,11 +6,11 @@ from helpers import GrayLevels, paint, write_photo
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from moco import robustness, testsets
 from moco.augment import MEAN, STD
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
 from moco.errors import UsageError
+from moco.evaluation import scores, testsets
 
 WNIDS = ["n01", "n02", "n03", "n04"]
 
@@ -18,7 +18,7 @@ WNIDS = ["n01", "n02", "n03", "n04"]
 def score(folder, *models, wnids=WNIDS, suite="val", limit=None):
     """[results of each model] of the suite's only test_set."""
     (test_set,) = testsets.list_test_sets({suite: str(folder)}, wnids, limit)
-    ((_, results),) = robustness.score(
+    ((_, results),) = scores.score(
         [test_set], models or [GrayLevels()], wnids, image_size=28, batch_size=3, workers=0, ctx=DistContext()
     )
     return results
@@ -29,9 +29,9 @@ def score_corruptions(folder, model):
     test_sets = testsets.list_test_sets({"corruption": str(folder)}, WNIDS)
     top1 = {
         test_set.key: result["top1"]
-        for test_set, (result,) in robustness.score(test_sets, [model], WNIDS, 28, 3, 0, DistContext())
+        for test_set, (result,) in scores.score(test_sets, [model], WNIDS, 28, 3, 0, DistContext())
     }
-    return robustness.corruption_figures(top1, len(WNIDS)), top1
+    return scores.corruption_figures(top1, len(WNIDS)), top1
 
 
 def test_classes_are_matched_by_name_never_by_folder_order(tmp_path):
@@ -101,17 +101,17 @@ def test_corruption_is_the_plain_mean_of_15_by_5(tmp_path, grouped):
 def test_mce_divides_the_errors_of_1000_classes_by_alexnets():
     top1 = {
         f"corruption/{name}/{severity}": 100 - error + (severity - 3)
-        for name, error in robustness.ALEXNET_ERRORS.items()
+        for name, error in scores.ALEXNET_ERRORS.items()
         for severity in range(1, 6)
     }
-    assert robustness.corruption_figures(top1, 1000)["mCE"] == pytest.approx(100)  # AlexNet itself
+    assert scores.corruption_figures(top1, 1000)["mCE"] == pytest.approx(100)  # AlexNet itself
     halved = {key: 100 - (100 - value) / 2 for key, value in top1.items()}
-    assert robustness.corruption_figures(halved, 1000)["mCE"] == pytest.approx(50)
-    assert "mCE" not in robustness.corruption_figures(top1, 100)
+    assert scores.corruption_figures(halved, 1000)["mCE"] == pytest.approx(50)
+    assert "mCE" not in scores.corruption_figures(top1, 100)
     del top1["corruption/fog/3"]
-    assert "mCE" not in robustness.corruption_figures(top1, 1000)
+    assert "mCE" not in scores.corruption_figures(top1, 1000)
     # The mean of the published errors, as in the table of the ImageNet-C paper.
-    assert sum(robustness.ALEXNET_ERRORS.values()) / 15 == pytest.approx(78.9, abs=0.1)
+    assert sum(scores.ALEXNET_ERRORS.values()) / 15 == pytest.approx(78.9, abs=0.1)
 
 
 def test_missing_corruptions_are_named(tmp_path):

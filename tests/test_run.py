@@ -8,11 +8,12 @@ import torch
 import torch.nn as nn
 from helpers import log
 
-from moco import checkpoint, distributed, loader
+from moco import distributed
+from moco.data import loader
 from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
-from moco.guards import UnreadableFiles
-from moco.run import Run
+from moco.training import checkpoint
+from moco.training.run import Run, UnreadableFiles
 
 CPU, IMAGES, BATCH, STEPS, LATEST = torch.device("cpu"), 12, 2, 6, "latest.pth.tar"
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from helpers import REPOSITORY, write_photo
 
-from moco import datasets, images, listing, loader
+from moco.data import datasets, folders, images, loader
+from moco.data.folders import LabelList, PathList
+from moco.data.images import BadImage
 from moco.distributed import DistContext
-from moco.images import BadImage
-from moco.sequences import LabelList, PathList
 from tests.benchmarks import start_up
 
 
@@ -82,18 +82,18 @@ def test_files_are_listed_in_the_order_of_their_paths(tmp_path, monkeypatch):
     for name in ("b/2.png", "a/x.png", "a/x/1.png", "a/x-y/1.png", "a/x.png.png", "a-b/\udcff.png", "a/10.JPG"):
         (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "train" / name).touch()
-    paths, labels, classes = listing.list_images(tmp_path / "train")
+    paths, labels, classes = folders.list_images(tmp_path / "train")
     assert paths == listed_as_before(tmp_path / "train") and classes == ["a", "a-b", "b"]
     assert labels == [0] * 5 + [1, 2]
     for folder in (".", "./", "../train/."):
         monkeypatch.chdir(tmp_path / "train")
-        assert [os.path.realpath(path) for path in listing.list_images(folder).paths] == paths
-    assert listing.list_images(".").paths[-1] == "b/2.png"
+        assert [os.path.realpath(path) for path in folders.list_images(folder).paths] == paths
+    assert folders.list_images(".").paths[-1] == "b/2.png"
 
 
 def test_a_job_is_pickled_in_a_name_and_4_bytes_per_file(tmp_path):
     """A file of ImageNet has a name of 20 bytes below a class of 9: 1.28 million are under 60 MB."""
-    folder = listing.list_images(write_links(tmp_path, classes=5, files=200) / "train")
+    folder = folders.list_images(write_links(tmp_path, classes=5, files=200) / "train")
     name = len(folder.paths.names()[-1])
     assert len(pickle.dumps(folder)) < 1000 * (name + 1 + 4) + 1000
 
@@ -103,7 +103,7 @@ def test_a_list_of_files_holds_no_object_per_file(tmp_path):
     dataset = datasets.RetryDataset(datasets.TwoCrops([], 8), [])  # imports, caches
     sampler = loader.GlobalBatchSampler(900, 9, 0, DistContext())
     blocks = allocated_blocks()
-    data = listing.list_training_images(str(root))
+    data = folders.list_training_images(str(root))
     dataset = datasets.RetryDataset(datasets.TwoCrops(data.photos, 8), data.labels)
     batches = iter(sampler)
     next(batches)
@@ -127,7 +127,7 @@ def write_scattered_pairs(tmp_path):
 
 
 def test_pairs_keep_their_labels_whatever_their_order(tmp_path):
-    data = listing.list_texture_pairs(str(write_scattered_pairs(tmp_path)))
+    data = folders.list_texture_pairs(str(write_scattered_pairs(tmp_path)))
     stems = [os.path.relpath(path, tmp_path / "x" / "train")[: -len(".JPEG")] for path in data.photos]
     assert stems == ["a-b/1", "a/1", "a/2", "a/sub/1", "b/1"] and data.labels == [1, 0, 0, 0, 2]
     assert [path.replace("-texture", "").replace(".png", ".JPEG") for path in data.textures] == data.photos

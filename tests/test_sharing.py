@@ -7,11 +7,10 @@ import pytest
 import torch.distributed as dist
 from helpers import FAULTS, PRETRAIN, PROBE, SMALL, SMALL_PROBE, TORCHRUN, TORCHRUN_RANK, run_script
 
-from moco import sharing
+from moco.data.folders import LabelList, PathList, TrainingImages
 from moco.errors import UsageError
-from moco.listing import TrainingImages
-from moco.rendezvous import free_port
-from moco.sequences import LabelList, PathList
+from moco.processes import sharing
+from moco.processes.launch import free_port
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 from helpers import TORCHRUN_RANK
 
-from moco import distributed, signals
-from moco.signals import StopSignal
+from moco import distributed
+from moco.processes import signals
+from moco.processes.signals import StopSignal
 
 pytestmark = pytest.mark.usefixtures("handlers")
 

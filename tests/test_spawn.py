@@ -14,9 +14,9 @@ import pytest
 import torch
 from helpers import REPOSITORY, alive, ended, started
 
-from moco import launch, rendezvous, spawn
 from moco.errors import RunError, UsageError
-from moco.signals import STOP_SIGNALS
+from moco.processes import launch
+from moco.processes.signals import STOP_SIGNALS
 
 pytestmark = pytest.mark.usefixtures("handlers")
 
@@ -27,7 +27,7 @@ def save_what_arrived(ctx, path, tensor):
 
 def test_a_started_process_gets_its_arguments(tmp_path, capfd):
     tensor = torch.arange(5)
-    settings = {"multiprocessing": True, "dist_url": rendezvous.MULTICAST_DEFAULT}
+    settings = {"multiprocessing": True, "dist_url": launch.MULTICAST_DEFAULT}
     launch.launch(save_what_arrived, (tmp_path / "arrived.pt", tensor), **settings)
     arrived = torch.load(tmp_path / "arrived.pt", weights_only=False)
     assert arrived["ctx"] == (0, 1, 0, 1) and torch.equal(arrived["tensor"], tensor)
@@ -61,7 +61,7 @@ def anonymous(pid):
 
 def test_processes_share_one_import_of_pytorch(tmp_path):
     """They come from one process, which keeps nothing of what was sent, and whose signal handlers they do not keep."""
-    spawn.run(functools.partial(look_around, tmp_path, torch.ones(50_000_000)), 2)
+    launch.spawn_ranks(functools.partial(look_around, tmp_path, torch.ones(50_000_000)), 2)
     found = [pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in range(2)]
     assert found[0] == found[1]
     assert found[0]["parent"] not in (os.getpid(), os.getppid())
@@ -98,14 +98,14 @@ def fail(how, rank):
 )
 def test_the_program_ends_with_the_code_of_a_process(monkeypatch, capfd, how, code, message):
     with pytest.raises(SystemExit) as stop:
-        spawn.run(functools.partial(fail, how), 1 if how == "refuse" else 2)
+        launch.spawn_ranks(functools.partial(fail, how), 1 if how == "refuse" else 2)
     assert stop.value.code == code
     assert capfd.readouterr().err.count(message) == 1
 
 
 def test_a_killed_starter_is_an_error():
     with pytest.raises(RunError, match="the process that starts the ranks was killed by SIGKILL"):
-        spawn.run(functools.partial(fail, "kill the starter"), 2)
+        launch.spawn_ranks(functools.partial(fail, "kill the starter"), 2)
 
 
 # Signals
@@ -125,7 +125,7 @@ def test_a_signal_ends_all_processes(tmp_path):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # should it come too early
     threading.Thread(target=terminate).start()
     with pytest.raises(SystemExit) as stop:
-        spawn.run(functools.partial(wait, tmp_path), 2)
+        launch.spawn_ranks(functools.partial(wait, tmp_path), 2)
     assert stop.value.code == 128 + signal.SIGTERM
 
 
@@ -137,7 +137,7 @@ def wait(rank):
     time.sleep(60)
 
 if __name__ == "__main__":
-    spawn.run(wait, 2)
+    launch.spawn_ranks(wait, 2)
 """
 
 
@@ -188,9 +188,9 @@ def test_a_signal_while_processes_start_is_forwarded(monkeypatch, number):
         signal.pthread_kill(threading.get_ident(), number)  # the tests have other threads, where it is not blocked
         return Context()
 
-    monkeypatch.setattr(spawn.mp, "start_processes", start)
-    monkeypatch.setattr(spawn.os, "kill", lambda pid, signum: sent.append((pid, signum)))
-    monkeypatch.setattr(spawn, "signal_when_parent_ends", lambda signum: None)
-    spawn._start(Reader(), 2)
+    monkeypatch.setattr(launch.mp, "start_processes", start)
+    monkeypatch.setattr(launch.os, "kill", lambda pid, signum: sent.append((pid, signum)))
+    monkeypatch.setattr(launch, "signal_when_parent_ends", lambda signum: None)
+    launch._start(Reader(), 2)
     assert sent == [(101, number), (102, number)]
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & set(STOP_SIGNALS)

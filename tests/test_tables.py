@@ -5,9 +5,9 @@ import json
 import pytest
 from helpers import EVALUATE, PROBE, SMALL_PROBE, refused, run_script, write_folder
 
-from moco import by_class, report, results
 from moco.errors import UsageError
-from moco.testsets import TestSet
+from moco.evaluation import report, results
+from moco.evaluation.testsets import TestSet
 
 ROWS = ["plain_k1", "patch & 2"]
 
@@ -36,7 +36,7 @@ def test_classes_are_sorted_from_helped_to_harmed(tmp_path):
         "rendition": [result(25, dog=1), result(75, dog=3)],
         "corruption/spatter/1": [result(25, dog=1), result(75, dog=3)],  # an extra one alone has no mean
     }
-    caption, *table = by_class.table(make(tmp_path, cells)).splitlines()
+    caption, *table = report.by_class_table(make(tmp_path, cells)).splitlines()
     assert caption == (
         "patch & 2 against plain_k1, by class; one standard error of a difference is up to, in points: val 30.6,"
         " Rendition 30.6"
@@ -51,17 +51,17 @@ def test_classes_are_sorted_from_helped_to_harmed(tmp_path):
 
 def test_categories_are_a_table_of_their_own(tmp_path):
     cells = {"set/cues": [result(50, bird=1), result(50, bird=3)], "val": [result(0, cat=0), result(0, cat=0)]}
-    lines = by_class.table(make(tmp_path, cells)).splitlines()
+    lines = report.by_class_table(make(tmp_path, cells)).splitlines()
     assert [line for line in lines if line.startswith("| class")] == ["| class | val |", "| class | cues |"]
     assert lines[-1] == "| bird | 25.0 → 75.0 (+50.0) |"
 
 
 def test_a_further_set_is_found_by_its_name(tmp_path):
     made = make(tmp_path, {"set/own": [result(50, cat=1), result(50, cat=3)], "val": [result(0, cat=0)] * 2})
-    (cat,) = by_class.class_differences(made, "own", *ROWS)
-    assert cat.change == 50 and by_class.class_differences(made, "set/own", *ROWS) == [cat]
+    (cat,) = report.class_differences(made, "own", *ROWS)
+    assert cat.change == 50 and report.class_differences(made, "set/own", *ROWS) == [cat]
     with pytest.raises(UsageError, match="no test set other; there are own, val"):
-        by_class.class_differences(made, "other", *ROWS)
+        report.class_differences(made, "other", *ROWS)
 
 
 def test_a_latex_table_has_escaped_names_and_bold_bests(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moco import augment, transfer
+from moco import augment, distributed
 from moco.views import training_views
 
 
@@ -50,12 +50,12 @@ ARRAYS = [
 
 
 def test_packed_arrays_arrive_unchanged():
-    for array, tensor in zip(ARRAYS, transfer._packed(ARRAYS, torch.device("cpu")), strict=True):
+    for array, tensor in zip(ARRAYS, distributed._packed(ARRAYS, torch.device("cpu")), strict=True):
         expected = torch.from_numpy(np.ascontiguousarray(array))
         assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype and tensor.shape == expected.shape
 
 
 def test_arrays_keep_their_groups():
-    groups = transfer.to_device([ARRAYS[:2], (), ARRAYS[2:]], torch.device("cpu"))
+    groups = distributed.to_device([ARRAYS[:2], (), ARRAYS[2:]], torch.device("cpu"))
     assert [len(group) for group in groups] == [2, 0, 3] and groups[2][0].shape == (3, 2)
-    assert transfer.to_device([()], torch.device("cuda")) == [[]]  # as for runs without NS
+    assert distributed.to_device([()], torch.device("cuda")) == [[]]  # as for runs without NS

@@ -23,9 +23,10 @@ from helpers import (
     write_folder,
 )
 
-from moco import loader, signals, workers
+from moco.data import loader
 from moco.distributed import DistContext
 from moco.errors import RunError
+from moco.processes import signals
 
 slow = pytest.mark.slow
 # A run whose default start method is Python 3.14's:  forked.py SCRIPT ARGUMENT…
@@ -70,7 +71,7 @@ def test_signals_are_blocked_while_a_worker_starts():
 
     ours, theirs = multiprocessing.Pipe()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    process = workers.context().Process(target=body, args=(theirs,))
+    process = loader.worker_context().Process(target=body, args=(theirs,))
     process.start()
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
     blocked, parent = ours.recv()

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from moco import classifier, datasets, loader, robustness, testsets
+from moco.data import datasets, loader
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
+from moco.evaluation import classifier, scores, testsets
 
 BATCH, SIZE = 32, 224
 
@@ -42,7 +43,7 @@ def main():
         batches = list(loader.eval_loader(dataset, BATCH, 0, DistContext()))
 
         def score(some):
-            return list(robustness.score([test_set], some, ["a", "b"], SIZE, BATCH, 0, DistContext()))
+            return list(scores.score([test_set], some, ["a", "b"], SIZE, BATCH, 0, DistContext()))
 
         def forward():
             with torch.inference_mode():

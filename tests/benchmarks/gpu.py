@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from moco import augment, loader
+from moco import augment
 from moco.builder import MoCo
+from moco.data import loader
 from moco.encoders import DTYPES, build_encoder, configure_cudnn
 from moco.views import training_views
 from tests.benchmarks import plain

@@ -26,7 +26,7 @@ from torch.utils.data import default_collate
 
 from moco import augment, distributed, memory, views
 from moco.builder import MoCo
-from moco.datasets import RetryDataset, TwoCrops
+from moco.data.datasets import RetryDataset, TwoCrops
 from moco.encoders import DTYPES, build_encoder
 from tests.benchmarks import plain
 

@@ -76,17 +76,13 @@ class Lookup(torch.utils.data.Dataset):
 
 def measure(root, method):
     """Figures of the version on PYTHONPATH, with this default start method."""
-    from moco import datasets, loader
 
-    try:
-        from moco import listing
-    except ImportError:  # in older versions, which this also measures
-        listing = datasets
+    from moco.data import datasets, folders, loader
     from moco.distributed import DistContext
 
     multiprocessing.set_start_method(method)
     times = [time.perf_counter()]
-    data = listing.list_training_images(root)
+    data = folders.list_training_images(root)
     times.append(time.perf_counter())
     pickled = len(pickle.dumps(data))
     dataset = datasets.RetryDataset(Lookup(data.photos), data.labels)
@@ -111,7 +107,7 @@ def measure(root, method):
 
 def measure_damaged(root, share):
     """Seconds to read 15,000 images of a million, of which this share is damaged."""
-    from moco import datasets
+    from moco.data import datasets
 
     good, bad = (os.path.join(root, name) for name in ("large.JPEG", "bad.JPEG"))
     damaged = round(float(share) * 100)

@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from test_builder import CASES, golden_images, golden_model
 
-from moco import augment, classifier, knn
+from moco import augment
 from moco.builder import MoCo
+from moco.distributed import to_device
 from moco.encoders import build_encoder
+from moco.evaluation import classifier, knn
 from moco.negatives import cut_patches, draw_patches
-from moco.transfer import to_device
 from moco.views import training_views
 
 pytestmark = pytest.mark.gpu

@@ -15,11 +15,15 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from helpers import PRETRAIN, completed, log, run_script, same, started, train_steps, wait_for, weights
 
-from moco import augment, distributed, launch, loader, memory, metrics, rendezvous
+from moco import augment, distributed, memory
 from moco.builder import MoCo
+from moco.data import loader
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
-from moco.errors import PeerError, translate_error
+from moco.errors import PeerError
+from moco.processes import launch
+from moco.processes.exits import translate_error
+from moco.training import metrics
 from moco.views import training_views
 
 pytestmark = pytest.mark.gpu
@@ -110,7 +114,7 @@ def test_peak_memory_is_near_the_estimate(device, arch, batch_size):
 
 def in_two_ranks(folder, device, function, **options):
     """[what function(ctx) returns on each rank]; `options` are those of start_processes."""
-    arguments = (rendezvous.free_port(), str(folder), device.type, function)
+    arguments = (launch.free_port(), str(folder), device.type, function)
     mp.start_processes(_rank, arguments, nprocs=2, start_method="forkserver", **options)
     return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(2)]
 

@@ -1,0 +1,171 @@
+"""What is done to an image, and the data sets of random crops and of labelled images."""
+
+import functools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision.transforms as transforms
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from moco.data.images import MAX_PIXELS, BadImage, open_rgb, read_rgb
+from moco.errors import RunError
+
+CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MoCo's pre-training crops
+REPLACEMENTS = 10  # images of the same class that are tried in place of an unreadable one
+
+
+# Transforms: image path → uint8 image (3, size, size)
+
+
+def train_transform(size: int) -> Callable[[str], torch.Tensor]:
+    """The linear probe's training view: random resized crop and flip."""
+    return transforms.Compose([read_rgb, v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
+
+
+def eval_transform(size: int) -> Callable[[str], torch.Tensor]:
+    """Resize the shorter side to 256/224 of the crop and crop the centre, with PIL as in all published results."""
+    shorter = round(size * 256 / 224)
+    return transforms.Compose(
+        [
+            functools.partial(_open_resizable, shorter=shorter),
+            transforms.Resize(shorter),
+            transforms.CenterCrop(size),
+            transforms.PILToTensor(),
+        ]
+    )
+
+
+def _open_resizable(path: str, shorter: int) -> Image.Image:
+    """As open_rgb. BadImage, too, for one so narrow that resizing its shorter side would take gigabytes."""
+    image = open_rgb(path)
+    if max(image.size) * shorter**2 > MAX_PIXELS * min(image.size):
+        raise BadImage(path, "{}x{} px: too narrow to resize its shorter side to {} px".format(*image.size, shorter))
+    return image
+
+
+def center_crop_transform(size: int) -> Callable[[str], torch.Tensor]:
+    """Crop the centre without resizing."""
+    return transforms.Compose([open_rgb, transforms.CenterCrop(size), transforms.PILToTensor()])
+
+
+# Data sets
+
+
+class TwoCrops(Dataset):
+    """Two random crops of a photo and, with `textures`, the first crop's box of its texture.
+
+    An item is uint8 (2 or 3, 3, size, size): query, key[, texture].
+    """
+
+    def __init__(self, photos: Sequence[str], size: int, textures: Sequence[str] | None = None):
+        self.photos, self.textures, self.size = photos, textures, size
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        photo = read_rgb(self.photos[index])
+        boxes = [transforms.RandomResizedCrop.get_params(photo, CROP_SCALE, CROP_RATIO) for _ in range(2)]
+        crops = [self._crop(photo, *box) for box in boxes]
+        if self.textures is not None:
+            texture = read_rgb(self.textures[index])
+            crops.append(self._crop(texture, *_rescale(boxes[0], photo.shape[1:], texture.shape[1:])))
+        return torch.stack(crops)
+
+    def _crop(self, image: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
+        # v2 resizes uint8 directly; v1 converts to float first, which is four times as slow
+        return v2.functional.resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
+
+
+def _rescale(box: tuple[int, ...], old: Sequence[int], new: Sequence[int]) -> tuple[int, int, int, int]:
+    """The box (top, left, height, width) of an `old` (H, W) image at the same relative place of a `new` (H, W) one."""
+    top, left, height, width = (round(value * new[i % 2] / old[i % 2]) for i, value in enumerate(box))
+    height, width = max(height, 1), max(width, 1)
+    return min(top, new[0] - height), min(left, new[1] - width), height, width
+
+
+class ImageList(Dataset):
+    """Labelled images: item i is (transform(paths[i]), labels[i])."""
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int], transform: Callable[[str], torch.Tensor]):
+        self.paths, self.labels, self.transform = paths, labels, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.paths[index]), self.labels[index]
+
+
+class RetryDataset(Dataset):
+    """A training set that replaces an unreadable image by another of its class.
+
+    Indexed with the (index, seed) pairs of GlobalBatchSampler; the item's random numbers follow from the seed alone,
+    whatever worker makes it. Items are (dataset[index], unreadable), the latter a list of (path, reason), normally
+    empty. Raises RunError if REPLACEMENTS others of the class cannot be read either.
+    """
+
+    def __init__(self, dataset: Dataset, labels: Sequence[int]):
+        self.dataset, self.labels = dataset, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, list[tuple[str, str]]]:
+        index, seed = key
+        unreadable = []
+        for candidate in self._candidates(index, seed):
+            try:
+                with _seeded(seed):
+                    return self.dataset[candidate], unreadable
+            except BadImage as bad:
+                unreadable.append((bad.path, bad.reason))
+        path, reason = unreadable[0]
+        raise RunError(
+            f"{path} ({reason}), and {len(unreadable) - 1} others of its class cannot be read; is the data still there?"
+        )
+
+    def _candidates(self, index: int, seed: int) -> Iterator[int]:
+        yield index
+        order, sorted_labels = self._by_class
+        label = sorted_labels.dtype.type(self.labels[index])  # another type would convert all labels
+        first, end = (int(np.searchsorted(sorted_labels, label, side)) for side in ("left", "right"))
+        chosen = random.Random(seed).sample(range(first, end), min(REPLACEMENTS + 1, end - first))
+        yield from [other for position in chosen if (other := int(order[position])) != index][:REPLACEMENTS]
+
+    @functools.cached_property
+    def _by_class(self) -> tuple[np.ndarray, np.ndarray]:
+        """All indices by class, and their labels: a search through millions of labels per image would take longer."""
+        labels = np.asarray(self.labels, np.int32)
+        order = np.argsort(labels, kind="stable").astype(np.int32)
+        return order, labels[order]
+
+
+class StrictDataset(Dataset):
+    """A test set: every image counts, so an unreadable one is a RunError."""
+
+    def __init__(self, dataset: ImageList):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        try:
+            return self.dataset[index]
+        except BadImage as bad:
+            raise RunError(f"{bad}; a test counts every image: replace this one") from bad
+
+
+@contextmanager
+def _seeded(seed: int):
+    """Run with this seed in PyTorch's CPU generator, which torchvision's transforms draw from, then restore it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

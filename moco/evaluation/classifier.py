@@ -1,0 +1,217 @@
+"""A frozen backbone, linear heads on its features, and their accuracy."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from moco import augment, distributed
+from moco.data.folders import ImageFolder
+from moco.distributed import DistContext
+from moco.encoders import autocast, build_encoder
+from moco.errors import RunError, UsageError, first_line
+from moco.training import checkpoint, files, metrics
+
+EXPLODED = 2  # times ln(classes), the loss of guessing: over an epoch, heads that learn stay below 1.2
+
+
+# Models
+
+
+def build_probe(arch: str, classes: int, backbone: Mapping[str, torch.Tensor]) -> nn.Module:
+    """`arch` with these backbone weights, frozen, and a new head of `classes` outputs: N(0, 0.01), bias 0.
+
+    backbone: the weights that backbones.find_backbone returns; {} for random ones.
+    """
+    model = build_encoder(arch, classes)
+    if backbone:
+        checkpoint.load_exactly(model, backbone, "--pretrained", allowed_missing=checkpoint.FC_KEYS)
+    model.requires_grad_(False)
+    model.fc.requires_grad_(True)
+    nn.init.normal_(model.fc.weight, mean=0.0, std=0.01)
+    nn.init.zeros_(model.fc.bias)
+    return model
+
+
+class LinearHeads(nn.ModuleList):
+    """Linear heads side by side on the same features (N, d): logits (heads, N, classes)."""
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return torch.stack([head(features) for head in self])
+
+
+def load_classifier(path: str, option: str = "--pretrained") -> tuple[nn.Module, dict]:
+    """(model in eval mode, checkpoint) of a linear checkpoint, with a head as wide as the file's."""
+    saved = checkpoint.load(path, option)
+    check_linear(saved, f"{option} {path}")
+    model = build_encoder(saved["arch"], checkpoint.num_outputs(saved, f"{option} {path}"))
+    model.load_state_dict(checkpoint.strip_prefix(saved["state_dict"]), strict=False)
+    return model.eval(), saved
+
+
+def check_linear(saved: Mapping, source: str) -> None:
+    """Raise UsageError unless this is a linear checkpoint whose weights are complete and finite."""
+    outputs = checkpoint.num_outputs(saved, source)
+    if "arch" not in saved:
+        raise UsageError(f"{source}: not a linear checkpoint, it has no arch")
+    checkpoint.check_values(saved, source)
+    with torch.device("meta"):
+        model = build_encoder(saved["arch"], outputs)
+    state = checkpoint.strip_prefix(saved["state_dict"])
+    checkpoint.check_exactly(model, state, source)
+    checkpoint.check_finite(state, source)
+    checkpoint.check_heads(saved, source, model.fc)
+    if len(saved.get("wnids", [])) > outputs:
+        raise UsageError(f"{source}: it names {len(saved['wnids'])} classes, but its head has {outputs} outputs")
+
+
+def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
+    """Raise UsageError if the model, on the meta device, does not accept images of that size."""
+    try:
+        model(torch.empty(1, 3, image_size, image_size, device="meta"))
+    except (RuntimeError, ValueError) as error:  # only shapes can be wrong here
+        raise UsageError(
+            f"--image-size {image_size} does not suit --arch {arch} ({first_line(error)}); 224 px does"
+        ) from error
+
+
+def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
+    """Raise UsageError unless the head of a linear checkpoint can be scored on data of these classes (sorted names).
+
+    A published head does not say its classes; one at least as wide as the data is accepted.
+    """
+    own = saved.get("wnids")
+    if own is not None and own != classes:
+        other = sorted(set(own) ^ set(classes))
+        raise UsageError(
+            f"{source}: its head was trained on {len(own)} classes that differ from the {len(classes)} of this data"
+            f" (for example {other[0] if other else own[0]}); use the data it was trained on"
+        )
+    width = checkpoint.num_outputs(saved, source)
+    if width < len(classes):
+        raise UsageError(
+            f"{source}: its head has {width} outputs, the data {len(classes)} classes; use the data it was trained on"
+        )
+
+
+def check_frozen(backbone: nn.Module, frozen: Mapping[str, torch.Tensor]) -> None:
+    """A guard against bugs: raise RuntimeError if the backbone's weights or statistics are no longer `frozen`."""
+    own = backbone.state_dict()
+    changed = [name for name, value in frozen.items() if not torch.equal(own[name], value)]
+    if changed:
+        raise RuntimeError(f"the frozen backbone changed during training: {', '.join(changed[:5])}")
+
+
+class BestHead:
+    """The best validation top-1 of each head so far, in percent (-1 before the first), and the last epoch's winner."""
+
+    def __init__(self, acc1s: Sequence[float], winner: int):
+        self.acc1s, self.winner = list(acc1s), winner
+
+    def update(self, heads: LinearHeads, results: Sequence[Mapping]) -> bool:
+        """Take an epoch's results of `evaluate`; True if its winner beats all before. NaN weights never win."""
+        acc1s = [
+            -1.0 if checkpoint.nonfinite(head.state_dict()) else result["acc1"] for head, result in zip(heads, results)
+        ]
+        self.winner = acc1s.index(max(acc1s))
+        is_best = acc1s[self.winner] > max(self.acc1s)
+        self.acc1s = [max(pair) for pair in zip(acc1s, self.acc1s)]
+        return is_best
+
+
+def exploded(losses: Sequence[float], classes: int) -> set[int]:
+    """The indices of the heads whose mean loss over an epoch shows that the learning rate is too large for them."""
+    return {head for head, loss in enumerate(losses) if not loss <= EXPLODED * math.log(classes)}  # NaN is one, too
+
+
+def explosion_hint(heads: Iterable[int], lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
+    """A line that names the learning rates of these exploded heads, and some to try if no other head learns."""
+    heads = sorted(heads)
+    least = min(lrs[head] for head in heads)
+    advice = f"try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features"
+    sound = [f"{lr:g}" for head, lr in enumerate(lrs) if head not in exploded(losses, classes)]
+    return (
+        f"the loss exploded with --lr {' '.join(f'{lrs[head]:g}' for head in heads)}: it is"
+        f" {' '.join(f'{losses[head]:.6g}' for head in heads)}, where guessing has {math.log(classes):.2f};"
+        f" {'not so with --lr ' + ' '.join(sound) if sound else advice}; the best head is kept"
+    )
+
+
+# Evaluation
+
+
+def to_input(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """uint8 images (N, 3, H, W) from a loader → normalised float32 images on the device."""
+    return augment.normalize(images.to(device, non_blocking=True).float() / 255)
+
+
+@torch.no_grad()
+def extract_features(backbone: nn.Module, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Features (N, d), float32, of a backbone whose `fc` is Identity, computed in `dtype`."""
+    with autocast(images.device, dtype):
+        return backbone(images).float()
+
+
+def predict(backbone: nn.Module, heads: nn.Module, dtype: torch.dtype, images: torch.Tensor) -> torch.Tensor:
+    """The logits (heads, N, classes) of LinearHeads on a backbone whose `fc` is Identity."""
+    return heads(extract_features(backbone, images, dtype))
+
+
+@torch.inference_mode()
+def predictions(predict: Callable, batches: Iterable, device: torch.device) -> Iterator[tuple]:
+    """(predict(images), labels (N,)) for each batch, normalised and on the device."""
+    for images, labels in batches:
+        yield predict(to_input(images, device)), labels.to(device, non_blocking=True)
+
+
+def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list[dict]:
+    """Exact accuracy over all ranks, every image counted once, of several classifiers at once.
+
+    predict(images) returns each classifier's logits (N, classes). Returns for each {"acc1", "acc5"} in percent and "n".
+    """
+    counts, seen = None, 0
+    for logits, labels in predictions(predict, batches, device):
+        new = torch.stack([metrics.correct_counts(own, labels) for own in logits])  # classifiers×2
+        counts, seen = new if counts is None else counts + new, seen + len(labels)
+    (classifiers,) = distributed.all_reduce_max(0 if counts is None else len(counts))
+    if counts is None:  # more ranks than images
+        counts = torch.zeros(classifiers, 2, dtype=torch.long, device=device)
+    counts = torch.cat([counts, counts.new_full((classifiers, 1), seen)], dim=1)
+    return [
+        {"acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "n": n}
+        for top1, top5, n in distributed.all_reduce(counts).tolist()
+    ]
+
+
+# ---- features: Features of a split in a file, for an analysis of one's own.
+
+
+def gather_in_order(rows: torch.Tensor, total: int, ctx: DistContext) -> torch.Tensor:
+    """The rows (total, d) of all ranks on the CPU, in the order of the data set, from each rank's share of them.
+
+    rows: (n, d), on any device, as `loader.eval_loader` distributes the images. All ranks must call this.
+    """
+    whole = torch.zeros(total, rows.shape[1], device=ctx.device)
+    whole[ctx.rank :: ctx.world_size] = rows.to(ctx.device)
+    return distributed.all_reduce(whole).cpu()
+
+
+def save_features(path: str, features: torch.Tensor, folder: ImageFolder, split: str) -> None:
+    """Write the features (N, d) of the folder's images, in its order, with labels, paths and classes, for numpy.load.
+
+    Raises RunError if the file cannot be written.
+    """
+    arrays = {
+        "features": features.numpy(),
+        "labels": np.array(folder.labels, dtype=np.int64),
+        "paths": np.array(list(folder.paths)),
+        "classes": np.array(folder.classes),
+        "split": np.array(split),
+    }
+    try:
+        with files.atomic_write(path, "wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise RunError(f"{path} could not be written ({error}); free some space") from error

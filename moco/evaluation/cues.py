@@ -1,0 +1,74 @@
+"""Images with two cues, a shape and a texture: what file names tell of them, and the sixteen published categories.
+
+The cue-conflict images of Geirhos et al. (ImageNet-trained CNNs are biased towards texture, ICLR 2019) lie in folders
+of sixteen categories. A classifier of ImageNet's classes decides for the category whose classes have the highest mean
+probability; data/sixteen_categories.csv says which classes those are, 207 of the 1000.
+"""
+
+import csv
+import functools
+import math
+import os
+import re
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+CATEGORIES = Path(__file__).parent / "sixteen_categories.csv"
+
+
+@functools.cache
+def sixteen_categories() -> dict[str, list[str]]:
+    """{category: the wnids of its classes}, in alphabetical order of the categories."""
+    categories: dict[str, list[str]] = {}
+    with open(CATEGORIES, newline="", encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            categories.setdefault(line["category"], []).append(line["wnid"])
+    return categories
+
+
+def outputs_by_category(wnids: Sequence[str]) -> dict[str, list[int]]:
+    """{category: the outputs of its classes} of a head with these classes; categories without one are left out."""
+    output_of = {wnid: output for output, wnid in enumerate(wnids)}
+    outputs = {
+        category: [output_of[wnid] for wnid in members if wnid in output_of]
+        for category, members in sixteen_categories().items()
+    }
+    return {category: own for category, own in outputs.items() if own}
+
+
+def category_logits(logits: torch.Tensor, categories: Iterable[Sequence[int]]) -> torch.Tensor:
+    """Logits (N, outputs) → (N, categories): the log of the mean probability of each category's outputs.
+
+    Up to a constant of the image: what the softmax divides by does not change the decision.
+    """
+    return torch.stack([logits[:, list(own)].logsumexp(1) - math.log(len(own)) for own in categories], dim=1)
+
+
+def textures(paths: Sequence[str], shapes: Iterable[str], known: Collection[str]) -> list[str] | None:
+    """The texture class of each image, from its file name; None unless all names tell one of the `known` classes.
+
+    Either all are named <texture class>-*, or all <shape class><number>-<texture class><number>. shapes: the class of
+    each image, by its folder.
+    """
+    shapes = list(shapes)
+    for rule in (_texture_first, _shape_first):
+        found = []
+        for path, shape in zip(paths, shapes):  # most sets end at their first name
+            texture = rule(os.path.splitext(os.path.basename(path))[0], shape)
+            if texture not in known:
+                break
+            found.append(texture)
+        else:
+            return found
+    return None
+
+
+def _texture_first(name: str, shape: str) -> str | None:
+    return name.rsplit("-", 1)[0] if "-" in name else None
+
+
+def _shape_first(name: str, shape: str) -> str | None:
+    match = re.fullmatch(r"(.+?)\d+-(.+?)\d+", name)
+    return match[2] if match and match[1] == shape else None

@@ -1,0 +1,84 @@
+"""The checkpoints that the paper's authors released, by name: `released:patch-k16384-a2-run1`."""
+
+import csv
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from moco.errors import UsageError
+from moco.training import checkpoint
+
+TABLE = Path(__file__).parent / "released_checkpoints.csv"
+SCHEME = "released:"
+
+
+def drive_ids() -> dict[str, str]:
+    """{name: Google Drive file id}"""
+    with open(TABLE, newline="") as file:
+        return {line["name"]: line["google_drive_id"] for line in csv.DictReader(file)}
+
+
+def link(drive_id: str) -> str:
+    return f"https://drive.google.com/uc?id={drive_id}"
+
+
+def listing() -> str:
+    return "\n".join(f"{SCHEME}{name:28}  {link(drive_id)}" for name, drive_id in drive_ids().items())
+
+
+def local_path(path: str) -> str:
+    """`path` itself, or the local file of the released checkpoint that it names, downloaded if necessary.
+
+    gdown downloads it to PyTorch's cache folder; only a checkpoint is kept. Raises UsageError for an unknown name, if
+    gdown is missing or fails, and for a file that is no checkpoint; the message says what to do by hand.
+    """
+    if not path.startswith(SCHEME):
+        return path
+    name = path.removeprefix(SCHEME)
+    if name not in drive_ids():
+        raise UsageError(f"--pretrained {path}: no such checkpoint; there are {', '.join(drive_ids())}")
+    cached = os.path.join(torch.hub.get_dir(), "non-semantic-negatives", f"{name}.pth.tar")
+    by_hand = f"download {link(drive_ids()[name])} and save it as {cached}"
+    if os.path.lexists(cached):
+        if problem := why_no_checkpoint(cached):
+            raise UsageError(f"--pretrained {path}: {cached}: {problem}; delete it and run again, or {by_hand}")
+        return cached
+    download(path, drive_ids()[name], cached, by_hand)
+    return cached
+
+
+def download(path: str, drive_id: str, cached: str, by_hand: str) -> None:
+    """Download a checkpoint, whole or not at all. Raises UsageError if that fails or it is something else."""
+    try:
+        import gdown
+    except ImportError:
+        raise UsageError(f"--pretrained {path}: pip install gdown, or {by_hand}") from None
+    try:
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(cached)) as folder:
+            partial = os.path.join(folder, os.path.basename(cached))
+            if not gdown.download(id=drive_id, output=partial):
+                raise UsageError(f"--pretrained {path}: gdown failed; {by_hand}")
+            if problem := why_no_checkpoint(partial):
+                raise UsageError(
+                    f"--pretrained {path}: what was downloaded is no checkpoint and was deleted ({problem}); {by_hand}"
+                )
+            os.replace(partial, cached)
+    except UsageError:
+        raise
+    except Exception as error:  # gdown raises whatever its own dependencies raise
+        raise UsageError(f"--pretrained {path}: gdown failed ({error}); {by_hand}") from error
+
+
+def why_no_checkpoint(path: str) -> str:
+    """Why a file is not a whole checkpoint with weights, such as a web page or a truncated file; "" if it is one."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
+                return "a web page, with which the drive refuses downloads for some hours"
+        saved = checkpoint.load(path, "--pretrained")
+    except (UsageError, OSError) as error:
+        return str(error).removeprefix(f"--pretrained {path}: ")
+    return "" if saved.get("state_dict") else "it holds no state_dict"

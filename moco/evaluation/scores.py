@@ -1,0 +1,158 @@
+"""Scores of linear classifiers on the test sets, and their averages.
+
+Corruption and mCE: Hendrycks & Dietterich, ICLR 2019. Shape bias: Geirhos et al., ICLR 2019.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn as nn
+
+from moco import distributed
+from moco.data import datasets, loader
+from moco.distributed import DistContext
+from moco.evaluation import cues
+from moco.evaluation.classifier import predictions
+from moco.evaluation.testsets import (
+    CORRUPTIONS,
+    STANDARD,
+    PreprocessedImages,
+    TestSet,
+    describe_preprocessing,
+    missing_corruptions,
+    presets,
+)
+
+ALEXNET_ERRORS = {  # mean top-1 error over the severities, percent: the authors' divisors of mCE
+    "gaussian_noise": 88.6428,
+    "shot_noise": 89.4468,
+    "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880,
+    "glass_blur": 82.6268,
+    "motion_blur": 78.5948,
+    "zoom_blur": 79.8360,
+    "snow": 86.6816,
+    "frost": 82.6572,
+    "fog": 81.9324,
+    "brightness": 56.4592,
+    "contrast": 85.3204,
+    "elastic_transform": 64.6056,
+    "pixelate": 71.7840,
+    "jpeg_compression": 60.6500,
+}
+
+
+def score(
+    test_sets: Sequence[TestSet],
+    models: Sequence[nn.Module],
+    wnids: Sequence[str],
+    image_size: int,
+    batch_size: int,
+    workers: int,
+    ctx: DistContext,
+    on_batch: Callable[[int], object] = lambda images: None,
+    chosen: Mapping[str, Sequence[int]] | None = None,
+) -> Iterator[tuple[TestSet, list[dict]]]:
+    """Score linear classifiers that share one class list: yields (test set, a result per model), set by set.
+
+    models: in eval mode, on the context's device; wnids: the class of output 0, 1, …; outputs beyond them count as
+    wrong; chosen: {key of a test set: indices of the models to score on it}, all by default. A result has the top-1 in
+    percent over all outputs and over the classes present in the set, n, counts per class, and what was done to the
+    images. If file names tell conflicting cues, it also has their number, the decisions for shape and for texture in
+    these images, and the shape bias: the percentage of shape among the decisions for either cue. Each image is read
+    once, by one rank; all ranks must call this and get the same results.
+    """
+    if not test_sets:
+        return
+    current: list[nn.Module] = []  # the models of the set that is being read
+    batches = predictions(
+        lambda images: [model(images) for model in current],
+        loader.eval_loader(
+            [datasets.StrictDataset(PreprocessedImages(each, image_size)) for each in test_sets],
+            batch_size,
+            workers,
+            ctx,
+        ),
+        ctx.device,
+    )
+    for test_set in test_sets:
+        current[:] = models if chosen is None else [models[index] for index in chosen[test_set.key]]
+        present = torch.tensor(sorted(set(test_set.labels)), device=ctx.device)
+        # Two decisions of each model, and the preset, of each image.
+        rows = torch.zeros(2 * len(current) + 1, len(test_set.labels), dtype=torch.long, device=ctx.device)
+        mine = rows[:, ctx.rank :: ctx.world_size]  # as eval_loader distributes them
+        done = 0
+        while done < mine.shape[1]:
+            logits, used = next(batches)
+            if test_set.categories:
+                logits = [cues.category_logits(values, test_set.categories.values()) for values in logits]
+            decided = [row for values in logits for row in (values.argmax(1), present[values[:, present].argmax(1)])]
+            mine[:, done : done + len(used)] = torch.stack([*decided, used])
+            done += len(used)
+            on_batch(len(used) * ctx.world_size)
+        *decisions, used = distributed.all_reduce(rows).cpu()
+        labels = torch.tensor(test_set.labels)
+        textures = None if test_set.textures is None else torch.tensor(test_set.textures)
+        names = list(test_set.categories or wnids)
+        counts = used.bincount(minlength=len(presets(image_size))).tolist()
+        results = [_result(*pair, labels, textures, names) for pair in zip(decisions[::2], decisions[1::2])]
+        yield test_set, [result | {"preprocessing": describe_preprocessing(counts, image_size)} for result in results]
+
+
+def _result(
+    decided: torch.Tensor,
+    decided_shared: torch.Tensor,
+    labels: torch.Tensor,
+    textures: torch.Tensor | None,
+    names: Sequence[str],
+) -> dict:
+    n = len(labels)
+    hits = decided == labels
+    counts = labels.bincount(minlength=len(names)).tolist()
+    correct = labels[hits].bincount(minlength=len(names)).tolist()
+    result = {
+        "top1": 100 * hits.sum().item() / n,
+        "top1_shared_classes": 100 * (decided_shared == labels).sum().item() / n,
+        "n": n,
+        "classes": {name: {"n": m, "correct": c} for name, m, c in zip(names, counts, correct) if m},
+    }
+    if textures is not None:
+        result |= _cue_figures(decided, labels, textures)
+    return result
+
+
+def _cue_figures(decided: torch.Tensor, labels: torch.Tensor, textures: torch.Tensor) -> dict:
+    """What was decided on the images whose cues are two different classes of the head; {} if there are none."""
+    conflict = (textures >= 0) & (textures != labels)
+    if not conflict.any():
+        return {}
+    shape, texture = ((decided == cue)[conflict].sum().item() for cue in (labels, textures))
+    return {
+        "conflicts": conflict.sum().item(),
+        "shape_decisions": shape,
+        "texture_decisions": texture,
+        "shape_bias": 100 * shape / (shape + texture) if shape + texture else None,
+    }
+
+
+def corruption_figures(top1: Mapping[str, float], classes: int) -> dict[str, float]:
+    """Means of one model's {"corruption/fog/3": top-1, …}, each severity of each corruption with the same weight.
+
+    Corruption is over the standard corruptions; the four extra ones have a figure of their own, and so has mCE if
+    nothing is missing and there are 1000 classes.
+    """
+
+    def of(names):
+        return [value for key, value in top1.items() if key.split("/")[1] in names]
+
+    figures = {}
+    if of(STANDARD):
+        figures["Corruption"] = statistics.fmean(of(STANDARD))
+    if of(CORRUPTIONS["extra"]):
+        figures["Corruption, extra four"] = statistics.fmean(of(CORRUPTIONS["extra"]))
+    if classes == 1000 and not missing_corruptions(top1):
+        figures["mCE"] = statistics.fmean(
+            100 * (100 - statistics.fmean(of([name]))) / error for name, error in ALEXNET_ERRORS.items()
+        )
+    return figures

@@ -1,0 +1,155 @@
+"""Stopping a run from outside: the current step is finished and saved first."""
+
+import contextlib
+import ctypes
+import functools
+import multiprocessing.util
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from moco import distributed
+from moco.processes.environment import under_torchrun
+
+if sys.platform == "win32":  # it lacks what this module is about, and all scripts import it
+    sys.stderr.write(
+        "error: native Windows has no POSIX signals and cannot run this script; use WSL"
+        " (https://learn.microsoft.com/windows/wsl/install), where everything is as on Linux\n"
+    )
+    sys.exit(2)
+
+# SIGUSR1 is what Slurm is asked to send; SIGHUP comes from a terminal that is closed, unless nohup has it ignored.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PR_SET_PDEATHSIG = 1  # of prctl
+
+
+def handle_stop_signals(handler: Callable) -> None:
+    """Set the handler of STOP_SIGNALS; an ignored SIGHUP stays ignored, as nohup promises."""
+    for signum in STOP_SIGNALS:
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def blocked() -> Iterator[None]:
+    """Put off STOP_SIGNALS in this thread; a process that it starts meanwhile inherits that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def signal_when_parent_ends(signum: int) -> None:
+    """On Linux, get this signal when the thread that started this process ends, even if its process is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+        if os.getppid() != multiprocessing.parent_process().pid:  # it ended before that
+            os.kill(os.getpid(), signum)
+
+
+class StopWaiting(BaseException):
+    """A signal came while the process waited for data, which may never come."""
+
+
+class StopSignal:
+    """Remembers which of STOP_SIGNALS this process received. A second SIGINT ends the process at once.
+
+    If torchrun itself ends, that counts as SIGTERM: ranks that outlive it would write beside the resumed run.
+    PyTorch raises an error wherever the process is when one of its loading processes ends; that is put off until the
+    next `interruptible` block, where the run can be saved.
+    """
+
+    def __init__(self):
+        self._signum, self._torchrun = 0, os.getppid() if under_torchrun() else None
+        self._waiting = self._child_ended = False
+        self._report_children: Callable | None = None  # PyTorch's handler of SIGCHLD
+        handle_stop_signals(self._remember)
+
+    @property
+    def signum(self) -> int:
+        """The signal's number; 0 if there was none."""
+        if self._torchrun and os.getppid() != self._torchrun:
+            return signal.SIGTERM
+        return self._signum
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """While this block waits for data: a signal raises StopWaiting, also one that came before."""
+        self._waiting = True
+        try:
+            if self.signum:
+                raise StopWaiting
+            if self._child_ended:
+                self._child_ended = False
+                self._report_children(signal.SIGCHLD, None)
+            yield
+        finally:
+            self._waiting = False
+            handler = signal.getsignal(signal.SIGCHLD)
+            if callable(handler) and handler != self._on_child:
+                self._report_children = handler
+                signal.signal(signal.SIGCHLD, self._on_child)
+
+    @contextlib.contextmanager
+    def no_broken_pipe(self) -> Iterator[None]:
+        """If the reader of stdout has ended, that counts as SIGPIPE: the step is finished and saved."""
+        try:
+            yield
+        except BrokenPipeError:
+            self._signum = signal.SIGPIPE
+
+    def _remember(self, signum, frame) -> None:
+        self._signum = signum
+        if signum == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self._waiting:
+            self._waiting = False
+            raise StopWaiting
+
+    def _on_child(self, signum, frame) -> None:
+        if self._waiting:
+            self._report_children(signum, frame)
+        else:
+            self._child_ended = True
+
+
+def exit_on_signal(signum: int, where: str) -> NoReturn:
+    """End all processes with exit code 128 + signum, as shells expect, once rank 0 has saved."""
+    distributed.barrier()
+    if distributed.is_main():
+        with contextlib.suppress(BrokenPipeError):
+            print(f"stopped by {signal.Signals(signum).name} {where}, saved; continue with --resume auto", flush=True)
+    sys.exit(128 + signum)
+
+
+def leave_signals_to_trainer() -> Callable[[int], None]:
+    """A worker_init_fn for data loading processes.
+
+    A signal sent to all processes of a job is for the training process, which still needs its workers to finish the
+    step; they end on SIGTERM only once the training process is exiting.
+    """
+    exiting = multiprocessing.RawValue("b", 0)
+    # Set before the children are terminated.
+    multiprocessing.util.Finalize(None, setattr, (exiting, "value", 1), exitpriority=0)
+    return functools.partial(_ignore_signals, exiting)
+
+
+def _ignore_signals(exiting, worker_id: int) -> None:
+    def terminate(signum, frame):
+        if exiting.value:
+            os._exit(0)
+
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, terminate)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # they are blocked while a process starts
+    sys.excepthook = _without_lost_connections
+
+
+def _without_lost_connections(kind, error, trace) -> None:
+    """A signal may stop the training process while it takes over a batch: the other end of that is no error."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,507 @@
+"""Checkpoints: written whole or not at all, read as tensors only, with the published code's key names.
+
+Pre-training files hold `module.encoder_q.*`, linear ones `module.conv1.*` … `module.fc.*`, because the published code
+saved models wrapped for distributed training. The prefix is added on saving and stripped, if present, on loading.
+"""
+
+import math
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+
+from moco.encoders import ARCHS
+from moco.errors import RunError, UsageError, first_line
+from moco.training import files
+
+PREFIX = "module."
+FC_KEYS = ("fc.weight", "fc.bias")
+COUNTER = "num_batches_tracked"
+
+
+def save(path: str, state: Mapping) -> None:
+    """Write `state` to `path` so that neither a reader nor a crash ever leaves half a file. RunError if it cannot."""
+    try:
+        with files.atomic_write(path, "wb") as file:
+            torch.save(_on_cpu(state), file)
+    except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns an OSError into a RuntimeError
+        if "DataLoader worker" in str(error):  # a loading process died just now: not about this file
+            raise
+        cause = error
+        while cause.__context__:
+            cause = cause.__context__
+        raise RunError(
+            f"{path} could not be written ({first_line(cause)}); earlier checkpoints are intact; free some space, then"
+            " continue with --resume auto"
+        ) from error
+
+
+def _on_cpu(value):
+    """The value with all tensors in it on the CPU: a file of tensors on a GPU cannot be read where there is none."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, Mapping):
+        return {name: _on_cpu(item) for name, item in value.items()}
+    return type(value)(map(_on_cpu, value)) if isinstance(value, (list, tuple)) else value
+
+
+def prune(folder: str, keep: int, pattern: str) -> None:
+    """Remove all but the last `keep` files of the folder whose names match `pattern`, a regular expression."""
+    for name in matching(folder, pattern)[:-keep]:
+        os.remove(os.path.join(folder, name))
+
+
+def resume_path(resume: str, folder: str, pattern: str) -> str:
+    """The file to resume from, or '' for a fresh start.
+
+    'auto' is the last of the folder's files whose names match `pattern`, a regular expression: a longer number counts
+    as later than a shorter one, "latest" as the last.
+    """
+    if resume != "auto":
+        return resume
+    names = matching(folder, pattern)
+    return os.path.join(folder, names[-1]) if names else ""
+
+
+def matching(folder: str, pattern: str) -> list[str]:
+    """The folder's files whose names match the regular expression, in the order of `resume_path`."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((name for name in names if re.fullmatch(pattern, name)), key=lambda name: (len(name), name))
+
+
+def load(path: str, option: str = "--resume") -> dict:
+    """Read a checkpoint to CPU, tensors and plain values only.
+
+    Raises UsageError if it is missing or not a checkpoint.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"{option} {path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about sparse tensors, which are refused later
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # arbitrary bytes may raise anything; all of it means: not a checkpoint
+        raise UsageError(f"{option} {path}: not a checkpoint: {_why_not_loaded(path, error)}") from error
+    if not isinstance(checkpoint, dict) or not all(isinstance(name, str) for name in checkpoint):
+        raise UsageError(f"{option} {path}: not a checkpoint, it holds a {type(checkpoint).__name__}")
+    state = checkpoint.get("state_dict", {})
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UsageError(f"{option} {path}: not a checkpoint, its state_dict does not consist of tensors")
+    return checkpoint
+
+
+def _why_not_loaded(path: str, error: Exception) -> str:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError:
+        return f"it cannot be read ({error})"
+    if start != b"PK\3\4"[: len(start)] and start[:1] != b"\x80":
+        return "it is another kind of file; use one that ends in .pth or .pth.tar"
+    code = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and code:
+        return (
+            f"loading it would run code ({code[1]}), so it is not loaded; if you trust it, save its tensors alone:"
+            " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+        )
+    return f"it is damaged or truncated ({first_line(error)}); copy or download it again, or use an earlier one"
+
+
+# Contents
+
+
+def add_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {PREFIX + name: value for name, value in state_dict.items()}
+
+
+def strip_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The names without the prefixes that DistributedDataParallel (even twice) and torch.compile add."""
+    return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value for name, value in state_dict.items()}
+
+
+def nonfinite(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
+    """The names of the entries that hold an infinite value or NaN."""
+    values = {name: value for name, value in state_dict.items() if value.is_floating_point()}
+    finite = [value.isfinite().all() for value in values.values()]
+    return [name for name, good in zip(values, torch.stack(finite).tolist() if finite else []) if not good]
+
+
+def num_outputs(saved: Mapping, source: str) -> int:
+    """How many outputs the head of a linear checkpoint has. Raises UsageError if it has no linear head."""
+    state = strip_prefix(saved.get("state_dict", {}))
+    if not set(FC_KEYS) <= state.keys():
+        raise UsageError(
+            f"{source}: it has no linear head; linear checkpoints are what main_lincls.py writes,"
+            " checkpoint_robust_*.pth.tar and model_best_*.pth.tar"
+        )
+    return len(state["fc.bias"])
+
+
+def check_finite(state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise UsageError if a tensor holds an infinite value or NaN."""
+    if broken := nonfinite(state_dict):
+        raise UsageError(
+            f"{source}: {len(broken)} of its tensors, {broken[0]} the first, hold infinite values or NaN; use an"
+            " earlier one"
+        )
+
+
+def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Sequence[str]) -> None:
+    """Raise UsageError unless a run with these options ({name: value}) and classes can resume from `saved`."""
+    if not {"epoch", "arch", "state_dict"} <= saved.keys():
+        raise UsageError(f"{source}: not a pre-training checkpoint; --resume takes a checkpoint_*.pth.tar")
+    check_values(saved, source)
+    state = strip_prefix(saved["state_dict"])
+    if "queue" not in state:
+        raise UsageError(f"{source}: it has no queue, so it is not a pre-training checkpoint")
+    dim, length = state["queue"].shape if state["queue"].dim() == 2 else (0, 0)
+    known = saved.get("options", {})  # published files hold no options
+    saved_with = {
+        "arch": saved["arch"],
+        "moco_dim": dim,
+        "moco_k": length,
+        "mlp": "encoder_q.fc.2.weight" in state,
+        **{name: known[name] for name in ("aug_plus", "image_size", "robust") if name in known},
+    }
+    check_same(source, {f"--{name.replace('_', '-')}": (there, options[name]) for name, there in saved_with.items()})
+    if saved.get("classes", classes) != classes:
+        raise UsageError(
+            f"{source}: it was saved with classes {_count_and_names(saved['classes'])}, this run has"
+            f" {_count_and_names(classes)}"
+        )
+
+
+def check_data_order(saved: Mapping, source: str, seed: int | None, images: int, images_per_step: int) -> None:
+    """Raise UsageError unless the order of the data is still the same, if `saved` was saved within an epoch."""
+    if saved.get("step"):
+        check_same(
+            source,
+            {
+                "training images:": (saved["images"], images),
+                "images per step:": (saved["images_per_step"], images_per_step),
+                "--seed": (saved["seed"], saved["seed"] if seed is None else seed),
+            },
+        )
+
+
+def check_same(source: str, pairs: Mapping[str, tuple]) -> None:
+    """Raise UsageError for the first {what: (saved value, this run's)} that differs."""
+    for what, (there, here) in pairs.items():
+        if there != here:
+            raise UsageError(f"{source}: it was saved with {what} {there}, this run has {here}")
+
+
+def _count_and_names(names: Sequence[str], count: int = 5) -> str:
+    return f"{len(names)}: {', '.join(names[:count])}" + (", …" if len(names) > count else "")
+
+
+def check_exactly(
+    module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str, allowed_missing: Sequence[str] = ()
+) -> None:
+    """Raise UsageError for any entry that is missing (except the allowed ones and the batch counts, which PyTorch once
+    did not have), unexpected, of another shape, or not an ordinary tensor of the same kind of number."""
+    own = module.state_dict()
+    missing = [name for name in own if name not in {*state_dict, *allowed_missing} and not name.endswith(COUNTER)]
+    unexpected = [name for name in state_dict if name not in own]
+    both = [(name, own[name], state_dict[name]) for name in own if name in state_dict]
+    misshapen = [name for name, mine, other in both if mine.shape != other.shape]
+    odd = [
+        name
+        for name, mine, other in both
+        if not is_dense(other) or mine.is_floating_point() != other.is_floating_point()
+    ]
+    for fault, names in (
+        ("lacks", missing),
+        ("has the unknown", unexpected),
+        ("has another shape for", misshapen),
+        ("has another kind of tensor for", odd),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UsageError(
+                f"{source}: does not fit this model: it {fault} {names[0]}{more}; check --arch and the head's options"
+            )
+
+
+def load_exactly(
+    module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str, allowed_missing: Sequence[str] = ()
+) -> None:
+    """load_state_dict after `check_exactly`."""
+    check_exactly(module, state_dict, source, allowed_missing)
+    module.load_state_dict(state_dict, strict=False)
+
+
+def optimizer_of_group(state: Mapping, index: int) -> dict:
+    """The state of an optimizer as it would be with one of its parameter groups alone."""
+    group = state["param_groups"][index]
+    return {
+        "state": {new: state["state"][old] for new, old in enumerate(group["params"]) if old in state["state"]},
+        "param_groups": [{**group, "params": list(range(len(group["params"])))}],
+    }
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
+    """Load the momenta of a saved state, if there is one; keep this run's options (weight decay, implementation, …).
+
+    Momenta get the memory layout of their weights. Published files hold contiguous ones, and with channels_last weights
+    fused SGD refuses those on a GPU and takes silently wrong steps on a CPU.
+    """
+    if not saved:  # a published file whose optimizer was removed
+        return
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
+    for weight, state in optimizer.state.items():
+        if state.get("momentum_buffer") is not None:
+            state["momentum_buffer"] = torch.empty_like(weight).copy_(state["momentum_buffer"])
+
+
+# ---- contents: What a checkpoint file must hold: types, ranges and shapes of everything that is read from it.
+
+MAX_IMAGE_SIZE = 4096  # px
+
+
+def _int(low: int, high: int = 2**63) -> tuple[Callable, str]:
+    return lambda v: type(v) is int and low <= v < high, f"an integer from {low} to {high - 1}"
+
+
+def _number(low: float, high: float) -> tuple[Callable, str]:
+    def test(value):
+        if isinstance(value, torch.Tensor):
+            return value.dim() == 0 and is_dense(value) and test(value.item())
+        return type(value) in (int, float) and low <= value <= high
+
+    return test, f"a number from {low:g} to {high:g}"
+
+
+def _list_of(kind: tuple[Callable, str], distinct: bool = False) -> tuple[Callable, str]:
+    def test(value):
+        sound = isinstance(value, (list, tuple)) and len(value) > 0 and all(map(kind[0], value))
+        return sound and (not distinct or len(set(value)) == len(value))
+
+    return test, f"a list of {'different ' if distinct else ''}items, each {kind[1]}"
+
+
+TEXT = (lambda v: isinstance(v, str) and v != "", "a text")
+PERCENT = _number(-1, 100)  # -1: no epoch is over yet
+DICT = (lambda v: isinstance(v, dict) and all(isinstance(name, str) for name in v), "a dict with text keys")
+NAMES = _list_of(TEXT, distinct=True)
+STEPS = _int(1, 2**31)
+RULES = {
+    "epoch": _int(0, 2**31),
+    "step": _int(0, 2**31),
+    "arch": (lambda v: isinstance(v, str) and v in ARCHS, "one of the architectures of --arch"),
+    "image_size": _int(1, MAX_IMAGE_SIZE + 1),
+    "seed": _int(0),
+    "images": _int(1),
+    "images_per_step": _int(1),
+    "bad_in_epoch": _int(0),
+    "bad_images": DICT,
+    "classes": NAMES,
+    "wnids": NAMES,
+    "lrs": _list_of(_number(1e-45, 1e38)),
+    "best_acc1": PERCENT,
+    "best_acc1s": _list_of(PERCENT),
+    "winner": _int(0),
+    "options": DICT,
+    "pretraining": (lambda v: v is None or DICT[0](v), "None or a dict with text keys"),
+    "scaler": DICT,
+    "pretrained": (lambda v: isinstance(v, str), "a text"),
+}
+OPTION_RULES = {  # of `options` and `pretraining`: those that are read
+    "moco_k": _int(1, 2**31),
+    "num_nonsem": _int(0, 2**31),
+    "alpha": _number(0, 1e38),
+    "image_size": _int(1, MAX_IMAGE_SIZE + 1),
+}
+SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+
+
+def arch_of(saved: Mapping, source: str) -> str | None:
+    """The architecture that a file names; None if it names none. Raises UsageError if it is unknown."""
+    arch = saved.get("arch")
+    if "arch" in saved and not RULES["arch"][0](arch):
+        raise UsageError(f"{source}: its arch is {short(arch)}, not {RULES['arch'][1]}")
+    return arch
+
+
+def check_values(saved: Mapping, source: str) -> None:
+    """Raise UsageError unless all entries but the tensors of a model and its optimizer have sound values."""
+    for entries, rules, where in (
+        (saved, RULES, ""),
+        (saved.get("options"), OPTION_RULES, "options: "),
+        (saved.get("pretraining"), OPTION_RULES, "pretraining: "),
+    ):
+        for name, (test, wanted) in rules.items():
+            if entries and name in entries and not test(entries[name]):
+                raise UsageError(f"{source}: its {where}{name} is {short(entries[name])}, not {wanted}")
+    if saved.get("scaler") and not (
+        saved["scaler"].keys() == SCALER_KEYS and all(type(v) in (int, float) for v in saved["scaler"].values())
+    ):
+        raise UsageError(f"{source}: its scaler is not a state of torch.amp.GradScaler")
+    if len(saved.get("best_acc1s", [0])) != len(saved.get("lrs", [0])) or saved.get("winner", 0) >= len(
+        saved.get("lrs", [0])
+    ):
+        raise UsageError(f"{source}: its lrs, best_acc1s and winner do not belong together")
+    if saved.get("step"):
+        _check_within_epoch(saved, source)
+
+
+def _check_within_epoch(saved: Mapping, source: str) -> None:
+    """Of a checkpoint saved within an epoch: the order of the data and the running means."""
+    missing = [name for name in ("means", "seed", "images", "images_per_step") if name not in saved]
+    if missing:
+        raise UsageError(f"{source}: it was saved within an epoch and lacks {missing[0]}")
+    steps = saved["images"] // saved["images_per_step"]
+    if saved["step"] > steps:  # as many: saved before the evaluation at the end
+        raise UsageError(f"{source}: its step is {saved['step']}, but an epoch has {steps} steps")
+    if not _is_running_means(saved["means"]):
+        raise UsageError(f"{source}: its means are not those of a run within an epoch")
+
+
+def _is_running_means(means: object) -> bool:
+    """Whether this is a state of metrics.RunningMeans: names, their sizes (once there were none), sums, steps."""
+    if not isinstance(means, dict) or not {"names", "sums", "steps"} <= means.keys() or not NAMES[0](means["names"]):
+        return False
+    sizes, sums = means.get("sizes", [None] * len(means["names"])), means["sums"]
+    if not isinstance(sizes, (list, tuple)) or len(sizes) != len(means["names"]):
+        return False
+    if not all(size is None or STEPS[0](size) for size in sizes) or not STEPS[0](means["steps"]):
+        return False
+    width = sum(size or 1 for size in sizes)
+    return isinstance(sums, torch.Tensor) and is_dense(sums) and sums.dim() == 2 and sums.shape[1] == width
+
+
+def check_optimizer(saved: Mapping, source: str, parameters: Sequence[torch.Tensor]) -> None:
+    """Raise UsageError unless `saved` is the state of SGD on these parameters.
+
+    Momenta of another shape would corrupt memory, and those that are not finite the weights.
+    """
+    state = saved.get("state") if isinstance(saved, dict) else None
+    if not isinstance(state, dict) or not isinstance(saved.get("param_groups"), list):
+        raise UsageError(f"{source}: its optimizer is {short(saved)}, not the state of one")
+    for index, entry in state.items():
+        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(entry, dict):
+            raise UsageError(f"{source}: its optimizer has a state for parameter {short(index)}, which does not exist")
+        momentum, shape = entry.get("momentum_buffer"), parameters[index].shape
+        if momentum is None:
+            continue
+        if not isinstance(momentum, torch.Tensor) or momentum.shape != shape or not is_dense(momentum):
+            raise UsageError(
+                f"{source}: the momentum of parameter {index} is {short(momentum)}, not a tensor of shape"
+                f" {tuple(shape)}"
+            )
+        if not momentum.is_floating_point() or not momentum.isfinite().all():
+            raise UsageError(f"{source}: the momentum of parameter {index} holds infinite values or NaN")
+
+
+def check_heads(saved: Mapping, source: str, head: nn.Linear) -> None:
+    """Raise UsageError unless `heads`, where there are some, are one linear layer per learning rate like `head`."""
+    if "heads" not in saved:
+        return
+    heads, count = saved["heads"], len(saved.get("lrs", [None]))
+    wanted = {f"{i}.{name}": value.shape for i in range(count) for name, value in head.state_dict().items()}
+    sound = isinstance(heads, dict) and heads.keys() == wanted.keys()
+    if not sound or not all(
+        isinstance(value, torch.Tensor)
+        and is_dense(value)
+        and value.shape == wanted[name]
+        and value.is_floating_point()
+        for name, value in heads.items()
+    ):
+        raise UsageError(f"{source}: its heads are not {count} linear layers of {head.out_features} outputs")
+
+
+def is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor has ordinary values in memory: neither sparse, quantized nor on the meta device."""
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+
+
+def short(value: object) -> str:
+    """A value as text for a message of one line."""
+    if isinstance(value, torch.Tensor):
+        kind = "" if is_dense(value) else f"{value.layout} {value.device} ".replace("torch.", "")
+        return f"a {kind}tensor of shape {tuple(value.shape)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+# ---- backbones: The weights of a backbone in whatever file they are: under any prefix, in any container.
+
+
+class Backbone(NamedTuple):
+    """The weights of a backbone, with torchvision's names and without a head, and where in the file they were."""
+
+    weights: dict[str, torch.Tensor]
+    origin: str
+
+
+def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> Backbone:
+    """The weights for `network` (on the meta device; its fc is left out) in a loaded checkpoint.
+
+    They may be under any prefix: pre-training checkpoints (the query encoder), linear ones, plain torchvision
+    state_dicts, and files of other projects, whose weights are in `model`, `teacher`, `backbone.`, `encoder.`, …, or
+    numbered as in nn.Sequential(*network.children()). Raises UsageError if the network is not in the file, is only
+    a part of a larger one, or if a weight has another shape or is not finite.
+    """
+    state, container = _tensors_of(checkpoint)
+    if not state:
+        raise UsageError(f"{source}: it holds no backbone weights")
+    own = {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}
+    found, prefix = _named_as(network, list(own), state)
+    if not found:
+        names = ", ".join(list(state)[:2])
+        raise UsageError(f"{source}: it holds no weights of this --arch ({names}, …); check --arch")
+    modules = {name.split(".")[0] for name in own}
+    weights = {name: value for name, value in found.items() if name.split(".")[0] in modules}
+    check_exactly(network, weights, source, FC_KEYS)
+    if broken := nonfinite(weights):
+        raise UsageError(f"{source}: {broken[0]} holds infinite values or NaN; use an earlier checkpoint")
+    for name, value in own.items():  # PyTorch before 0.4.1 did not count batches
+        weights.setdefault(name, torch.zeros_like(value, device="cpu"))
+    where = f"{container + ': ' if container else ''}{prefix}*"
+    return Backbone(weights, f"{len(weights)} tensors from {where}, {len(state) - len(weights)} others left out")
+
+
+def _named_as(network: nn.Module, own: list[str], state: Mapping) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors under the first prefix that has all of the network's names, and that prefix; ({}, "") if none has."""
+    children = {str(i): name for i, (name, _) in enumerate(network.named_children())}
+    for prefix in _prefixes(state, own[0], children):
+        found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        if not found.keys() & set(own):
+            found = {_by_name(name, children): value for name, value in found.items()}
+        if all(name in found or name.endswith(COUNTER) for name in own):
+            return found, prefix
+    return {}, ""
+
+
+def _tensors_of(checkpoint: Mapping) -> tuple[dict[str, torch.Tensor], str]:
+    """The state_dict in a file, and its name there ("" if it is the file itself)."""
+    for container in ("state_dict", "model_state_dict", "model", "teacher", "network", "net"):
+        state = checkpoint.get(container)
+        if isinstance(state, Mapping) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
+            return dict(state), container
+    if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        return dict(checkpoint), ""
+    return {}, ""
+
+
+def _prefixes(state: Mapping, first: str, children: Mapping[str, str]) -> list[str]:
+    """What precedes the network's first weight in the file's names; a momentum encoder's prefix comes last."""
+    numbers = {name: number for number, name in children.items()}
+    module, rest = first.split(".", 1)
+    ends = [first] + ([f"{numbers[module]}.{rest}"] if module in numbers else [])
+    found = {name.removesuffix(end) for name in state for end in ends if name.endswith(end)}
+    found = [prefix for prefix in found if prefix == "" or prefix.endswith(".")]
+    momentum = re.compile("momentum|encoder_k|target|student|ema")
+    return sorted(found, key=lambda prefix: (momentum.search(prefix) is not None, len(prefix), prefix))
+
+
+def _by_name(name: str, children: Mapping[str, str]) -> str:
+    first, _, rest = name.partition(".")
+    return f"{children.get(first, first)}.{rest}"

@@ -1,0 +1,214 @@
+"""Exact accuracy counts, running means without CPU-GPU syncs, and log.jsonl."""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from tqdm import tqdm
+
+from moco import distributed
+from moco.errors import RunError
+from moco.training import files
+
+
+def correct_counts(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int] = (1, 5)) -> torch.Tensor:
+    """How many labels (N,) are among the k largest of logits (N, classes), for each k: (len(ks),) int64."""
+    ranked = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices == labels.view(-1, 1)
+    return torch.stack([ranked[:, :k].sum() for k in ks])
+
+
+class RunningMeans:
+    """Means over steps of named tensors, 0-d or 1-d, accumulated on their device.
+
+    Only `compute` and `finite_steps` are CPU-GPU sync points.
+    """
+
+    def __init__(self):
+        self.sizes: dict[str, int | None] = {}  # of each named tensor; None if 0-d
+        self.sums = self._finite_steps = torch.zeros(())
+        self.steps = 0
+
+    @torch.no_grad()
+    def add(self, values: Mapping[str, torch.Tensor]) -> None:
+        self.sizes = {name: len(value) if value.dim() else None for name, value in values.items()}
+        flat = torch.cat([value.detach().float().reshape(-1) for value in values.values()])
+        self.sums = self.sums + flat if self.steps else flat
+        finite = self.sums.isfinite().long()  # a sum that once was NaN or infinite stays so
+        self._finite_steps = self._finite_steps + finite if self.steps else finite
+        self.steps += 1
+
+    def compute(self, over_ranks: bool = False) -> dict[str, float | list[float]]:
+        """{name: mean}; over_ranks: the mean over all ranks, which must all call this."""
+        sums = self.sums.clone()
+        if over_ranks:
+            sums = distributed.all_reduce(sums) / distributed.world_size()
+        return self._by_name((sums / self.steps).tolist())
+
+    def finite_steps(self, name: str) -> int:
+        """How many steps passed before the named value was NaN or infinite in all its elements; all steps if never."""
+        steps = self._by_name(self._finite_steps.tolist())[name]
+        return max(steps) if isinstance(steps, list) else steps
+
+    def _by_name(self, flat: list) -> dict:
+        result, start = {}, 0
+        for name, size in self.sizes.items():
+            result[name] = flat[start] if size is None else flat[start : start + size]
+            start += 1 if size is None else size
+        return result
+
+    def state_dict(self) -> dict:
+        """The sums of all ranks, which must all call this."""
+        sums = distributed.gather(self.sums.unsqueeze(0)).cpu()
+        return {"names": list(self.sizes), "sizes": list(self.sizes.values()), "sums": sums, "steps": self.steps}
+
+    def load_state_dict(self, state: Mapping, device: torch.device) -> None:
+        """Continue from a saved state; with another number of ranks, each takes the mean of their sums."""
+        names, sums = state["names"], state["sums"]
+        self.sizes = dict(zip(names, state.get("sizes", [None] * len(names))))
+        same_world = len(sums) == distributed.world_size()
+        self.sums = (sums[distributed.rank()] if same_world else sums.mean(dim=0)).to(device)
+        self.steps = state["steps"]
+        self._finite_steps = torch.full_like(self.sums, self.steps, dtype=torch.long)
+
+
+def append_jsonl(path: str, record: Mapping) -> None:
+    """Append one line to the log, durably. Floats keep six significant digits. Raises RunError if that fails."""
+    with _log_errors(path), open(path, "a") as file:
+        file.write(json.dumps(_rounded(dict(record))) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: str) -> tuple[list[dict], int]:
+    """The records of a log, and how many damaged lines it has: a crash may leave half a line, zeros or an empty one."""
+    records, damaged = [], 0
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line) if line.endswith(b"\n") else None
+            except (ValueError, RecursionError):
+                record = None
+            if isinstance(record, dict) and type(record.get("epoch")) is int:
+                records.append(record)
+            else:
+                damaged += 1
+    return records, damaged
+
+
+def _rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def truncate_jsonl(path: str, epoch: int, probe: str | None = None) -> int:
+    """Drop the lines of `epoch` and later epochs, which a resumed run writes again; return how many were damaged.
+
+    probe: None for pre-training; a probe in the same folder has lines with its own value of that key. Raises RunError.
+    """
+    records, damaged = read_jsonl(path)
+    kept = [record for record in records if record.get("probe") != probe or record["epoch"] < epoch]
+    if len(kept) < len(records) or damaged:
+        with _log_errors(path), files.atomic_write(path) as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+    return damaged
+
+
+@contextlib.contextmanager
+def _log_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} could not be written ({error}); free some space, then continue with --resume auto"
+        ) from error
+
+
+# ---- progress: One epoch's progress: a bar on a terminal, a line every `print_freq` steps in a log.
+
+# The figures come first and the bar takes what is left, so that 80 columns cut off the bar and not the figures.
+BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}|"
+SYMBOLS = {"q_k": "q·k", "q_t": "q·t", "q_queue": "q·queue"}
+WATCHED = ("q_k", "q_t", "spread")  # on the bar, where they are among the figures
+
+
+class Progress:
+    """Iterate over an epoch's batches, measure the time spent waiting for them, and report.
+
+    images_per_step: over all ranks; epochs_left: whole epochs after this one, for the ETA; first_step: where a resumed
+    epoch begins.
+    """
+
+    def __init__(
+        self,
+        batches: Iterable,
+        epoch: int,
+        images_per_step: int,
+        print_freq: int,
+        epochs_left: int = 0,
+        first_step: int = 0,
+    ):
+        self.batches, self.title, self.images_per_step = batches, f"epoch {epoch}", images_per_step
+        self.print_freq, self.first_step, self.done = print_freq, first_step, first_step
+        self.steps_after = len(batches) * epochs_left
+        self.waited = 0.0
+        self.bar = None
+
+    def __iter__(self) -> Iterator:
+        self.start = time.perf_counter()
+        if distributed.is_main() and sys.stderr.isatty():
+            self.bar = tqdm(
+                total=len(self.batches), initial=self.done, desc=self.title, bar_format=BAR_FORMAT, dynamic_ncols=True
+            )
+        asked = time.perf_counter()
+        for batch in self.batches:
+            self.waited += time.perf_counter() - asked
+            yield batch
+            self.done += 1
+            if self.bar:
+                self.bar.update()
+            asked = time.perf_counter()
+        if self.bar:
+            self.bar.close()
+
+    def due(self) -> bool:
+        """Whether the current step ends with a report, whose values are a CPU-GPU sync: once in print_freq steps."""
+        step = self.done + 1
+        return distributed.is_main() and (step % self.print_freq == 0 or step == len(self.batches))
+
+    def report(self, means: Mapping[str, float | list[float]], lr: float | list[float]) -> None:
+        speed = self.speed()
+        steps_left = len(self.batches) - self.done - 1 + self.steps_after
+        eta = f"ETA {_clock(steps_left * self.images_per_step / speed['images_per_s'])}"
+        rate = f"{speed['images_per_s']:.0f} images/s"
+        if self.bar:
+            watched = {name: means[name] for name in WATCHED if name in means} or means
+            self.bar.set_description_str(" ".join([self.title, *_figures(watched), rate, eta]))
+        else:
+            figures = [*_figures(means), f"lr {_text(lr, '.4g')}", rate, f"data {speed['data_share']:.0%}", eta]
+            print(f"{self.title} [{self.done + 1}/{len(self.batches)}]  {'  '.join(figures)}", flush=True)
+
+    def speed(self) -> dict[str, float]:
+        """Images per second over all ranks, and the share of time spent waiting for data, since the epoch began."""
+        elapsed = time.perf_counter() - self.start
+        steps = min(self.done + 1, len(self.batches)) - self.first_step
+        return {"images_per_s": steps * self.images_per_step / elapsed, "data_share": self.waited / elapsed}
+
+
+def _figures(means: Mapping[str, float | list[float]]) -> list[str]:
+    return [f"{SYMBOLS.get(name, name)} {_text(value, '.3f')}" for name, value in means.items()]
+
+
+def _text(value: float | list[float], form: str) -> str:
+    return " ".join(format(item, form) for item in value) if isinstance(value, list) else format(value, form)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

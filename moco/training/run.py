@@ -1,0 +1,369 @@
+"""Everything around a training loop: resume, save, log, progress and signals."""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn as nn
+from torch.utils.data import DataLoader
+
+from moco import distributed
+from moco.data.loader import GlobalBatchSampler, prefetch
+from moco.distributed import DistContext
+from moco.errors import RunError, UsageError, one_line
+from moco.processes.exits import exit_now
+from moco.processes.signals import StopSignal, StopWaiting, exit_on_signal
+from moco.training import checkpoint, metrics
+from moco.training.metrics import Progress
+
+LOG = "log.jsonl"
+
+
+class Run:
+    """The state of a run and its files. It never calls the model and owns no loop:
+
+        run.resume(saved)
+        for epoch in range(run.epoch, epochs):
+            for batch in run.steps(loader, prepare, epoch):
+                ...                              # forward, backward, optimizer step
+                run.after_step(loss=loss)        # may save, or end the run
+            run.end_epoch(run.epoch_stats(), [])
+
+    folder: for checkpoints and log.jsonl. probe: a key of this run's lines in the log, if it is a probe, which may
+    share the folder with its pre-training. latest: name of the checkpoint that is written after every epoch, every
+    `save_steps` steps and on a signal. state(): the script's own part of a checkpoint. paths: of the training images,
+    for diagnoses. modules: the run ends once the loss, or a weight in every one of them, is not finite.
+    """
+
+    def __init__(
+        self,
+        ctx: DistContext,
+        folder: str,
+        *,
+        latest: str,
+        state: Callable[[], dict],
+        stop: StopSignal,
+        sampler: GlobalBatchSampler,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+        modules: Sequence[nn.Module],
+        paths: Sequence[str],
+        seed: int,
+        epochs: int,
+        precision: str = "fp32",
+        print_freq: int = 10,
+        save_steps: int | None = None,
+        max_bad_images: int = 100,
+        probe: str | None = None,
+    ):
+        self.ctx, self.folder, self.latest, self.state, self.stop = ctx, folder, latest, state, stop
+        self.sampler, self.optimizer, self.scaler = sampler, optimizer, scaler
+        self.modules, self.paths, self.seed, self.epochs, self.precision = modules, paths, seed, epochs, precision
+        self.print_freq, self.save_steps, self.probe = print_freq, save_steps, probe
+        self.unreadable = UnreadableFiles(max_bad_images)
+        self.means = metrics.RunningMeans()
+        self.epoch = self.step = 0  # whole epochs done, and steps of the epoch after them
+        self.stopping = False  # a signal came, or too many files are unreadable: end after this step
+        if distributed.is_main():
+            make_folder(folder)
+
+    def resume(self, saved: Mapping, start_epoch: int = 0) -> None:
+        """Continue from a checkpoint that `save` wrote; an empty one starts at `start_epoch`.
+
+        Restores all but the script's own part. The log keeps the lines of the epochs before.
+        """
+        self.epoch, self.step = saved.get("epoch", start_epoch), saved.get("step", 0)
+        if saved:
+            checkpoint.load_optimizer(
+                self.optimizer, saved["optimizers"] if "optimizers" in saved else saved.get("optimizer")
+            )
+            if self.scaler is not None and saved.get("scaler"):  # empty if it was saved in another precision
+                self.scaler.load_state_dict(saved["scaler"])
+            self.unreadable.known = dict(saved.get("bad_images", {}))
+            self.unreadable.in_epoch = saved.get("bad_in_epoch", 0)
+        if self.step:
+            self.means.load_state_dict(saved["means"], self.ctx.device)
+        if distributed.is_main():
+            dropped = metrics.truncate_jsonl(os.path.join(self.folder, LOG), self.epoch, self.probe)
+            if dropped:
+                print(f"{LOG}: dropped {dropped} damaged lines", flush=True)
+        where = f"epoch {self.epoch}" + (f" step {self.step}" if self.step else "")
+        self.print(f"starting at {where} (counted from 0), device {self.ctx.device}, seed {self.seed}")
+
+    def steps(self, loader: DataLoader, prepare: Callable, epoch: int) -> Iterator:
+        """The epoch's batches, each as prepare(batch, rng) returns it on the device; done steps are skipped.
+
+        rng: a NumPy generator. All randomness of a step follows from (seed, epoch, step, rank), so that a resumed run
+        repeats an uninterrupted one.
+        """
+        first_step = self.step
+        self.sampler.epoch, self.sampler.first_step = epoch, first_step
+        self.progress = Progress(
+            loader, epoch, self.sampler.global_batch_size, self.print_freq, self.epochs - epoch - 1, first_step
+        )
+
+        def prepare_step(batch, step):
+            return prepare(batch, distributed.derive_rng(self.seed, epoch, step, self.ctx.rank))
+
+        batches = prefetch(self.progress, prepare_step, self.ctx.device, first_step)
+        while self.step < len(self.sampler):
+            batch, self._unreadable_now = self._next(batches)
+            self.step += 1
+            distributed.seed_shuffles(self.seed, epoch, self.step)
+            yield batch
+        next(batches, None)  # ends the progress bar
+
+    def _next(self, batches: Iterator[tuple]) -> tuple:
+        """The next batch, once all ranks have theirs.
+
+        The data may be gone, or never come: trouble with them on any rank, or a signal while one waits, saves the
+        finished steps and ends the run.
+        """
+        batch = trouble = None
+        try:
+            with self.stop.interruptible():
+                batch = next(batches)
+        except StopWaiting:
+            pass
+        except Exception as error:
+            trouble = error
+        signum, troubled = distributed.all_reduce_max(0 if batch else self.stop.signum, int(trouble is not None))
+        if not signum and not troubled:
+            return batch
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loading process that ends now must not disturb the saving
+        self.save([self.latest])
+        if trouble:
+            raise trouble
+        if troubled:
+            distributed.barrier()  # until the rank in trouble ends, which reports it
+        exit_on_signal(signum, f"in epoch {self.epoch} after step {self.step}")
+
+    @contextlib.contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """For an evaluation between `epoch_stats` and `end_epoch`: saves first, and a signal ends the run at once.
+
+        All ranks must call this. The resumed run begins with the evaluation.
+        """
+        self.save([self.latest])
+        distributed.barrier()  # a rank that fails from here on must not interrupt the saving
+        try:
+            with self.stop.interruptible():
+                yield
+        except StopWaiting:
+            if distributed.is_main():
+                with contextlib.suppress(BrokenPipeError):
+                    print(
+                        f"stopped by {signal.Signals(self.stop.signum).name} in the evaluation after epoch"
+                        f" {self.epoch}, saved before it; continue with --resume auto",
+                        flush=True,
+                    )
+            exit_now(128 + self.stop.signum)
+
+    def after_step(self, **values: torch.Tensor) -> None:
+        """Count the step and its figures, `loss` among them; report, save or end the run where that is due."""
+        self.means.add(values)
+        if self.progress.due():  # the one CPU-GPU sync point
+            self._check_finite()
+            with self.stop.no_broken_pipe():
+                self.progress.report(self.means.compute(), self._learning_rate())
+        self._signum, unreadable = distributed.all_reduce_max(self.stop.signum, len(self._unreadable_now))
+        if unreadable:
+            self.unreadable.add(self._unreadable_now)
+        self.stopping = bool(self._signum) or self.unreadable.too_many()
+        if self.step == len(self.sampler):  # end_epoch saves
+            return
+        if self.stopping or self.save_steps and self.step % self.save_steps == 0:
+            self.save([self.latest])
+        if self.stopping:
+            self._end(f"in epoch {self.epoch} after step {self.step}")
+
+    def epoch_stats(self) -> dict:
+        """The epoch's line of the log: means over all steps and ranks. All ranks must call this."""
+        means = self.means.compute(over_ranks=True)
+        return {
+            **({"probe": self.probe} if self.probe else {}),
+            "epoch": self.epoch,
+            "lr": self._learning_rate(),
+            **means,
+            "bad_images": self.unreadable.in_epoch,
+            **self.progress.speed(),
+        }
+
+    def end_epoch(self, stats: Mapping, also: Sequence[str] = ()) -> None:
+        """Log the epoch, save it as `latest` and under the names `also`, and end the run if a signal asked for it."""
+        if distributed.is_main():
+            self._check_finite(weights=True)
+            metrics.append_jsonl(os.path.join(self.folder, LOG), stats)
+        done = self.epoch
+        self.epoch, self.step = self.epoch + 1, 0
+        self.save([*also, self.latest])
+        self.means, self.unreadable.in_epoch = metrics.RunningMeans(), 0
+        if self.stopping:
+            self._end(f"after epoch {done}")
+
+    def print(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        if distributed.is_main():
+            with self.stop.no_broken_pipe():
+                print(text, flush=True)
+
+    def save(self, names: Sequence[str]) -> None:
+        """Write the state of the run to files of these names, on rank 0. All ranks must call this."""
+        means = self.means.state_dict() if self.step else None
+        if not distributed.is_main():
+            return
+        if self.step:
+            self._check_finite(weights=True)
+        state = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "means": means,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else {},
+            "seed": self.seed,
+            "bad_images": self.unreadable.known,
+            "bad_in_epoch": self.unreadable.in_epoch if self.step else 0,
+            "images": self.sampler.num_images,
+            "images_per_step": self.sampler.global_batch_size,
+            **self.state(),
+        }
+        for name in names:
+            checkpoint.save(os.path.join(self.folder, name), state)
+
+    def _learning_rate(self) -> float | list[float]:
+        """The learning rate; of a probe the list of its heads'."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return rates if self.probe else rates[0]
+
+    def _end(self, where: str) -> None:
+        if self._signum:
+            exit_on_signal(self._signum, where)
+        self.unreadable.give_up()
+
+    def _check_finite(self, weights: bool = False) -> None:
+        """Raise RunError rather than report or save numbers that are not finite, after writing a diagnosis."""
+        step, what = self.means.finite_steps("loss") + 1, "the loss is"
+        if step > self.means.steps:
+            if not weights or not all(checkpoint.nonfinite(module.state_dict()) for module in self.modules):
+                return
+            step, what = self.means.steps, "weights are"
+        lr = min(group["lr"] for group in self.optimizer.param_groups)
+        images = [self.paths[index] for index in self.sampler.global_batch(step - 1)]
+        raise nonfinite_error(what, self.folder, self.epoch, step, lr, self.precision, images, self.modules)
+
+
+def check_unused(folder: str, resume: str, checkpoints: str, probe: str | None) -> None:
+    """Raise UsageError if the folder holds another run, which this one would overwrite.
+
+    resume: the checkpoint to continue, '' if none; one in this folder is this run's own. checkpoints: a regular
+    expression for the names of the run's files; probe: the key of its lines in the log, None for pre-training.
+    """
+    if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder):
+        return
+    found = checkpoint.matching(folder, checkpoints)
+    lines = [record for record in metrics.read_jsonl(os.path.join(folder, LOG))[0] if record.get("probe") == probe]
+    if found or lines:
+        what = found[-1] if found else f"{len(lines)} epochs in {LOG}"
+        raise UsageError(
+            f"--ckpt_path {folder}: it holds another run ({what}); continue that with --resume auto, or choose another"
+            " folder"
+        )
+
+
+def make_folder(path: str) -> None:
+    """Create the run's folder. Raises UsageError if it cannot be created."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--ckpt_path {path}: cannot be created ({error}); choose a folder you can write to"
+        ) from error
+
+
+# ---- guards: Guards of a run: numbers that are not finite, and images that cannot be read.
+
+
+def nonfinite_error(
+    what: str,
+    folder: str,
+    epoch: int,
+    step: int,
+    lr: float,
+    precision: str,
+    images: Sequence[str],
+    modules: Sequence[nn.Module],
+) -> RunError:
+    """The error of a run in which `what`, "the loss is" or "weights are", not finite; writes a diagnosis to the folder.
+
+    images: of the batch, over all ranks; lr: the smallest learning rate.
+    """
+    path = os.path.join(folder, f"nonfinite_{epoch:04d}_{step}.json")
+    diagnosis = {
+        "epoch": epoch,
+        "step": step,
+        "lr": lr,
+        "precision": precision,
+        "images": images,
+        "nonfinite_weights": [name for module in modules for name in checkpoint.nonfinite(module.state_dict())],
+        "largest_weights": _largest_weights(modules),
+    }
+    try:
+        with open(path, "w") as file:
+            json.dump(diagnosis, file, indent=1)
+        written = f"the batch and the largest weights are in {path}"
+    except OSError as error:
+        written = f"{path}, with the batch and the largest weights, could not be written ({error})"
+    advice = f"use a smaller --lr, for example {lr / 10:g}"
+    if precision == "fp16":
+        advice = "fp16 ends at 65504: use --precision bf16, or a smaller --lr"
+    return RunError(
+        f"{what} not finite in epoch {epoch} step {step}; {written}; {advice}; the saved checkpoints are intact:"
+        " continue from them with --resume auto"
+    )
+
+
+def _largest_weights(modules: Sequence[nn.Module], count: int = 10) -> dict[str, float]:
+    """{name: largest finite |value|} of the parameters with the largest values."""
+    largest = {
+        name if len(modules) == 1 else f"{i}.{name}": value.nan_to_num(0, 0, 0).abs().max().item()
+        for i, module in enumerate(modules)
+        for name, value in module.named_parameters()
+    }
+    return dict(sorted(largest.items(), key=lambda item: -item[1])[:count])
+
+
+class UnreadableFiles:
+    """The images of a run that could not be read, equal on all ranks: reported once each, counted per epoch.
+
+    limit: how many different files may be unreadable. known: {path: reason} of the run that this one resumes; they are
+    not reported again, and count towards the limit only if they are met again, since they may have been repaired.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.known, self.seen, self.in_epoch = limit, {}, set(), 0
+
+    def add(self, unreadable: list[tuple[str, str]]) -> None:
+        """Add the (path, reason) of this rank's batch. All ranks must call this."""
+        for path, reason in distributed.gather_lists(unreadable):
+            self.in_epoch += 1
+            if path not in self.known and distributed.is_main():
+                sys.stderr.write(one_line(f"unreadable image, replaced by another of its class: {path}: {reason}"))
+                sys.stderr.flush()
+            self.known[path] = reason
+            self.seen.add(path)
+
+    def too_many(self) -> bool:
+        return len(self.seen) > self.limit
+
+    def give_up(self) -> None:
+        """Raise RunError on rank 0; the other ranks wait for its end."""
+        if distributed.is_main():
+            raise RunError(
+                f"{len(self.seen)} images could not be read, more than --max-bad-images {self.limit}; repair them or"
+                f" raise the limit, then continue with --resume auto: {', '.join(sorted(self.seen))}"
+            )
+        distributed.barrier()
