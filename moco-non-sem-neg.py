@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moco import augment, distributed, memory, options, views
+from moco import augment, distributed, memory, options, plot, views
 from moco.builder import MoCo
 from moco.data import folders, images, loader
 from moco.data.datasets import RetryDataset, TwoCrops
@@ -370,7 +370,8 @@ def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
     sampler = GlobalBatchSampler(len(dataset), min(8, args.batch_size, len(dataset)), seed, DistContext())
     crops, _ = next(iter(loader.train_loader(dataset, sampler, 0, torch.device("cpu"))))
     rng = distributed.derive_rng(seed, 0, 0, 0)
-    views.save_views(args.preview, *make_views(crops, rng, args, torch.device("cpu")), title=f"{args.robust} negative")
+    titles = [f"{args.robust} negative {i + 1}" for i in range(args.num_nonsem)]
+    plot.save_views(args.preview, *make_views(crops, rng, args, torch.device("cpu")), titles)
     print(f"wrote {args.preview}")
 
 

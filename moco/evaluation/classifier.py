@@ -14,7 +14,7 @@ from moco.encoders import autocast, build_encoder
 from moco.errors import RunError, UsageError, first_line
 from moco.training import checkpoint, files, metrics
 
-EXPLODED = 2  # times ln(classes), the loss of guessing: over an epoch, heads that learn stay below 1.2
+EXPLODED = 2  # times ln(classes), the loss at chance: over an epoch, heads that learn stay below 1.2
 
 
 # Models
@@ -23,7 +23,7 @@ EXPLODED = 2  # times ln(classes), the loss of guessing: over an epoch, heads th
 def build_probe(arch: str, classes: int, backbone: Mapping[str, torch.Tensor]) -> nn.Module:
     """`arch` with these backbone weights, frozen, and a new head of `classes` outputs: N(0, 0.01), bias 0.
 
-    backbone: the weights that backbones.find_backbone returns; {} for random ones.
+    backbone: the weights that checkpoint.find_backbone returns; {} for random ones.
     """
     model = build_encoder(arch, classes)
     if backbone:
@@ -97,7 +97,7 @@ def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
 
 
 def check_frozen(backbone: nn.Module, frozen: Mapping[str, torch.Tensor]) -> None:
-    """A guard against bugs: raise RuntimeError if the backbone's weights or statistics are no longer `frozen`."""
+    """Guard against bugs: raise RuntimeError if the backbone's weights or statistics are no longer `frozen`."""
     own = backbone.state_dict()
     changed = [name for name, value in frozen.items() if not torch.equal(own[name], value)]
     if changed:
@@ -122,20 +122,20 @@ class BestHead:
 
 
 def exploded(losses: Sequence[float], classes: int) -> set[int]:
-    """The indices of the heads whose mean loss over an epoch shows that the learning rate is too large for them."""
-    return {head for head, loss in enumerate(losses) if not loss <= EXPLODED * math.log(classes)}  # NaN is one, too
+    """The indices of the heads whose mean loss over an epoch is so far above chance, or NaN, that --lr is too large."""
+    return {head for head, loss in enumerate(losses) if not loss <= EXPLODED * math.log(classes)}
 
 
 def explosion_hint(heads: Iterable[int], lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
-    """A line that names the learning rates of these exploded heads, and some to try if no other head learns."""
+    """A line that names the learning rates of these heads, and some to try if no other head learns."""
     heads = sorted(heads)
     least = min(lrs[head] for head in heads)
     advice = f"try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features"
-    sound = [f"{lr:g}" for head, lr in enumerate(lrs) if head not in exploded(losses, classes)]
+    sound = " ".join(f"{lr:g}" for head, lr in enumerate(lrs) if head not in exploded(losses, classes))
     return (
-        f"the loss exploded with --lr {' '.join(f'{lrs[head]:g}' for head in heads)}: it is"
-        f" {' '.join(f'{losses[head]:.6g}' for head in heads)}, where guessing has {math.log(classes):.2f};"
-        f" {'not so with --lr ' + ' '.join(sound) if sound else advice}; the best head is kept"
+        f"loss diverged for --lr {' '.join(f'{lrs[head]:g}' for head in heads)}"
+        f" ({' '.join(f'{losses[head]:.6g}' for head in heads)}; chance is {math.log(classes):.2f});"
+        f" {f'--lr {sound} is fine' if sound else advice}; the best head is kept"
     )
 
 
@@ -185,7 +185,7 @@ def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list
     ]
 
 
-# ---- features: Features of a split in a file, for an analysis of one's own.
+# Features of a split in a file
 
 
 def gather_in_order(rows: torch.Tensor, total: int, ctx: DistContext) -> torch.Tensor:
