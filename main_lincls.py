@@ -116,7 +116,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         options.check_file("--features", args.features, endings=(".npz",))
     options.check_epochs(args)
     local_world_size, world_size = launch.resolve_world_size(args)
-    launch.check_devices(local_world_size, args)
+    launch.check_options(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
     train, val = list_data(args)
     batch_size = options.per_rank(args.batch_size, local_world_size)
@@ -448,13 +448,13 @@ def main() -> None:
     worker = main_worker if trains(args) else evaluate_only
     if trains(args) and environment.is_main():
         print_start(args, inputs, derived)
-    agree = options.shared_options(args, ("evaluate", "features"))
-    agree |= {
-        "training images": len(inputs.train.paths) if inputs.train else 0,
-        "validation images": len(inputs.val.paths),
-        "class list": inputs.val.classes,
-        "crop size": inputs.image_size,
-        "--resume": checkpoint.progress(inputs.saved),
+    agree = options.shared_options(args, ("evaluate", "features")) | {
+        "the training images": len(inputs.train.paths) if inputs.train else 0,
+        "the validation images": len(inputs.val.paths),
+        "the class list": inputs.val.classes,
+        "the images per step": derived.get("images per step"),
+        "the crop size": inputs.image_size,
+        "the checkpoint of --resume": checkpoint.progress(inputs.saved),
     }
     launch.launch(worker, args, inputs, agree)
 

@@ -116,7 +116,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         raise UsageError(refusal)
     options.check_epochs(args)
     local_world_size, world_size = launch.resolve_world_size(args)
-    launch.check_devices(local_world_size, args)
+    launch.check_options(launch.devices_of(local_world_size, args.gpu), args.precision, args.compile)
     options.check_folder("--ckpt_path", args.ckpt_path)
     if args.preview:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
@@ -342,9 +342,14 @@ def main() -> None:
         return save_preview(args, inputs.train) if environment.is_main() else None
     if environment.is_main():
         print_start(args, inputs, derived)
-    agree = options.shared_options(args, (*SAVED_OPTIONS, "knn", "knn_freq"))
-    agree |= {"training images": len(inputs.train.photos), "class list": inputs.train.classes}
-    agree |= {"kNN images": [len(folder.paths) for folder in inputs.knn], "--resume": checkpoint.progress(inputs.saved)}
+    # A node's --batch-size may differ, the images per step may not.
+    agree = options.shared_options(args, [name for name in (*SAVED_OPTIONS, "knn_freq") if name != "batch_size"]) | {
+        "the training images": len(inputs.train.photos),
+        "the kNN images": [len(folder.paths) for folder in inputs.knn],
+        "the class list": inputs.train.classes,
+        "the images per step": derived["images per step"],
+        "the checkpoint of --resume": checkpoint.progress(inputs.saved),
+    }
     launch.launch(main_worker, args, inputs, agree)
 
 

@@ -215,9 +215,8 @@ SHARED = (  # options of all trainings that their processes must have in common
 
 
 def shared_options(args: argparse.Namespace, more: Iterable[str]) -> dict[str, object]:
-    """{"--name": value} of the options that must be equal on all ranks, and the batch of each."""
-    names = dict.fromkeys([*SHARED, *more])
-    return {f"--{name.replace('_', '-')}": getattr(args, name) for name in names if name != "batch_size"}
+    """{"--name": value} of the options that must be equal on all ranks: the common ones and `more`."""
+    return {f"--{name.replace('_', '-')}": getattr(args, name) for name in dict.fromkeys([*SHARED, *more])}
 
 
 # Checks

@@ -19,10 +19,11 @@ from moco.data.datasets import RetryDataset
 from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
 from moco.processes import signals
-from moco.processes.environment import DATA_SECONDS, is_local_main
+from moco.processes.environment import is_local_main
 from moco.processes.exits import SHARED_MEMORY_FULL
 from moco.processes.signals import blocked, signal_when_parent_ends
 
+DATA_SECONDS = 600  # for a batch, after which the run is saved and ends; less than launch.COLLECTIVE_SECONDS
 WAIT_SLICE = 5  # seconds of it, after which the loading processes are checked
 LONGEST_TEMP_DIR = 70  # bytes; a socket's path has at most 107, of which multiprocessing adds up to 35
 
