@@ -13,7 +13,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from moco.data.images import MAX_PIXELS, BadImage, open_rgb, read_rgb
+from moco.data.images import BadImage, open_rgb, read_rgb
+from moco.data.rgb import check_resizable
 from moco.errors import RunError
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MoCo's pre-training crops
@@ -44,8 +45,10 @@ def eval_transform(size: int) -> Callable[[str], torch.Tensor]:
 def _open_resizable(path: str, shorter: int) -> Image.Image:
     """As open_rgb. BadImage, too, for one so narrow that resizing its shorter side would take gigabytes."""
     image = open_rgb(path)
-    if max(image.size) * shorter**2 > MAX_PIXELS * min(image.size):
-        raise BadImage(path, "{}x{} px: too narrow to resize its shorter side to {} px".format(*image.size, shorter))
+    try:
+        check_resizable(image, shorter)
+    except ValueError as error:
+        raise BadImage(path, str(error)) from error
     return image
 
 
@@ -100,7 +103,7 @@ class ImageList(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.paths[index]), self.labels[index]
+        return self.transform(self.paths[index]), int(self.labels[index])
 
 
 class RetryDataset(Dataset):

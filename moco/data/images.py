@@ -8,14 +8,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision.io
 import torchvision.transforms.functional as TF
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: PIL's limit against decompression bombs
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: colour profiles may be larger than PIL's 1 MB
+from moco.data.rgb import to_rgb
+
 RETRY_SECONDS = 0.1  # a file on a network drive may be readable a moment later
 MAX_WAITING = 0.005  # share of a process's time that waits which did not help may take
 NO_FAST_JPEG = "this torchvision has no JPEG decoder (torchvision.io.decode_jpeg): PIL reads the JPEGs, which is slower"
@@ -42,7 +41,7 @@ def read_rgb(path: str | Path) -> torch.Tensor:
 
 def open_rgb(path: str | Path) -> Image.Image:
     """As `read_rgb`, but decoded by PIL for every format, as in published evaluations."""
-    return _read(path, lambda image, data: _to_rgb(image))
+    return _read(path, lambda image, data: to_rgb(image))
 
 
 @functools.cache
@@ -107,32 +106,4 @@ def _decode(image: Image.Image, data: bytes) -> torch.Tensor:
             return _decode_jpeg(data)
         except RuntimeError:  # CMYK or damaged: PIL converts the former and names the damage of the latter
             pass
-    return TF.pil_to_tensor(_to_rgb(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an opened image, 8 bits per sample, from the range that its format declares: PIL would clip at 255.
-
-    Raises ValueError if the range is not known. preprocess/files.py has the same function.
-    """
-    tiff = getattr(image, "tag_v2", {})
-    packing = str(image.tile[0][3]) if getattr(image, "tile", None) else ""  # "RGB;16B": how the samples are stored
-    full_range = ";16" in packing or "65535" in packing  # 16 bits, PIL keeps 8 of them if there are several bands
-    if 2 in tiff.get(339, ()):  # SampleFormat
-        raise ValueError("its samples are signed, so it is not known which is white; save it with unsigned ones")
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        kind = "floats" if image.mode == "F" else "32-bit integers"
-        raise ValueError(f"its samples are {kind}, so it is not known which is white; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int32).clip(0, 65535)
-        bits = 12 if "I;12" in packing else 16
-        if full_range and 0 < levels.max() < 4096:
-            raise ValueError(f"its 16-bit samples reach only {levels.max()} of 65535, as 12-bit ones do; scale them")
-        if tiff.get(262) == 0:  # PhotometricInterpretation: 0 is white
-            levels = 2**bits - 1 - levels
-        return Image.fromarray((levels >> (bits - 8)).astype(np.uint8)).convert("RGB")
-    if full_range:
-        peaks = [high for band, (_, high) in zip(image.getbands(), image.getextrema()) if band not in "Aa"]
-        if max(peaks) <= 16:
-            raise ValueError("its 16-bit samples reach only a 16th of 65535, as 12-bit ones do; scale them")
-    return image.convert("RGB")
+    return TF.pil_to_tensor(to_rgb(image))
