@@ -1,7 +1,6 @@
 """List the images of a data set: class folders, photos with their textures, class lists; needs no PyTorch."""
 
 import codecs
-import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
@@ -159,10 +158,9 @@ def scan_folder(folder: str | Path) -> tuple[list[str], list[str]]:
                     folders.append(entry.name)
                 elif entry.is_file():
                     files.append(entry.name)
-                elif entry.is_symlink() and not os.path.exists(entry.path):
-                    raise _dangling(entry.path)
-        if not os.access(folder, os.X_OK):
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES), folder)
+                elif entry.is_symlink():
+                    os.stat(entry.path)  # raises an error if it leads nowhere
+        os.stat(os.path.join(folder, "."))  # raises an error if the files in it cannot be opened
     except OSError as error:
         raise _unreadable(error.filename or folder, error) from error
     return folders, files
@@ -172,11 +170,9 @@ def is_folder(path: str | Path) -> bool:
     """Whether there is such a folder. Raises UsageError if that cannot be read, or for a link that leads nowhere."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        if os.path.islink(path):
-            raise _dangling(path) from None
-        return False
     except (OSError, ValueError) as error:  # ValueError: a NUL character
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not os.path.islink(path):
+            return False
         raise _unreadable(path, error) from error
 
 
@@ -199,13 +195,9 @@ def _list_once(folder: str | Path, real: str, listed: dict[str, str]) -> None:
         real = os.path.dirname(real)
 
 
-def _dangling(path: str | Path) -> UsageError:
-    return UsageError(
-        f"{path}: a link that leads nowhere ({os.readlink(path)}); restore what it leads to, or remove it"
-    )
-
-
 def _unreadable(path: str | Path, error: Exception) -> UsageError:
+    if os.path.islink(path) and not os.path.exists(path):
+        return UsageError(f"{path}: a link that leads nowhere ({os.readlink(path)}); restore its target or remove it")
     reason = getattr(error, "strerror", None) or error
     return UsageError(f"{path}: cannot be read ({reason}); nothing may be missing from a listing")
 
@@ -261,14 +253,14 @@ def list_texture_pairs(data: str) -> TrainingImages:
     Photos without a texture are left out and counted in `unmatched`: an unreadable photo never gets a texture.
     Raises UsageError if X is missing, or if textures have no photo (their number and the first five).
     """
-    texture_dir, photo_dir = split_path(data, "train"), split_path(str(photo_root(data)), "train")
-    textures, photos = list_images(texture_dir, flat=True), list_images(photo_dir, flat=True)
+    roots = (data, str(photo_root(data)))
+    textures, photos = (list_images(split_path(root, "train"), flat=True) for root in roots)
     texture_of, photo_of = _index_by_stem(textures.paths), _index_by_stem(photos.paths)
-    without_photo = sorted(texture_of[stem] for stem in texture_of.keys() - photo_of.keys())
+    without_photo = [index for stem, index in texture_of.items() if stem not in photo_of]
+    without_texture = [index for stem, index in photo_of.items() if stem not in texture_of]
     if without_photo:
         names = _count_and_first(textures.paths[without_photo])
-        raise UsageError(f"{data}: textures without their photo in {photo_dir}: {names}")
-    without_texture = sorted(photo_of[stem] for stem in photo_of.keys() - texture_of.keys())
+        raise UsageError(f"{data}: textures without their photo in {photos.paths.root}: {names}")
     stems = sorted(texture_of)
     chosen = [texture_of[stem] for stem in stems]
     return TrainingImages(

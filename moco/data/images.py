@@ -1,11 +1,10 @@
-"""Decode image files to RGB, whatever they hold: ImageNet has a PNG named .JPEG and CMYK JPEGs."""
+"""Decode image files to RGB: ImageNet has a PNG named .JPEG, CMYK JPEGs and files with broken EXIF data."""
 
 import functools
 import io
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,33 +13,36 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from moco.data.rgb import to_rgb
+from moco.errors import RunError
 
 RETRY_SECONDS = 0.1  # a file on a network drive may be readable a moment later
-MAX_WAITING = 0.005  # share of a process's time that waits which did not help may take
+MAX_WAITING = 0.005  # share of a process's time that waiting in vain may take: thousands of bad files cost no time
 NO_FAST_JPEG = "this torchvision has no JPEG decoder (torchvision.io.decode_jpeg): PIL reads the JPEGs, which is slower"
 
 
-class BadImage(Exception):
-    """A file that cannot be read as an image: `path`, and the `reason`."""
+class BadImage(RunError):
+    """A file that cannot be read as an image. Its arguments are the path and the reason.
 
-    def __init__(self, path: str | Path, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
+    A data loader's process hands it over as one argument, the message.
+    """
+
+    def __str__(self) -> str:
+        return "{}: {}; replace this file".format(*self.args) if len(self.args) == 2 else str(self.args[0])
 
 
 def read_rgb(path: str | Path) -> torch.Tensor:
     """Read an image file as uint8 (3, H, W): JPEGs with torchvision's decoder, other formats with PIL.
 
-    Raises BadImage, after a second attempt, if the file is not an image, is damaged, or has over 179 million pixels
-    (MAX_PIXELS), or values whose range its format does not declare (floats, 32 bits, signed, 12 bits stored as 16).
-    Only the first frame of an animation is read; transparency and the lower 8 of 16 bits are dropped; EXIF orientation
-    is ignored, as in published ImageNet results.
+    Raises BadImage, after a second attempt, if the file is not an image, is damaged, has over 179 million pixels
+    (rgb.MAX_PIXELS), or values whose range its format does not declare (see to_rgb). Only the first frame of an
+    animation is read; transparency and the lower 8 of 16 bits are dropped; EXIF orientation is ignored, as in published
+    ImageNet results.
     """
     return _read(path, _decode)
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """As `read_rgb`, but decoded by PIL for every format, as in published evaluations."""
+    """Read an image file as `read_rgb` does, but with PIL for every format, as in published evaluations."""
     return _read(path, lambda image, data: to_rgb(image))
 
 
@@ -66,6 +68,15 @@ def _decode_jpeg(data: bytes) -> torch.Tensor:
         return torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB)
 
 
+def _decode(image: Image.Image, data: bytes) -> torch.Tensor:
+    if image.format == "JPEG" and has_fast_jpeg():
+        try:
+            return _decode_jpeg(data)
+        except RuntimeError:  # CMYK or damaged: PIL converts the former and names the damage of the latter
+            pass
+    return TF.pil_to_tensor(to_rgb(image))
+
+
 _started, _vain_waits = time.monotonic(), 0  # of this process: since when it reads, and how often waiting did not help
 
 
@@ -78,32 +89,16 @@ def _read(path: str | Path, decode: Callable):
             before, data = data, Path(path).read_bytes()
             if data == before:  # damaged, and not just late
                 break
-            with _no_warnings(), Image.open(io.BytesIO(data)) as image:  # reads the header only: size and format
-                decoded = decode(image, data)
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # PIL warns about broken EXIF data and large images, which are fine here
+                with Image.open(io.BytesIO(data)) as image:  # reads the header only: size and format
+                    return decode(image, data)
         except Exception as error:  # damaged data make decoders raise nearly anything, struct.error and SyntaxError too
             cause = error
-            # Waiting for each of thousands of bad files would take as long as reading the others.
             if attempt == 1 and _vain_waits * RETRY_SECONDS <= MAX_WAITING * (time.monotonic() - _started):
                 waited = True
                 time.sleep(RETRY_SECONDS)
-        else:
-            return decoded
     _vain_waits += waited
-    raise BadImage(path, f"{type(cause).__name__}: {cause}".replace("\n", " ")) from cause
-
-
-@contextmanager
-def _no_warnings():
-    """PIL warns about broken EXIF data and large images, which are fine here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _decode(image: Image.Image, data: bytes) -> torch.Tensor:
-    if image.format == "JPEG" and has_fast_jpeg():
-        try:
-            return _decode_jpeg(data)
-        except RuntimeError:  # CMYK or damaged: PIL converts the former and names the damage of the latter
-            pass
-    return TF.pil_to_tensor(to_rgb(image))
+    raise BadImage(str(path), f"{type(cause).__name__}: {cause}".replace("\n", " ")) from cause

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from moco import distributed
-from moco.data import datasets, loader
+from moco.data import loader
 from moco.distributed import DistContext
 from moco.evaluation import cues
 from moco.evaluation.classifier import predictions
@@ -69,7 +69,7 @@ def score(
     batches = predictions(
         lambda images: [model(images) for model in current],
         loader.eval_loader(
-            [datasets.StrictDataset(PreprocessedImages(each, image_size)) for each in test_sets],
+            [PreprocessedImages(each, image_size) for each in test_sets],
             batch_size,
             workers,
             ctx,
