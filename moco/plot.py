@@ -338,4 +338,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, again="run the same command again")

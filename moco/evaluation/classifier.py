@@ -11,7 +11,7 @@ from moco import augment, distributed
 from moco.data.folders import ImageFolder
 from moco.distributed import DistContext
 from moco.encoders import autocast, build_encoder
-from moco.errors import RunError, UsageError, first_line
+from moco.errors import RunError, UsageError
 from moco.training import checkpoint, files, metrics
 
 EXPLODED = 2  # times ln(classes), the loss at chance: over an epoch, heads that learn stay below 1.2
@@ -59,22 +59,13 @@ def check_linear(saved: Mapping, source: str) -> None:
     checkpoint.check_values(saved, source)
     with torch.device("meta"):
         model = build_encoder(saved["arch"], outputs)
-    state = checkpoint.strip_prefix(saved["state_dict"])
-    checkpoint.check_exactly(model, state, source)
-    checkpoint.check_finite(state, source)
-    checkpoint.check_heads(saved, source, model.fc)
-    if len(saved.get("wnids", [])) > outputs:
-        raise UsageError(f"{source}: it names {len(saved['wnids'])} classes, but its head has {outputs} outputs")
-
-
-def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
-    """Raise UsageError if the model, on the meta device, does not accept images of that size."""
-    try:
-        model(torch.empty(1, 3, image_size, image_size, device="meta"))
-    except (RuntimeError, ValueError) as error:  # only shapes can be wrong here
-        raise UsageError(
-            f"--image-size {image_size} does not suit --arch {arch} ({first_line(error)}); 224 px does"
-        ) from error
+    checkpoint.check_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), source)
+    with checkpoint.reading(source):
+        if "heads" in saved:  # they may hold NaN: of learning rates that were too large
+            heads = LinearHeads(nn.Linear(model.fc.in_features, outputs) for _ in saved["lrs"])
+            heads.load_state_dict(saved["heads"])
+        if len(saved.get("wnids", [])) > outputs:
+            raise ValueError(f"it names {len(saved['wnids'])} classes, but its head has {outputs} outputs")
 
 
 def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:

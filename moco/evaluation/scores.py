@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from moco import distributed
-from moco.data import datasets, loader
+from moco.data import loader
 from moco.distributed import DistContext
 from moco.evaluation import cues, testsets
 from moco.evaluation.classifier import predictions
@@ -58,7 +58,7 @@ def score(
     if not test_sets:
         return
     current: list[nn.Module] = []  # the models of the set that is being read
-    sets = [datasets.StrictDataset(testsets.PreprocessedImages(each, image_size)) for each in test_sets]
+    sets = [testsets.PreprocessedImages(each, image_size) for each in test_sets]
     batches = predictions(
         lambda images: [model(images) for model in current],
         loader.eval_loader(sets, batch_size, workers, ctx),
@@ -66,7 +66,7 @@ def score(
     )
     for test_set in test_sets:
         current[:] = models if chosen is None else [models[index] for index in chosen[test_set.key]]
-        labels = torch.as_tensor(test_set.labels)
+        labels = torch.as_tensor(test_set.labels).long()
         present = labels.unique().to(ctx.device)
         # Each image's preset, and two decisions of each model: over all outputs, and over the classes present.
         rows = torch.zeros(2 * len(current) + 1, len(labels), dtype=torch.long, device=ctx.device)

@@ -195,7 +195,7 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     kept = np.flatnonzero((labels >= 0) & (np.arange(len(labels)) - starts < (limit or len(labels))))
     if not len(kept) or categories is not None and len(categories) < 2:
         raise UsageError(_no_class(directory, folder.classes, wnids, by_category, categories))
-    paths, labels = folder.paths.take(kept), labels[kept]
+    paths, labels = folder.paths[kept], labels[kept].astype(np.int32)
     textures = cues.textures(paths, (names[label] for label in labels), {*names, *folder.classes})
     indices = textures and [index_of.get(texture, -1) for texture in textures]
     return TestSet(key, directory, paths, labels, indices, categories)
