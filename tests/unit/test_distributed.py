@@ -1,196 +1,20 @@
-import functools
+"""Collectives of a single rank, seeds, and small arrays on their way to a device; several ranks: test_ranks.py."""
 
-import pytest
+import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from helpers import run_ranks, train_steps
 
 from moco import distributed
-from moco.builder import MoCo
-from moco.distributed import DistContext
-from moco.encoders import build_encoder
-
-GLOBAL_BATCH = 8
 
 
-def share(x, ctx):
-    return x.chunk(ctx.world_size)[ctx.rank]
-
-
-def small_moco(**settings):
-    torch.manual_seed(0)
-    return MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, **settings)
-
-
-# What each rank does. All these functions run in one process group of each size.
-
-
-def steps_in_eval_mode(ctx):
-    """Three steps on a fixed global batch with BatchNorm in eval mode, where sharding must not matter."""
-    model = small_moco(K=20, m=0.9, T=0.2, alpha=2.0).eval()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    ddp_model = distributed.wrap_ddp(model, ctx.device)
-    images = torch.randn(3, 3, GLOBAL_BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    batches = ([share(view, ctx) for view in views] for views in images)
-    losses = train_steps(ctx, ddp_model, optimizer, batches)
-    fc = model.encoder_q.fc.weight.detach()
-    return {"losses": losses, "queue": model.queue, "pointer": model.queue_ptr, "fc": fc}
-
-
-def uneven_rows(ctx):
-    return distributed.gather_uneven(torch.full((2 * ctx.rank + 1, 3), float(ctx.rank)))
-
-
-def shuffle_rows(ctx):
-    distributed.seed_everything(7, ctx.rank)  # ranks need not draw alike
-    rows = torch.arange(ctx.rank * 6, ctx.rank * 6 + 6).float().view(6, 1)
-    shuffled, order = distributed.batch_shuffle(rows)
-    back = distributed.batch_unshuffle(shuffled, order)
-    return {"rows": rows, "shuffled": shuffled, "back": back, "gathered": distributed.gather(rows)}
-
-
-def received_bytes(function):
-    """The bytes that each exchange of rows hands to this rank during function()."""
-    received_bytes, exchange = [], dist.all_to_all_single
-
-    def counted(received, *rest):
-        received_bytes.append(received.nbytes)
-        return exchange(received, *rest)
-
-    dist.all_to_all_single = counted
-    function()
-    dist.all_to_all_single = exchange
-    return received_bytes
-
-
-def shuffle_as_gathering(ctx):
-    rows = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(ctx.rank))
-    shuffled = []
-    distributed.seed_shuffles(1, ctx.world_size)
-    there = received_bytes(lambda: shuffled.extend(distributed.batch_shuffle(rows)))
-    rows_here, order = shuffled
-    everything = distributed.gather(rows)
-    equal = torch.equal(rows_here, everything[share(order, ctx)])
-    return {"equal": equal, "bytes": there, "all bytes": everything.nbytes}
-
-
-def key_bytes(ctx):
-    """The bytes of the images that reach this rank when keys are encoded, in fp32 and in bf16."""
-    images = torch.randn(8, 3, 32, 32)
-    models = [small_moco(K=8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
-    # Of the two exchanges, the second returns the features.
-    return [received_bytes(functools.partial(model._encode_key, images))[0] for model in models]
-
-
-def keys_of_unlike_batches(ctx):
-    """Keys of a rank that holds images unlike the others', with BatchNorm in train mode."""
-    distributed.seed_shuffles(5)
-    return small_moco(K=8)._encode_key(share(unlike_images(), ctx))
-
-
-def unlike_images():
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(8, 3, 32, 32, generator=generator) * torch.arange(1, 9).view(-1, 1, 1, 1)
-
-
-def host_collectives(ctx):
-    maxima = distributed.all_reduce_max(ctx.rank, -ctx.rank, 5)
-    return (
-        maxima,
-        distributed.gather_lists([ctx.rank] * ctx.rank),
-        distributed.broadcast_int(100 + ctx.rank, ctx.device),
-    )
-
-
-def main_rank(ctx):
-    return distributed.rank(), distributed.world_size(), distributed.is_main()
-
-
-FUNCTIONS = (
-    steps_in_eval_mode, uneven_rows, shuffle_rows, shuffle_as_gathering, key_bytes, keys_of_unlike_batches,
-    host_collectives, main_rank,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=[2, 4])
-def ranks(request, tmp_path_factory):
-    """{function's name: its result on each rank}"""
-    return run_ranks(request.param, tmp_path_factory.mktemp("ranks"), *FUNCTIONS)
-
-
-# What must hold of their results
-
-
-def test_world_size_changes_neither_queue_nor_loss(ranks):
-    alone = steps_in_eval_mode(DistContext())
-    assert alone["pointer"].item() == 3 * GLOBAL_BATCH % 20  # the queue is no multiple of the batch: it wrapped
-    for rank in ranks["steps_in_eval_mode"]:
-        assert torch.equal(rank["queue"], ranks["steps_in_eval_mode"][0]["queue"])
-        assert torch.equal(rank["pointer"], alone["pointer"])
-        assert rank["losses"] == pytest.approx(alone["losses"], abs=1e-5)
-        torch.testing.assert_close(rank["queue"], alone["queue"], atol=1e-5, rtol=0)
-        torch.testing.assert_close(rank["fc"], alone["fc"], atol=1e-5, rtol=0)
-
-
-def test_rows_of_uneven_length_are_joined_by_rank(ranks):
-    results = ranks["uneven_rows"]
-    expected = torch.cat([torch.full((2 * rank + 1, 3), float(rank)) for rank in range(len(results))])
-    assert all(torch.equal(result, expected) for result in results)
-    assert torch.equal(uneven_rows(DistContext()), expected[:1])
-
-
-def test_unshuffle_undoes_shuffle_which_sends_every_row_once(ranks):
-    results = ranks["shuffle_rows"]
-    everything = torch.arange(6.0 * len(results)).view(-1, 1)
-    shuffled = torch.cat([rank["shuffled"] for rank in results])
-    assert torch.equal(shuffled.sort(dim=0).values, everything)
-    for rank in results:
-        assert set(rank["shuffled"].flatten().tolist()) != set(rank["rows"].flatten().tolist())
-        assert torch.equal(rank["back"], rank["rows"]) and torch.equal(rank["gathered"], everything)
-
-
-def test_a_single_rank_keeps_its_batch():
-    alone = shuffle_rows(DistContext())
-    assert torch.equal(alone["shuffled"], alone["rows"]) and torch.equal(alone["back"], alone["rows"])
-
-
-def test_shuffling_equals_gathering_with_fewer_bytes(ranks):
-    for rank in ranks["shuffle_as_gathering"]:
-        assert rank["equal"] and rank["bytes"] == [rank["all bytes"] / len(ranks["shuffle_as_gathering"])]
-
-
-def test_images_for_a_two_byte_encoder_travel_as_two_bytes(ranks):
-    assert ranks["key_bytes"] == [[8 * 3 * 32 * 32 * 4, 8 * 3 * 32 * 32 * 2]] * len(ranks["key_bytes"])
-
-
-def test_keys_have_the_statistics_of_a_shuffled_batch(ranks):
-    keys, world = torch.cat(ranks["keys_of_unlike_batches"]), len(ranks["keys_of_unlike_batches"])
-    model, images = small_moco(K=8), unlike_images()
-    # The permutation of both ranks.
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(distributed.derive_seed(5)))
-    expected = torch.empty_like(keys)
-    for part in order.chunk(world):
-        expected[part] = F.normalize(model.encoder_k(images[part]), dim=1).detach()
-    torch.testing.assert_close(keys, expected, atol=1e-5, rtol=0)
-    unshuffled = torch.cat([F.normalize(model.encoder_k(part), dim=1).detach() for part in images.chunk(world)])
-    assert not torch.allclose(keys, unshuffled, atol=1e-3)
-
-
-def test_hosts_agree_on_maxima_lists_and_rank_0s_number(ranks):
-    world = len(ranks["host_collectives"])
-    expected = [world - 1, 0, 5], [rank for rank in range(world) for _ in range(rank)], 100
-    assert ranks["host_collectives"] == [expected] * world
-    assert host_collectives(DistContext()) == ([0, 0, 5], [], 100)
-
-
-def test_rank_0_alone_is_the_main_process(ranks):
-    world = len(ranks["main_rank"])
-    assert ranks["main_rank"] == [(rank, world, rank == 0) for rank in range(world)]
-    assert main_rank(DistContext()) == (0, 1, True)
-
-
-# Seeds
+def test_a_single_rank_is_rank_0_of_1_and_keeps_what_it_has():
+    x = torch.arange(6.0).view(3, 2)
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    shuffled, order = distributed.batch_shuffle(x)
+    for result in (distributed.batch_unshuffle(shuffled, order), distributed.gather(x), distributed.gather_uneven(x)):
+        assert torch.equal(result, x)
+    assert torch.equal(distributed.all_reduce(x.clone()), x)
+    assert distributed.all_reduce_max(3, -1) == [3, -1] and distributed.gather_lists(["a"]) == ["a"]
+    assert distributed.broadcast_int(7, torch.device("cpu")) == 7
 
 
 def test_a_seed_is_given_or_saved_or_random():
@@ -204,3 +28,24 @@ def test_seeds_differ_by_every_part():
     parts = [(), (0,), (0, 0), (0, 1), (1, 0), (1,), (10, 1), (1, 1, 0), ("order", 0)]
     assert len({distributed.derive_seed(*part) for part in parts}) == len(parts)
     assert all(0 <= distributed.derive_seed(*part) < 2**63 for part in parts)
+
+
+ARRAYS = [
+    np.arange(5, dtype=np.int32),
+    np.array([True, False, True]),
+    np.arange(6, dtype=np.float32).reshape(2, 3).T,  # not contiguous
+    np.zeros((2, 0), dtype=np.int64),
+    np.arange(2, dtype=np.int64).reshape(2, 1, 1),
+]
+
+
+def test_packed_arrays_arrive_unchanged():
+    for array, tensor in zip(ARRAYS, distributed._packed(ARRAYS, torch.device("cpu")), strict=True):
+        expected = torch.from_numpy(np.ascontiguousarray(array))
+        assert torch.equal(tensor, expected) and tensor.dtype == expected.dtype and tensor.shape == expected.shape
+
+
+def test_arrays_keep_their_groups():
+    groups = distributed.to_device([ARRAYS[:2], (), ARRAYS[2:]], torch.device("cpu"))
+    assert [len(group) for group in groups] == [2, 0, 3] and groups[2][0].shape == (3, 2)
+    assert distributed.to_device([()], torch.device("cuda")) == [[]]  # as for runs without NS
