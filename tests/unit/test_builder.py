@@ -37,7 +37,7 @@ WRONG_METHODS = {  # and the step whose loss tells it apart: the encoders are eq
 
 @pytest.mark.parametrize("fault", WRONG_METHODS)
 def test_the_golden_losses_tell_a_wrong_method(fault, monkeypatch):
-    model = golden_model(GOLDEN[0]["case"])
+    model = golden_model(GOLDEN[1]["case"])
     update, encode, enqueue = model._update_key_encoder, model._encode_key, model._enqueue
     if fault == "alpha on the loss":
         monkeypatch.setattr(
@@ -59,8 +59,8 @@ def test_the_golden_losses_tell_a_wrong_method(fault, monkeypatch):
     else:
         model._update_key_encoder = lambda: None
         model._encode_key = lambda images: (update(), encode(images))[1]
-    losses = golden_steps(GOLDEN[0]["case"], model, steps=WRONG_METHODS[fault])["loss"]
-    assert max(abs(a - b) for a, b in zip(losses, GOLDEN[0]["rank"][0]["loss"])) > 1e-4
+    losses = golden_steps(GOLDEN[1]["case"], model, steps=WRONG_METHODS[fault])["loss"]
+    assert max(abs(a - b) for a, b in zip(losses, GOLDEN[1]["rank"][0]["loss"])) > 1e-4
 
 
 def test_the_oracle_equals_the_published_code():
@@ -178,3 +178,25 @@ def test_state_dict_has_the_published_names():
     rest = {name for name in state if not name.startswith(("encoder_q.", "encoder_k."))}
     assert rest == {"queue", "queue_ptr"}
     assert state["encoder_q.fc.0.weight"].shape == (512, 512) and state["encoder_q.fc.2.weight"].shape == (16, 512)
+
+
+SHAPES = {"q": (4, 8), "k": (4, 8), "t": (4, 2, 8), "queue": (8, 16)}
+
+
+@pytest.mark.parametrize("name, shape", [
+    ("q", (4, 1, 8)), ("q", (8,)), ("q", (3, 8)), ("k", (1, 8)), ("k", (8,)), ("t", (4, 8)), ("t", (1, 2, 8)),
+    ("t", (4, 2, 9)), ("queue", (16, 8)), ("queue", (8,))])  # fmt: skip
+def test_features_of_other_shapes_which_could_broadcast_are_refused(name, shape):
+    features = {key: unit(*size) for key, size in (SHAPES | {name: shape}).items()}
+    with pytest.raises(ValueError) as refusal:
+        contrastive_logits(*features.values(), 0.2, 2.0)
+    assert f"{name} {shape}" in str(refusal.value) and "q (N, C), k (N, C), t (N, n, C)" in str(refusal.value)
+
+
+@pytest.mark.parametrize("shapes", [
+    [(3, 2, 2), (3, 2, 2), (1, 3, 2, 2)], [(2, 3, 2, 2), (2, 3, 2, 2), (2, 3, 2, 2)],
+    [(2, 3, 2, 2), (3, 3, 2, 2), (2, 1, 3, 2, 2)], [(2, 3, 2, 2), (2, 3, 2, 2), (1, 1, 3, 2, 2)]])  # fmt: skip
+def test_images_of_other_shapes_are_refused(shapes):
+    with pytest.raises(ValueError, match="im_q.*im_k.*im_t") as refusal:
+        MoCo(Flat, dim=8, K=16)(*map(torch.zeros, shapes))
+    assert ", ".join(map(str, shapes)) in str(refusal.value)

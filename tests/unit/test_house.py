@@ -1,13 +1,78 @@
-"""What can be tested of the oldest Python that is supported with a newer one."""
+"""The layout: imports run one way, tests lie where their modules do, and every file suits the oldest Python."""
 
 import ast
 
 import pytest
 from helpers import REPOSITORY
 
+MODULES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
+    for path in sorted((REPOSITORY / "moco").rglob("*.py"))
+    if path.name != "__init__.py"
+}
+FLOORS = (  # a module imports from its own floor and those after it
+    {"moco.plot"}, {"moco.evaluation"}, {"moco.training"}, {"moco.options"}, {"moco.data"}, {"moco.processes"},
+    {"moco.builder", "moco.views", "moco.negatives", "moco.augment", "moco.encoders"},
+    {"moco.distributed", "moco.errors"},
+)  # fmt: skip
+WITHOUT_TORCH = {
+    "moco.errors", "moco.processes.environment", "moco.processes.signals", "moco.processes.exits",
+    "moco.training.files", "moco.data.folders", "moco.data.rgb",
+}  # fmt: skip
+
+
+def imported(path):
+    """The modules of moco, and the packages, that a file imports, also within functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in names if name in MODULES or "." not in name and name != "moco")
+
+
+IMPORTS = {name: set(imported(path)) for name, path in MODULES.items()}
+
+
+def floor(name):
+    package = ".".join(name.split(".")[:2])
+    return next(number for number, names in enumerate(FLOORS) if package in names)
+
+
+def reached(name):
+    """All that a module imports, and what these import."""
+    found, ahead = set(), [name]
+    while ahead:
+        new = IMPORTS.get(ahead.pop(), set()) - found
+        found |= new
+        ahead += new
+    return found
+
+
+def test_imports_run_one_way_down_without_a_circle():
+    down = {name: {other for other in names if other in MODULES} for name, names in IMPORTS.items()}
+    up = [(name, other) for name, names in down.items() for other in names if floor(other) < floor(name)]
+    assert not up
+    assert not [name for name in MODULES if name in reached(name)]
+
+
+def test_what_preprocess_builds_on_needs_no_pytorch():
+    assert not {name: found for name in WITHOUT_TORCH if (found := reached(name) & {"torch", "torchvision"})}
+
+
+def test_every_module_has_its_file_of_tests_and_every_file_its_module():
+    unit = REPOSITORY / "tests" / "unit"
+    expected = {path.relative_to(REPOSITORY / "moco").with_name(f"test_{path.name}") for path in MODULES.values()}
+    others = {"preprocess", "test_house.py"}
+    found = {path.relative_to(unit) for path in unit.rglob("*.py") if path.relative_to(unit).parts[0] not in others}
+    assert found == expected
+
+
 OLDEST = (3, 10)
-FOLDERS = (".", "moco", "preprocess", "tests", "tests/benchmarks")
-FILES = sorted(path for folder in FOLDERS for path in (REPOSITORY / folder).glob("*.py"))
+FOLDERS = ("moco", "preprocess", "tests", "docs")
+FILES = [*REPOSITORY.glob("*.py"), *(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py"))]
 
 
 def without_byteorder(tree):
