@@ -219,7 +219,11 @@ def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Se
     }
     check_same(source, {f"--{name.replace('_', '-')}": (there, options[name]) for name, there in saved_with.items()})
     if (there := saved.get("classes", classes)) != classes:
-        check_same(source, {"classes": tuple(f"{len(names)}: {', '.join(names[:5])}, …" for names in (there, classes))})
+        differing = sorted(set(map(str, there)) ^ set(classes)) or there  # the same ones in another order
+        raise UsageError(
+            f"{source}: it was saved with {len(there)} classes that differ from the {len(classes)} of this run (for"
+            f" example {differing[0]}); use the data it was trained on"
+        )
 
 
 def check_data_order(saved: Mapping, source: str, seed: int | None, images: int, images_per_step: int) -> None:
