@@ -98,9 +98,9 @@ def report_listings():
     """Print each folder that is listed."""
     original = folders.list_images
 
-    def list_images(directory):
+    def list_images(directory, **options):
         print(f"listed {directory}", flush=True)
-        return original(directory)
+        return original(directory, **options)
 
     folders.list_images = list_images
 
