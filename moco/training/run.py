@@ -146,14 +146,7 @@ class Run:
             with self.stop.interruptible():
                 yield
         except StopWaiting:
-            if distributed.is_main():
-                with contextlib.suppress(BrokenPipeError):
-                    print(
-                        f"stopped by {signal.Signals(self.stop.signum).name} in the evaluation after epoch"
-                        f" {self.epoch}, saved before it; continue with --resume auto",
-                        flush=True,
-                    )
-            exit_now(128 + self.stop.signum)
+            exit_on_signal(self.stop.signum, f"in the evaluation after epoch {self.epoch}", in_step=False)
 
     def after_step(self, **values: torch.Tensor) -> None:
         """Count the step and its figures, `loss` among them; report, save or end the run where that is due."""
@@ -295,13 +288,16 @@ class UnreadableFiles:
         distributed.barrier()
 
 
-def exit_on_signal(signum: int, where: str) -> NoReturn:
-    """End all processes with exit code 128 + signum, as shells expect, once rank 0 has saved."""
-    distributed.barrier()
+def exit_on_signal(signum: int, where: str, in_step: bool = True) -> NoReturn:
+    """End with exit code 128 + signum, as shells expect; in_step: all ranks do, once rank 0 has saved."""
+    if in_step:
+        distributed.barrier()
     if distributed.is_main():
         with contextlib.suppress(BrokenPipeError):
             print(f"stopped by {signal.Signals(signum).name} {where}, saved; continue with --resume auto", flush=True)
-    sys.exit(128 + signum)
+    if in_step:
+        sys.exit(128 + signum)
+    exit_now(128 + signum)  # other ranks may wait for this one
 
 
 def check_unused(folder: str, resume: str, checkpoints: str, probe: str | None) -> None:
