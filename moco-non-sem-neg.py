@@ -329,7 +329,7 @@ def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
     sampler = GlobalBatchSampler(len(dataset), min(8, args.batch_size, len(dataset)), seed, DistContext())
     crops, _ = next(iter(loader.train_loader(dataset, sampler, 0, cpu)))
     drawn = make_views(crops, distributed.derive_rng(seed, 0, 0, 0), args, cpu)
-    plot.save_views(args.preview, *drawn, title=f"{args.robust} negative")
+    plot.save_views(args.preview, *drawn, [f"{args.robust} negative {i + 1}" for i in range(args.num_nonsem)])
     print(f"wrote {args.preview}")
 
 
