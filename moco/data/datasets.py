@@ -1,4 +1,4 @@
-"""What is done to an image, and the data sets of random crops and of labelled images."""
+"""Transforms of image files, and the data sets of random crops and of labelled images."""
 
 import functools
 import random
@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms as transforms
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from moco.data.images import MAX_PIXELS, BadImage, open_rgb, read_rgb
+from moco.data.images import BadImage, open_rgb, read_rgb
 from moco.errors import RunError
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MoCo's pre-training crops
@@ -33,25 +32,12 @@ def eval_transform(size: int) -> Callable[[str], torch.Tensor]:
     shorter = round(size * 256 / 224)
     return transforms.Compose(
         [
-            functools.partial(_open_resizable, shorter=shorter),
+            functools.partial(open_rgb, resizable_to=shorter),
             transforms.Resize(shorter),
             transforms.CenterCrop(size),
             transforms.PILToTensor(),
         ]
     )
-
-
-def _open_resizable(path: str, shorter: int) -> Image.Image:
-    """As open_rgb. BadImage, too, for one so narrow that resizing its shorter side would take gigabytes."""
-    image = open_rgb(path)
-    if max(image.size) * shorter**2 > MAX_PIXELS * min(image.size):
-        raise BadImage(path, "{}x{} px: too narrow to resize its shorter side to {} px".format(*image.size, shorter))
-    return image
-
-
-def center_crop_transform(size: int) -> Callable[[str], torch.Tensor]:
-    """Crop the centre without resizing."""
-    return transforms.Compose([open_rgb, transforms.CenterCrop(size), transforms.PILToTensor()])
 
 
 # Data sets
@@ -91,7 +77,7 @@ def _rescale(box: tuple[int, ...], old: Sequence[int], new: Sequence[int]) -> tu
 
 
 class ImageList(Dataset):
-    """Labelled images: item i is (transform(paths[i]), labels[i])."""
+    """Labelled images: item i is (transform(paths[i]), labels[i]). Raises BadImage: a test counts every image."""
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int], transform: Callable[[str], torch.Tensor]):
         self.paths, self.labels, self.transform = paths, labels, transform
@@ -100,7 +86,7 @@ class ImageList(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.paths[index]), self.labels[index]
+        return self.transform(self.paths[index]), int(self.labels[index])
 
 
 class RetryDataset(Dataset):
@@ -112,7 +98,7 @@ class RetryDataset(Dataset):
     """
 
     def __init__(self, dataset: Dataset, labels: Sequence[int]):
-        self.dataset, self.labels = dataset, labels
+        self.dataset, self.labels = dataset, np.asarray(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -125,7 +111,7 @@ class RetryDataset(Dataset):
                 with _seeded(seed):
                     return self.dataset[candidate], unreadable
             except BadImage as bad:
-                unreadable.append((bad.path, bad.reason))
+                unreadable.append(bad.args)
         path, reason = unreadable[0]
         raise RunError(
             f"{path} ({reason}), and {len(unreadable) - 1} others of its class cannot be read; is the data still there?"
@@ -133,34 +119,9 @@ class RetryDataset(Dataset):
 
     def _candidates(self, index: int, seed: int) -> Iterator[int]:
         yield index
-        order, sorted_labels = self._by_class
-        label = sorted_labels.dtype.type(self.labels[index])  # another type would convert all labels
-        first, end = (int(np.searchsorted(sorted_labels, label, side)) for side in ("left", "right"))
-        chosen = random.Random(seed).sample(range(first, end), min(REPLACEMENTS + 1, end - first))
-        yield from [other for position in chosen if (other := int(order[position])) != index][:REPLACEMENTS]
-
-    @functools.cached_property
-    def _by_class(self) -> tuple[np.ndarray, np.ndarray]:
-        """All indices by class, and their labels: a search through millions of labels per image would take longer."""
-        labels = np.asarray(self.labels, np.int32)
-        order = np.argsort(labels, kind="stable").astype(np.int32)
-        return order, labels[order]
-
-
-class StrictDataset(Dataset):
-    """A test set: every image counts, so an unreadable one is a RunError."""
-
-    def __init__(self, dataset: ImageList):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        try:
-            return self.dataset[index]
-        except BadImage as bad:
-            raise RunError(f"{bad}; a test counts every image: replace this one") from bad
+        same_class = np.flatnonzero(self.labels == self.labels[index])
+        chosen = random.Random(seed).sample(range(len(same_class)), min(REPLACEMENTS + 1, len(same_class)))
+        yield from [other for i in chosen if (other := int(same_class[i])) != index][:REPLACEMENTS]
 
 
 @contextmanager
