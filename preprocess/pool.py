@@ -1,4 +1,4 @@
-"""A pool of processes for jobs that take long: with a bar, and with an end whatever happens."""
+"""A pool of worker processes with a progress bar; the workers end with the script, however it ends."""
 
 import contextlib
 import multiprocessing
@@ -12,14 +12,14 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NoReturn
 
-from files import END_SIGNALS, RunError, exit_on_signal, stop_workers
+from common import RESUME, RunError, stop_workers
 from tqdm import tqdm
 
 
 def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, unit: str) -> Iterator:
-    """Yield function(job) for all jobs, in order, from a pool of processes; a bar shows rate and remaining time.
+    """Yield function(job) for all jobs, in order; a bar shows the rate and the remaining time.
 
-    RunError if one of them is killed. The processes end with this one, however it ends.
+    Raises RunError if a worker is killed, and what `function` raises.
     """
     pool = ProcessPoolExecutor(workers, initializer=_leave_with_parent)
     chunk = max(1, min(8, len(jobs) // (4 * workers)))  # few long jobs are shared by all workers
@@ -27,18 +27,13 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
         # Not pool.map: interrupted, it cancels what is waiting, and a pool that loses its workers while something is
         # cancelled ends in a traceback on Python 3.10 and 3.11.
         waiting = [pool.submit(_call_each, function, jobs[i : i + chunk]) for i in range(0, len(jobs), chunk)]
-        # In a log, where every update is a line, update every 30 s.
+        seconds = 0.1 if sys.stderr.isatty() else 30  # between updates; in a log each is a line
         yield from tqdm(
-            _results(waiting[::-1]),
-            total=len(jobs),
-            unit=unit,
-            smoothing=0.02,
-            mininterval=0.1 if sys.stderr.isatty() else 30,
+            _results(waiting[::-1]), total=len(jobs), unit=unit, smoothing=0.02, mininterval=seconds, file=sys.stderr
         )
     except BrokenProcessPool:
         raise RunError(
-            "a worker process was killed (out of memory?); run the same command again to resume, with fewer --workers"
-            " if memory ran out"
+            f"a worker process was killed (out of memory?); {RESUME}, with fewer --workers if memory ran out"
         ) from None
     except BaseException:
         stop_workers()
@@ -53,7 +48,7 @@ def _call_each(function: Callable[[Any], Any], jobs: Sequence) -> list:
 
 
 def _results(waiting: list[Future]) -> Iterator:
-    """The results of the last one first; none is kept."""
+    """The results of the futures, the last one first; none is kept."""
     while waiting:
         yield from waiting.pop().result()
 
@@ -61,11 +56,9 @@ def _results(waiting: list[Future]) -> Iterator:
 def _leave_with_parent() -> None:
     """In a worker: end when the parent does, even if that is killed, and take along the programs that run for it."""
     if hasattr(os, "setpgrp"):
-        os.setpgrp()  # of this worker and its programs; an interrupt at the terminal is the parent's
+        os.setpgrp()  # a group of this worker and its programs; an interrupt at the terminal reaches the parent only
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_group)
-    if signal.getsignal(END_SIGNALS[1]) is exit_on_signal:
-        signal.signal(END_SIGNALS[1], _end_group)
     threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
