@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from moco import distributed, options
 from moco.data import datasets, folders, images, loader
-from moco.data.datasets import ImageList, RetryDataset, StrictDataset
+from moco.data.datasets import ImageList, RetryDataset
 from moco.data.folders import ImageFolder
 from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
@@ -379,7 +379,7 @@ def build_val_loader(ctx: DistContext, args: argparse.Namespace, inputs: Inputs)
     batch_size = options.per_rank(args.batch_size, ctx.local_world_size)
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     dataset = ImageList(inputs.val.paths, inputs.val.labels, datasets.eval_transform(inputs.image_size))
-    return loader.eval_loader(StrictDataset(dataset), batch_size, workers, ctx)
+    return loader.eval_loader(dataset, batch_size, workers, ctx)
 
 
 def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What is done to an image, and the data sets of random crops and of labelled images."""
+"""Transforms of image files, and the data sets of random crops and of labelled images."""
 
 import functools
 import random
@@ -13,7 +13,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from moco.data.images import MAX_PIXELS, BadImage, open_rgb, read_rgb
+from moco.data.images import BadImage, open_rgb, read_rgb
+from moco.data.rgb import check_resizable
 from moco.errors import RunError
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MoCo's pre-training crops
@@ -42,10 +43,12 @@ def eval_transform(size: int) -> Callable[[str], torch.Tensor]:
 
 
 def _open_resizable(path: str, shorter: int) -> Image.Image:
-    """As open_rgb. BadImage, too, for one so narrow that resizing its shorter side would take gigabytes."""
+    """Read an image that can be resized. Raises BadImage if it is too narrow, too."""
     image = open_rgb(path)
-    if max(image.size) * shorter**2 > MAX_PIXELS * min(image.size):
-        raise BadImage(path, "{}x{} px: too narrow to resize its shorter side to {} px".format(*image.size, shorter))
+    try:
+        check_resizable(image, shorter)
+    except ValueError as error:
+        raise BadImage(str(path), str(error)) from error
     return image
 
 
@@ -91,7 +94,7 @@ def _rescale(box: tuple[int, ...], old: Sequence[int], new: Sequence[int]) -> tu
 
 
 class ImageList(Dataset):
-    """Labelled images: item i is (transform(paths[i]), labels[i])."""
+    """Labelled images: item i is (transform(paths[i]), labels[i]). Raises BadImage: a test counts every image."""
 
     def __init__(self, paths: Sequence[str], labels: Sequence[int], transform: Callable[[str], torch.Tensor]):
         self.paths, self.labels, self.transform = paths, labels, transform
@@ -100,7 +103,7 @@ class ImageList(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.transform(self.paths[index]), self.labels[index]
+        return self.transform(self.paths[index]), int(self.labels[index])
 
 
 class RetryDataset(Dataset):
@@ -125,7 +128,7 @@ class RetryDataset(Dataset):
                 with _seeded(seed):
                     return self.dataset[candidate], unreadable
             except BadImage as bad:
-                unreadable.append((bad.path, bad.reason))
+                unreadable.append(bad.args)
         path, reason = unreadable[0]
         raise RunError(
             f"{path} ({reason}), and {len(unreadable) - 1} others of its class cannot be read; is the data still there?"
@@ -145,22 +148,6 @@ class RetryDataset(Dataset):
         labels = np.asarray(self.labels, np.int32)
         order = np.argsort(labels, kind="stable").astype(np.int32)
         return order, labels[order]
-
-
-class StrictDataset(Dataset):
-    """A test set: every image counts, so an unreadable one is a RunError."""
-
-    def __init__(self, dataset: ImageList):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        try:
-            return self.dataset[index]
-        except BadImage as bad:
-            raise RunError(f"{bad}; a test counts every image: replace this one") from bad
 
 
 @contextmanager

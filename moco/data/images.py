@@ -1,48 +1,49 @@
-"""Decode image files to RGB, whatever they hold: ImageNet has a PNG named .JPEG and CMYK JPEGs."""
+"""Decode image files to RGB: ImageNet has a PNG named .JPEG, CMYK JPEGs and files with broken EXIF data."""
 
 import functools
 import io
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision.io
 import torchvision.transforms.functional as TF
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: PIL's limit against decompression bombs
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # 64 MB: colour profiles may be larger than PIL's 1 MB
+from moco.data.rgb import to_rgb
+from moco.errors import RunError
+
 RETRY_SECONDS = 0.1  # a file on a network drive may be readable a moment later
-MAX_WAITING = 0.005  # share of a process's time that waits which did not help may take
+MAX_WAITING = 0.005  # share of a process's time that waiting in vain may take: thousands of bad files cost no time
 NO_FAST_JPEG = "this torchvision has no JPEG decoder (torchvision.io.decode_jpeg): PIL reads the JPEGs, which is slower"
 
 
-class BadImage(Exception):
-    """A file that cannot be read as an image: `path`, and the `reason`."""
+class BadImage(RunError):
+    """A file that cannot be read as an image. Its arguments are the path and the reason.
 
-    def __init__(self, path: str | Path, reason: str):
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason = str(path), reason
+    A data loader's process hands it over as one argument, the message.
+    """
+
+    def __str__(self) -> str:
+        return "{}: {}; replace this file".format(*self.args) if len(self.args) == 2 else str(self.args[0])
 
 
 def read_rgb(path: str | Path) -> torch.Tensor:
     """Read an image file as uint8 (3, H, W): JPEGs with torchvision's decoder, other formats with PIL.
 
-    Raises BadImage, after a second attempt, if the file is not an image, is damaged, or has over 179 million pixels
-    (MAX_PIXELS), or values whose range its format does not declare (floats, 32 bits, signed, 12 bits stored as 16).
-    Only the first frame of an animation is read; transparency and the lower 8 of 16 bits are dropped; EXIF orientation
-    is ignored, as in published ImageNet results.
+    Raises BadImage, after a second attempt, if the file is not an image, is damaged, has over 179 million pixels
+    (rgb.MAX_PIXELS), or values whose range its format does not declare (see to_rgb). Only the first frame of an
+    animation is read; transparency and the lower 8 of 16 bits are dropped; EXIF orientation is ignored, as in published
+    ImageNet results.
     """
     return _read(path, _decode)
 
 
 def open_rgb(path: str | Path) -> Image.Image:
-    """As `read_rgb`, but decoded by PIL for every format, as in published evaluations."""
-    return _read(path, lambda image, data: _to_rgb(image))
+    """Read an image file as `read_rgb` does, but with PIL for every format, as in published evaluations."""
+    return _read(path, lambda image, data: to_rgb(image))
 
 
 @functools.cache
@@ -67,6 +68,15 @@ def _decode_jpeg(data: bytes) -> torch.Tensor:
         return torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB)
 
 
+def _decode(image: Image.Image, data: bytes) -> torch.Tensor:
+    if image.format == "JPEG" and has_fast_jpeg():
+        try:
+            return _decode_jpeg(data)
+        except RuntimeError:  # CMYK or damaged: PIL converts the former and names the damage of the latter
+            pass
+    return TF.pil_to_tensor(to_rgb(image))
+
+
 _started, _vain_waits = time.monotonic(), 0  # of this process: since when it reads, and how often waiting did not help
 
 
@@ -79,60 +89,16 @@ def _read(path: str | Path, decode: Callable):
             before, data = data, Path(path).read_bytes()
             if data == before:  # damaged, and not just late
                 break
-            with _no_warnings(), Image.open(io.BytesIO(data)) as image:  # reads the header only: size and format
-                decoded = decode(image, data)
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # PIL warns about broken EXIF data and large images, which are fine here
+                with Image.open(io.BytesIO(data)) as image:  # reads the header only: size and format
+                    return decode(image, data)
         except Exception as error:  # damaged data make decoders raise nearly anything, struct.error and SyntaxError too
             cause = error
-            # Waiting for each of thousands of bad files would take as long as reading the others.
             if attempt == 1 and _vain_waits * RETRY_SECONDS <= MAX_WAITING * (time.monotonic() - _started):
                 waited = True
                 time.sleep(RETRY_SECONDS)
-        else:
-            return decoded
     _vain_waits += waited
-    raise BadImage(path, f"{type(cause).__name__}: {cause}".replace("\n", " ")) from cause
-
-
-@contextmanager
-def _no_warnings():
-    """PIL warns about broken EXIF data and large images, which are fine here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-def _decode(image: Image.Image, data: bytes) -> torch.Tensor:
-    if image.format == "JPEG" and has_fast_jpeg():
-        try:
-            return _decode_jpeg(data)
-        except RuntimeError:  # CMYK or damaged: PIL converts the former and names the damage of the latter
-            pass
-    return TF.pil_to_tensor(_to_rgb(image))
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an opened image, 8 bits per sample, from the range that its format declares: PIL would clip at 255.
-
-    Raises ValueError if the range is not known. preprocess/files.py has the same function.
-    """
-    tiff = getattr(image, "tag_v2", {})
-    packing = str(image.tile[0][3]) if getattr(image, "tile", None) else ""  # "RGB;16B": how the samples are stored
-    full_range = ";16" in packing or "65535" in packing  # 16 bits, PIL keeps 8 of them if there are several bands
-    if 2 in tiff.get(339, ()):  # SampleFormat
-        raise ValueError("its samples are signed, so it is not known which is white; save it with unsigned ones")
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-        kind = "floats" if image.mode == "F" else "32-bit integers"
-        raise ValueError(f"its samples are {kind}, so it is not known which is white; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int32).clip(0, 65535)
-        bits = 12 if "I;12" in packing else 16
-        if full_range and 0 < levels.max() < 4096:
-            raise ValueError(f"its 16-bit samples reach only {levels.max()} of 65535, as 12-bit ones do; scale them")
-        if tiff.get(262) == 0:  # PhotometricInterpretation: 0 is white
-            levels = 2**bits - 1 - levels
-        return Image.fromarray((levels >> (bits - 8)).astype(np.uint8)).convert("RGB")
-    if full_range:
-        peaks = [high for band, (_, high) in zip(image.getbands(), image.getextrema()) if band not in "Aa"]
-        if max(peaks) <= 16:
-            raise ValueError("its 16-bit samples reach only a 16th of 65535, as 12-bit ones do; scale them")
-    return image.convert("RGB")
+    raise BadImage(str(path), f"{type(cause).__name__}: {cause}".replace("\n", " ")) from cause

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from moco import distributed
-from moco.data import datasets, loader
+from moco.data import loader
 from moco.distributed import DistContext
 from moco.evaluation import cues
 from moco.evaluation.classifier import predictions
@@ -69,7 +69,7 @@ def score(
     batches = predictions(
         lambda images: [model(images) for model in current],
         loader.eval_loader(
-            [datasets.StrictDataset(PreprocessedImages(each, image_size)) for each in test_sets],
+            [PreprocessedImages(each, image_size) for each in test_sets],
             batch_size,
             workers,
             ctx,
@@ -78,7 +78,7 @@ def score(
     )
     for test_set in test_sets:
         current[:] = models if chosen is None else [models[index] for index in chosen[test_set.key]]
-        present = torch.tensor(sorted(set(test_set.labels)), device=ctx.device)
+        present = torch.tensor(sorted(set(test_set.labels.tolist())), device=ctx.device)
         # Two decisions of each model, and the preset, of each image.
         rows = torch.zeros(2 * len(current) + 1, len(test_set.labels), dtype=torch.long, device=ctx.device)
         mine = rows[:, ctx.rank :: ctx.world_size]  # as eval_loader distributes them

@@ -10,12 +10,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torchvision.transforms as transforms
 from PIL import Image
 
 from moco.data import datasets, folders
-from moco.data.folders import LabelList
 from moco.data.images import open_rgb
 from moco.errors import UsageError
 from moco.evaluation import cues
@@ -170,10 +170,10 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
             labels.append(place_of[name])
     if not kept or categories is not None and len(categories) < 2:
         raise UsageError(_no_class(directory, folder.classes, wnids, by_category, categories))
-    paths = folder.paths.take(kept)
+    paths = folder.paths[kept]
     textures = cues.textures(paths, (names[label] for label in labels), {*names, *folder.classes})
     places = textures and [place_of.get(texture, -1) for texture in textures]
-    return TestSet(key, directory, paths, LabelList(labels), places, categories)
+    return TestSet(key, directory, paths, np.asarray(labels, np.int32), places, categories)
 
 
 def _no_class(

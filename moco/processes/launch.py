@@ -32,7 +32,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from moco import distributed
-from moco.data.folders import LabelList, PathList
+from moco.data.folders import PathArray
 from moco.distributed import DistContext
 from moco.errors import PeerError, RunError, UsageError, first_line
 from moco.processes import environment
@@ -602,10 +602,10 @@ def _bytes_of(value: object) -> Iterable[bytes]:
     if isinstance(value, torch.Tensor):
         yield f"{value.dtype} {tuple(value.shape)}".encode()
         yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-    elif isinstance(value, PathList):
+    elif isinstance(value, PathArray):
         yield "\0".join(value.names()).encode(errors="surrogateescape")
-    elif isinstance(value, LabelList):
-        yield np.asarray(value).tobytes()
+    elif isinstance(value, np.ndarray):
+        yield value.tobytes()
     elif isinstance(value, Mapping):
         yield b"{"
         for name, item in value.items():
