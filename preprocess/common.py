@@ -5,7 +5,6 @@ Import it before numpy. The rest, class folders, conversion to RGB and atomic fi
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[variable] = "1"  # one thread per worker process; numpy reads these when it is loaded
 
 from moco.data.folders import NOT_DATA  # noqa: E402
-from moco.errors import RunError, UsageError  # noqa: E402
+from moco.errors import UsageError  # noqa: E402
 from moco.processes.exits import cli_main  # noqa: E402
 from moco.training.files import PARTIAL, atomic_write, lock_folder  # noqa: E402
 
@@ -25,31 +24,8 @@ RESUME = "run the same command again to resume"
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call main() and exit with its code. Errors end in one line on stderr; workers end with the script."""
-    cli_main(lambda: _run(main))
-
-
-def _run(main: Callable[[], int | None]) -> None:
-    try:
-        code = main()
-    except BrokenPipeError:  # the reader of stdout has ended, as in `… | head`
-        raise
-    except OSError as error:  # a full or read-only disk, a drive that is gone
-        raise RunError(f"{error}; free some space if the disk is full, and {RESUME}") from error
-    except MemoryError as error:
-        raise RunError(f"out of memory; use fewer --workers and {RESUME}") from error
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{os.path.basename(sys.argv[0])}: error: interrupted; {RESUME}\n")
-        raise
-    finally:
-        stop_workers()
-    sys.exit(code)
-
-
-def stop_workers() -> None:
-    """End the processes that this one has started."""
-    for process in multiprocessing.active_children():
-        process.terminate()
+    """Call main() and exit with its code; what it raises ends in one line on stderr."""
+    cli_main(main, again=RESUME)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

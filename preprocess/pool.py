@@ -12,8 +12,10 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NoReturn
 
-from common import RESUME, RunError, stop_workers
+from common import RESUME
 from tqdm import tqdm
+
+from moco.errors import RunError
 
 
 def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, unit: str) -> Iterator:
@@ -28,15 +30,14 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
         # cancelled ends in a traceback on Python 3.10 and 3.11.
         waiting = [pool.submit(_call_each, function, jobs[i : i + chunk]) for i in range(0, len(jobs), chunk)]
         seconds = 0.1 if sys.stderr.isatty() else 30  # between updates; in a log each is a line
-        yield from tqdm(
-            _results(waiting[::-1]), total=len(jobs), unit=unit, smoothing=0.02, mininterval=seconds, file=sys.stderr
-        )
-    except BrokenProcessPool:
+        yield from tqdm(_results(waiting[::-1]), total=len(jobs), unit=unit, smoothing=0.02, mininterval=seconds)
+    except (BrokenProcessPool, MemoryError):
         raise RunError(
             f"a worker process was killed (out of memory?); {RESUME}, with fewer --workers if memory ran out"
         ) from None
     except BaseException:
-        stop_workers()
+        for process in multiprocessing.active_children():
+            process.terminate()
         raise
     finally:
         with contextlib.suppress(RuntimeError):  # a signal while its thread was being started: it cannot be joined
