@@ -8,7 +8,6 @@
 """
 
 import argparse
-import functools
 import importlib.util
 import os
 import re
@@ -31,7 +30,7 @@ from moco.distributed import DistContext
 from moco.errors import UsageError
 from moco.evaluation import classifier, paper, released, report, results, scores, testsets
 from moco.evaluation.testsets import TestSet
-from moco.processes import launch, sharing
+from moco.processes import launch
 from moco.processes.environment import is_main
 from moco.processes.exits import cli_main
 from moco.training import files
@@ -95,7 +94,7 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
     options.check_file("--json", args.json)
     if args.plot:
         options.check_file("--plot", args.plot, endings=(".png", ".pdf", ".svg"))
-    launch.resolve_world_size(gpu=args.gpu)
+    launch.resolve_world_size(args)
 
 
 def parse_rows(entries: Iterable[str]) -> dict[str, list[str]]:
@@ -158,23 +157,10 @@ def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> 
 def evaluate(
     ctx: DistContext,
     args: argparse.Namespace,
-    models: list[nn.Module],
-    wnids: list[str],
-    image_size: int,
-    test_sets: list[TestSet],
-    result: dict,
-    output: Claim,
+    inputs: tuple[list[nn.Module], list[str], int, list[TestSet], dict, Claim],
 ) -> None:
-    """Score the test sets that `result` lacks; rank 0 saves it after each. All ranks must call this."""
-    launch.check_agreement(
-        launch.shared_options(args),
-        {
-            "the checkpoints": lambda: launch.digest([model.state_dict() for model in models]),
-            "the class list": lambda: launch.describe_classes(wnids),
-            "the test sets": lambda: launch.digest([(each.key, each.paths, each.labels) for each in test_sets]),
-            "what --json has": lambda: f"{len(result['cells'])} test sets ({launch.digest(sorted(result['cells']))})",
-        },
-    )
+    """Score the test sets that the result lacks; rank 0 saves it after each. All ranks must call this."""
+    models, wnids, image_size, test_sets, result, output = inputs
     output.take()
     models = [model.to(ctx.device, memory_format=torch.channels_last) for model in models]
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
@@ -238,8 +224,7 @@ def main() -> None:
     # Listing all test sets first finds a wrong folder before hours of evaluation, and tells the bar its length.
     directories = {suite: getattr(args, suite) for suite in testsets.SUITES if getattr(args, suite)}
     directories |= {f"{testsets.FURTHER}/{name}": directory for name, directory in sets.items()}
-    list_test_sets = functools.partial(testsets.list_test_sets, directories, wnids, args.limit)
-    test_sets = sharing.once_per_node("test sets", list_test_sets)
+    test_sets = testsets.list_test_sets(directories, wnids, args.limit)
     unknown = testsets.unknown_corruptions(args.corruption) if args.corruption else []
     result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
     output = files.of_file("--json", args.json)  # before it is read
@@ -256,11 +241,17 @@ def main() -> None:
         return options.print_dry_run(args, derived)
     if unknown and is_main():
         print(report.not_evaluated(unknown), file=sys.stderr)
-    launch.launch(evaluate, (args, models, wnids, image_size, test_sets, result, output), gpu=args.gpu)
+    agree = {
+        "--pretrained": len(models),
+        "the class list": wnids,
+        "images of the test sets": {each.key: len(each.labels) for each in test_sets},
+        "test sets in --json": sorted(result["cells"]),
+    }
+    launch.launch(evaluate, args, (models, wnids, image_size, test_sets, result, output), agree)
     keys = [test_set.key for test_set in test_sets]
     if args.corruption and testsets.missing_corruptions(keys) and not args.allow_partial:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, again="run the same command again to continue")

@@ -42,7 +42,7 @@ from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
 from moco.errors import Finished, UsageError
 from moco.evaluation import classifier, released
 from moco.evaluation.classifier import LinearHeads
-from moco.processes import launch, sharing
+from moco.processes import environment, launch
 from moco.processes.environment import is_main
 from moco.processes.exits import cli_main
 from moco.processes.signals import StopSignal
@@ -61,6 +61,7 @@ class Inputs(NamedTuple):
     saved: dict  # of --resume; {} for a fresh start
     image_size: int
     claim: Claim  # of --ckpt_path
+    derived: dict  # values to print
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,8 +97,8 @@ def parse_args() -> argparse.Namespace:
     if args.export_backbone and (args.features or args.evaluate):
         parser.error("--export-backbone writes the backbone and does nothing else: leave out --features and --evaluate")
     pattern = re.escape(latest_name(args.pretrained))
-    args.auto_resume = args.resume == "auto" or distributed.restarted()
-    if distributed.restarted():
+    args.auto_resume = args.resume == "auto" or environment.restarted()
+    if environment.restarted():
         args.resume = checkpoint.resume_path("auto", args.ckpt_path, pattern) or args.resume
     args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, pattern)
     return args
@@ -116,14 +117,14 @@ def latest_name(pretrained: str) -> str:
 # ---------------------------------------------------------------- checks, before anything is built
 
 
-def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
-    """Refuse what could only fail later. Returns the inputs, and the derived values to print."""
+def validate_args(args: argparse.Namespace) -> Inputs:
+    """Refuse what could only fail later."""
     if args.evaluate and not args.resume:
         raise UsageError("--evaluate needs a trained head: --resume ckpts/RUN/model_best_0199.pth.tar")
     if args.features:
         options.check_file("--features", args.features, endings=(".npz",))
     options.check_epochs(args)
-    local_world_size, world_size = launch.resolve_world_size(**options.launch_settings(args))
+    local_world_size, world_size = launch.resolve_world_size(args)
     batch_size = options.per_rank(args.batch_size, local_world_size)
     workers = options.workers_per_rank(args.workers, local_world_size)
     launch.check_options(launch.devices_of(local_world_size, args.gpu), args.precision)
@@ -136,7 +137,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     saved = checkpoint.load(args.resume) if args.resume else {}
     pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
     args.arch = args.arch or arch_of_files(args, saved, pretrained)
-    train, val = sharing.once_per_node("data", functools.partial(list_data, args))
+    train, val = list_data(args)
     derived = {
         "processes": f"{world_size}, with {workers} loader workers each",
         "validation": f"{len(val.paths)} images in {len(val.classes)} classes",
@@ -158,7 +159,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     classifier.check_image_size(model, args.arch, image_size)
     derived |= {"network": args.arch, "crops": f"{image_size} px"} | ({"backbone": origin} if pretrained else {})
     options_of_pretraining = pretrained.get("options") or saved.get("pretraining")
-    return Inputs(train, val, backbone, options_of_pretraining, saved, image_size, output), derived
+    return Inputs(train, val, backbone, options_of_pretraining, saved, image_size, output, derived)
 
 
 def trains(args: argparse.Namespace) -> bool:
@@ -230,13 +231,12 @@ def check_arch(args: argparse.Namespace, saved: Mapping, source: str) -> None:
 # ---------------------------------------------------------------- training
 
 
-def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
+def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Train the heads in one process, on ctx.device; every way of launching ends here."""
     stop = StopSignal()
-    check_ranks(ctx, args, inputs)
     inputs.claim.take()
     if distributed.is_main():
-        print_start(args, inputs, derived)
+        print_start(args, inputs)
     seed = distributed.resolve_seed(args.seed, inputs.saved, ctx.device)
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
 
@@ -292,20 +292,16 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     distributed.barrier()  # wait for rank 0 to finish saving
 
 
-def check_ranks(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
-    """Refuse to train or test if another process of this run was started with something else."""
-    train = inputs.train or inputs.val
-    launch.check_agreement(
-        launch.shared_options(args),
-        {
-            "the batch of a process": lambda: options.per_rank(args.batch_size, ctx.local_world_size),
-            "the training set": lambda: launch.describe_files(train.paths),
-            "the validation set": lambda: launch.describe_files(inputs.val.paths),
-            "the class list": lambda: launch.describe_classes(inputs.val.classes),
-            "the backbone": lambda: launch.digest(inputs.backbone),
-            "the checkpoint of --resume": lambda: launch.describe_checkpoint(inputs.saved),
-        },
-    )
+def shared_values(args: argparse.Namespace, inputs: Inputs) -> dict:
+    """The values that must be equal in all processes of the run."""
+    names = ("arch", "lr", "epochs", "schedule", "momentum", "weight_decay", "seed", "precision", "evaluate")
+    return {f"--{name.replace('_', '-')}": getattr(args, name) for name in names} | {
+        "images per process": options.per_rank(args.batch_size, launch.resolve_world_size(args)[0]),
+        "the crop size": inputs.image_size,
+        "training and validation images": [len(part.paths) for part in (inputs.train, inputs.val) if part],
+        "the class list": inputs.val.classes,
+        "the checkpoint of --resume": (inputs.saved.get("epoch"), inputs.saved.get("step")),
+    }
 
 
 def train_one_epoch(
@@ -328,7 +324,6 @@ def train_one_epoch(
 
 def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Test the best head of --resume on val/, and write the features there if --features asks for them."""
-    check_ranks(ctx, args, inputs)
     configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
     backbone, heads = build_heads(ctx, args, inputs)
     share = [torch.zeros(0, heads[0].in_features)]  # this rank's features; it may have no image
@@ -436,8 +431,8 @@ def accuracy_line(result: Mapping) -> str:
     return f"val: top-1 {result['acc1']:.2f} %  top-5 {result['acc5']:.2f} %  of {result['n']} images"
 
 
-def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
-    options.print_config(args, derived, args.verbose)
+def print_start(args: argparse.Namespace, inputs: Inputs) -> None:
+    options.print_config(args, inputs.derived, args.verbose)
     if not args.pretrained and not inputs.saved:
         print("no --pretrained: the backbone is random (a baseline)")
     if not images.has_fast_jpeg():
@@ -464,11 +459,10 @@ def main() -> None:
     args.pretrained = released.local_path(args.pretrained)
     if args.export_backbone:
         return export_backbone(args)
-    inputs, derived = validate_args(args)
+    inputs = validate_args(args)
     if args.dry_run:
-        return options.print_dry_run(args, derived)
-    worker, arguments = (main_worker, (args, inputs, derived)) if trains(args) else (evaluate_only, (args, inputs))
-    launch.launch(worker, arguments, **options.launch_settings(args))
+        return options.print_dry_run(args, inputs.derived)
+    launch.launch(main_worker if trains(args) else evaluate_only, args, inputs, shared_values(args, inputs))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import functools
 import math
 import os
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -36,7 +36,7 @@ from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
 from moco.errors import Finished, UsageError
 from moco.evaluation import knn
-from moco.processes import launch, sharing
+from moco.processes import environment, launch
 from moco.processes.environment import is_main
 from moco.processes.exits import cli_main
 from moco.processes.signals import StopSignal
@@ -62,6 +62,7 @@ class Inputs(NamedTuple):
     saved: dict  # {} for a fresh start
     claim: Claim  # of --ckpt_path
     memory: dict[str, int]  # bytes that a process needs, by part
+    derived: dict  # values to print
 
 
 def parse_args() -> argparse.Namespace:
@@ -111,8 +112,8 @@ def parse_args() -> argparse.Namespace:
     args.robust = ROBUST_ALIASES[args.robust] if args.num_nonsem else "none"
     if args.robust == "none":
         args.num_nonsem = 0
-    args.auto_resume = args.resume == "auto" or distributed.restarted()
-    if distributed.restarted():
+    args.auto_resume = args.resume == "auto" or environment.restarted()
+    if environment.restarted():
         args.resume = checkpoint.resume_path("auto", args.ckpt_path, CHECKPOINTS) or args.resume
     args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, CHECKPOINTS)
     return args
@@ -121,8 +122,8 @@ def parse_args() -> argparse.Namespace:
 # ---------------------------------------------------------------- checks, before anything is built
 
 
-def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
-    """Refuse what could only fail later. Returns the inputs, and the derived values to print."""
+def validate_args(args: argparse.Namespace) -> Inputs:
+    """Refuse what could only fail later."""
     low, high = args.patch_ratio
     if args.robust == "patch" and not low <= high <= args.image_size:
         raise UsageError(
@@ -135,14 +136,13 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     output = files.of_folder("--ckpt_path", args.ckpt_path)  # before anything in it is read
     saved = checkpoint.load(args.resume) if args.resume else {}
     args.arch = args.arch or checkpoint.arch_of(saved, f"--resume {args.resume}") or "resnet50"
-    local_world_size, world_size = launch.resolve_world_size(**options.launch_settings(args))
+    local_world_size, world_size = launch.resolve_world_size(args)
     if args.preview:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
     options.check_folder("--ckpt_path", args.ckpt_path)
     if not args.preview:
         check_unused(args.ckpt_path, args.resume, CHECKPOINTS, probe=None)
-    list_images = functools.partial(folders.list_training_images, args.data, with_textures=args.robust == "texture")
-    data = sharing.once_per_node("training images", list_images)
+    data = folders.list_training_images(args.data, with_textures=args.robust == "texture")
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
     devices = launch.devices_of(local_world_size, args.gpu)
@@ -158,7 +158,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     if saved:
         check_resume(args, saved, data, sampler)
     workers = options.workers_per_rank(args.workers, local_world_size)
-    return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved, output, needed), {
+    derived = {
         "processes": f"{world_size}, with {workers} loader workers each",
         "images": f"{len(data.photos)} in {folders.count_classes(args.data, data.classes)}",
         "images per step": sampler.global_batch_size,
@@ -166,6 +166,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
         "memory": memory.check_memory(needed, devices[0], processes=local_world_size),
     }
+    return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved, output, needed, derived)
 
 
 def check_resume(args: argparse.Namespace, saved: dict, data: TrainingImages, sampler: GlobalBatchSampler) -> None:
@@ -188,13 +189,12 @@ def check_resume(args: argparse.Namespace, saved: dict, data: TrainingImages, sa
 # ---------------------------------------------------------------- training
 
 
-def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
+def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Pre-train in one process, on ctx.device; every way of launching ends here."""
     stop = StopSignal()
-    check_ranks(ctx, args, inputs)
     inputs.claim.take()
     if distributed.is_main():
-        print_start(args, inputs, derived)
+        print_start(args, inputs)
     memory.keep_freed_memory(ctx.device)
     memory.check_free(inputs.memory, ctx.device)
     data, saved = inputs.train, inputs.saved
@@ -247,20 +247,16 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs, deri
     distributed.barrier()  # wait for rank 0 to finish saving
 
 
-def check_ranks(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
-    """Refuse to train if another process of this run was started with something else."""
-    data = inputs.train
-    launch.check_agreement(
-        launch.shared_options(args),
-        {
-            "the batch of a process": lambda: options.per_rank(args.batch_size, ctx.local_world_size),
-            "the training set": lambda: launch.describe_files(data.photos),
-            "the textures": lambda: launch.describe_files(data.textures or ()),
-            "the class list": lambda: launch.describe_classes(data.classes),
-            "kNN's images": lambda: [launch.describe_files(folder.paths) for folder in inputs.knn or ()],
-            "the checkpoint of --resume": lambda: launch.describe_checkpoint(inputs.saved),
-        },
-    )
+def shared_values(args: argparse.Namespace, inputs: Inputs) -> dict:
+    """The values that must be equal in all processes of the run."""
+    values = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("arch", "seed", *SAVED_OPTIONS)}
+    return values | {
+        "images per process": options.per_rank(args.batch_size, launch.resolve_world_size(args)[0]),
+        "training images": len(inputs.train.photos),
+        "kNN images": [len(folder.paths) for folder in inputs.knn or ()],
+        "the class list": inputs.train.classes,
+        "the checkpoint of --resume": (inputs.saved.get("epoch"), inputs.saved.get("step")),
+    }
 
 
 def train_one_epoch(
@@ -334,7 +330,7 @@ def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[fo
     root = folders.photo_root(args.data) if args.robust == "texture" else args.data
     if not os.path.isdir(os.path.join(root, "val")):
         return None
-    val = sharing.once_per_node("val", functools.partial(folders.list_images, os.path.join(root, "val")))
+    val = folders.list_images(os.path.join(root, "val"))
     return (folders.ImageFolder(data.photos, data.labels, data.classes), val) if val.classes == data.classes else None
 
 
@@ -349,8 +345,8 @@ def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) 
     }
 
 
-def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
-    options.print_config(args, derived, args.verbose)
+def print_start(args: argparse.Namespace, inputs: Inputs) -> None:
+    options.print_config(args, inputs.derived, args.verbose)
     if inputs.train.unmatched:
         print(f"photos skipped because they have no texture: {inputs.train.unmatched}")
     if args.knn and not inputs.knn:
@@ -376,12 +372,12 @@ def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
 
 def main() -> None:
     args = parse_args()
-    inputs, derived = validate_args(args)
+    inputs = validate_args(args)
     if args.dry_run:
-        return options.print_dry_run(args, derived)
+        return options.print_dry_run(args, inputs.derived)
     if args.preview:
         return save_preview(args, inputs.train) if is_main() else None
-    launch.launch(main_worker, (args, inputs, derived), **options.launch_settings(args))
+    launch.launch(main_worker, args, inputs, shared_values(args, inputs))
 
 
 if __name__ == "__main__":

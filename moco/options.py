@@ -208,18 +208,6 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", default=None, type=nonnegative_int, metavar="N", help="the GPU of a single process")
 
 
-def launch_settings(args: argparse.Namespace) -> dict:
-    """The options of add_launch_options as launch.launch takes them."""
-    return {
-        "multiprocessing": args.multiprocessing_distributed,
-        "world_size": args.world_size,
-        "rank": args.rank,
-        "dist_url": args.dist_url,
-        "backend": args.dist_backend,
-        "gpu": args.gpu,
-    }
-
-
 # Checks
 
 

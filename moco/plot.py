@@ -243,7 +243,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli_main(main)
+    cli_main(main, again="run the same command again")
 
 
 # ---- evaluation_plots: Pictures of an evaluation: corruptions by severity, and the classes that a row helps and harms. Needs matplotlib.

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 import torch.nn as nn
@@ -16,7 +17,7 @@ from moco.data.loader import GlobalBatchSampler, prefetch
 from moco.distributed import DistContext
 from moco.errors import RunError, UsageError, one_line
 from moco.processes.exits import exit_now
-from moco.processes.signals import StopSignal, StopWaiting, exit_on_signal
+from moco.processes.signals import StopSignal, StopWaiting
 from moco.training import checkpoint, metrics
 from moco.training.metrics import Progress
 
@@ -254,6 +255,15 @@ class Run:
         lr = min(group["lr"] for group in self.optimizer.param_groups)
         images = [self.paths[index] for index in self.sampler.global_batch(step - 1)]
         raise nonfinite_error(what, self.folder, self.epoch, step, lr, self.precision, images, self.modules)
+
+
+def exit_on_signal(signum: int, where: str) -> NoReturn:
+    """End all processes with exit code 128 + signum, as shells expect, once rank 0 has saved."""
+    distributed.barrier()
+    if distributed.is_main():
+        with contextlib.suppress(BrokenPipeError):
+            print(f"stopped by {signal.Signals(signum).name} {where}, saved; continue with --resume auto", flush=True)
+    sys.exit(128 + signum)
 
 
 def check_unused(folder: str, resume: str, checkpoints: str, probe: str | None) -> None:
