@@ -6,6 +6,7 @@ Import it before numpy. The rest, class folders, conversion to RGB and atomic fi
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
 
 from moco.data.folders import NOT_DATA  # noqa: E402
 from moco.errors import UsageError  # noqa: E402
+from moco.processes import signals  # noqa: E402
 from moco.processes.exits import cli_main  # noqa: E402
 from moco.training.files import PARTIAL, atomic_write, lock_folder  # noqa: E402
 
@@ -24,7 +26,8 @@ RESUME = "run the same command again to resume"
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call main() and exit with its code; what it raises ends in one line on stderr."""
+    """Call main() and exit with its code; errors end in one line on stderr, signals in 128 + their number."""
+    signals.handle_stop_signals(signals.exit_at_once, (signal.SIGTERM, signal.SIGHUP))
     cli_main(main, again=RESUME)
 
 

@@ -2,20 +2,19 @@
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NoReturn
+from typing import Any
 
 from common import RESUME
 from tqdm import tqdm
 
 from moco.errors import RunError
+from moco.processes import signals
 
 
 def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, unit: str) -> Iterator:
@@ -56,19 +55,7 @@ def _results(waiting: list[Future]) -> Iterator:
 
 def _leave_with_parent() -> None:
     """In a worker: end when the parent does, even if that is killed, and take along the programs that run for it."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # a group of this worker and its programs; an interrupt at the terminal reaches the parent only
+    os.setpgrp()  # a group of this worker and its programs; an interrupt at the terminal reaches the parent only
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_group)
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    _end_group()
-
-
-def _end_group(*_: object) -> NoReturn:
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
+    signal.signal(signal.SIGTERM, lambda signum, frame: os.killpg(0, signal.SIGKILL))
+    signals.end_with_program()
