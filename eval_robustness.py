@@ -71,7 +71,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--json", default="robustness.json", metavar="FILE",
                         help="results of all models and test sets; what is in it is not repeated")
     output.add_argument("--compare", choices=["paper"], help="compare with the published rows of the same NAME")
-    output.add_argument("--by-class", action="store_true", help="also print the per-class accuracy change of later rows against the first")
+    output.add_argument("--by-class", action="store_true", help="also print the accuracy change of later rows by class")
     output.add_argument("--latex", action="store_true", help="also print the table for LaTeX (booktabs)")
     output.add_argument("--plot", metavar="FILE.png", help="accuracy by corruption and severity; needs matplotlib")
     output.add_argument("--verbose", action="store_true", help="print all settings with --dry-run")
