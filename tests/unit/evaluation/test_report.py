@@ -1,44 +1,29 @@
-"""The report of an evaluation: what its table, comparison and JSON say of results that are known."""
+"""The report of an evaluation: what its tables and notes say of results that are known."""
 
-import json
 import statistics
 
 import pytest
+from reports import report_of, result
 
-from moco import plot
 from moco.errors import UsageError
-from moco.evaluation import paper, report, results
-from moco.evaluation.testsets import STANDARD, TestSet
+from moco.evaluation import report
+from moco.evaluation.testsets import STANDARD, SUITES, Suite
 
-WNIDS = ["n01", "n02"]
-
-
-def result(top1, **more):
-    return {"top1": top1, "top1_shared_classes": top1 + 1, "n": 4, "classes": {}} | more
-
-
-def make(tmp_path, rows, cells, limit=None):
-    """A report on {name: number of runs}; cells: {key: top-1 of each run, or results}."""
-    files = {name: [str(tmp_path / f"{name}{i}.pth") for i in range(runs)] for name, runs in rows.items()}
-    for path in (path for paths in files.values() for path in paths):
-        with open(path, "w") as file:
-            file.write(path)
-    plain, patch = {"moco_k": 16384, "alpha": 2.0, "num_nonsem": 0}, {"moco_k": 16384, "alpha": 2.0, "num_nonsem": 1}
-    pretraining = [{"plain": plain, "patch": patch}.get(name, {}) for name, paths in files.items() for _ in paths]
-    made = results.new(files, pretraining, WNIDS, 28, limit)
-    for key, values in cells.items():
-        results.add(
-            made,
-            TestSet(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]),
-            [value if isinstance(value, dict) else result(value) for value in values],
-            28,
-            WNIDS,
-        )
-    return made
+CUES = [
+    result(50.0, conflicts=4, shape_decisions=1, texture_decisions=2, shape_bias=100 / 3),
+    result(75.0, conflicts=4, shape_decisions=3, texture_decisions=0, shape_bias=100.0),
+]
 
 
-def test_rows_are_the_mean_and_sample_std_of_their_runs(tmp_path):
-    made = make(tmp_path, {"a": 3, "b": 1}, {"val": [70.0, 71.0, 75.0, 60.0], "sketch": [1.0, 2.0, 3.0, 4.0]})
+def shared(top1, of_shared):
+    return result(top1, top1_shared_classes=of_shared)
+
+
+# The table
+
+
+def test_rows_are_the_mean_and_sample_std_of_their_runs():
+    made = report_of({"val": [70.0, 71.0, 75.0, 60.0], "sketch": [1.0, 2.0, 3.0, 4.0]}, ["a", "a", "a", "b"])
     assert report.table(made).splitlines() == [
         "| model | K | alpha | val | Sketch |",
         "|---|---|---|---|---|",
@@ -48,22 +33,22 @@ def test_rows_are_the_mean_and_sample_std_of_their_runs(tmp_path):
     assert report.differences(made) == ["b against a: val -12.00, Sketch +2.00"]
 
 
-def test_rows_tell_the_queue_and_alpha_of_their_pretraining(tmp_path):
-    lines = report.table(make(tmp_path, {"plain": 1, "patch": 2}, {"val": [1.0, 2.0, 2.0]})).splitlines()
-    assert lines[2:] == ["| plain | 16384 | – | 1.00 |", "| patch | 16384 | 2 | 2.00±0.00 |"]
+def test_rows_show_the_queue_and_alpha_of_their_pretraining():
+    options = {row: {"moco_k": 16384, "alpha": 2.0, "num_nonsem": n} for row, n in (("plain", 0), ("patch", 1))}
+    made = report_of({"val": [1.0, 2.0, 2.0]}, ["plain", "patch", "patch"], options=options)
+    assert report.table(made).splitlines()[2:] == ["| plain | 16384 | – | 1.00 |", "| patch | 16384 | 2 | 2.00±0.00 |"]
 
 
-def test_columns_are_in_the_published_order_others_follow(tmp_path):
-    bias = result(5.0, shape_bias=30.0)
+def test_columns_are_in_the_published_order_others_follow():
     cells = {
-        "stylized": [bias],
-        "rendition": [8.0],
+        "set/own": [shared(1.0, 2.0)],
+        "stylized": [result(5.0, shape_bias=30.0)],
+        "rendition": [shared(8.0, 9.0)],
         f"corruption/{STANDARD[0]}/1": [7.0],
         "corruption/spatter/1": [50.0],
         "val": [9.0],
     }
-    made = make(tmp_path, {"a": 1}, cells)
-    assert list(report.figures(made, 0).items()) == [
+    assert list(report.figures(report_of(cells), 0).items()) == [
         ("val", 9.0),
         ("Corruption", 7.0),
         ("Stylized", 5.0),
@@ -71,140 +56,224 @@ def test_columns_are_in_the_published_order_others_follow(tmp_path):
         ("Rendition, shared classes", 9.0),
         ("Corruption, extra four", 50.0),
         ("Shape bias", 30.0),
+        ("own", 1.0),
+        ("own, shared classes", 2.0),
     ]
 
 
-def test_a_partial_corruption_mean_says_so(tmp_path):
-    some = {f"corruption/{name}/{severity}": [50.0] for name in STANDARD for severity in range(1, 6)}
-    assert "partial" not in report.table(make(tmp_path, {"a": 1}, some)) + str(
-        report.notes(make(tmp_path, {"a": 1}, some))
+def test_a_suite_that_is_added_is_a_column_in_its_place(monkeypatch):
+    monkeypatch.setitem(SUITES, "own", Suite("Own", shared_classes=True))
+    made = report_of({"own": [CUES[0] | {"top1": 1.0, "top1_shared_classes": 2.0}], "set/a": [3.0], "val": [4.0]})
+    header, _, row = report.table(made).splitlines()
+    assert header == (
+        "| model | K | alpha | val | Own | Own, shared classes | Own: Shape bias | Own: Shape accuracy |"
+        " Own: Texture accuracy | a |"
     )
-    del some["corruption/fog/3"]
-    made = make(tmp_path, {"a": 1}, some)
-    assert "Corruption (partial)" in report.table(made)
-    (note,) = report.notes(made)
-    assert "1 of 75 are missing (fog/3" in note and "296 images, CenterCrop(28), 74 corruptions × severities" in note
+    assert row == "| mine | – | – | 4.00 | 1.00 | 2.00 | 33.33 | 25.00 | 50.00 | 3.00 |"
 
 
-def test_notes_tell_preprocessing_and_a_limit(tmp_path):
-    notes = report.notes(make(tmp_path, {"a": 1}, {"val": [5.0]}, limit=2))
-    assert notes == [
-        "val: 4 images, Resize(32), CenterCrop(28)",
-        "partial evaluation: only the first 2 images of each class (--limit)",
+def test_shape_and_texture_accuracy_stand_beside_the_shape_bias():
+    assert report.table(report_of({"stylized": CUES}, ["plain", "patch"])).splitlines() == [
+        "| model | K | alpha | Stylized | Shape bias | Shape accuracy | Texture accuracy |",
+        "|---|---|---|---|---|---|---|",
+        "| plain | – | – | 50.00 | 33.33 | 25.00 | 50.00 |",
+        "| patch | – | – | 75.00 | 100.00 | 75.00 | 0.00 |",
     ]
 
 
-@pytest.fixture
-def complete(monkeypatch):
-    """All test sets of a report count as complete."""
-    monkeypatch.setattr(paper, "incomplete", lambda made, suite: "" if suite in made["cells"] else "not tested")
+def test_a_further_set_has_columns_of_its_own():
+    cells = {"val": [60.0, 60.0], "set/a": [10.0, shared(20.0, 30.0)], "set/b": [1.0, 2.0]}
+    made = report_of(cells, ["plain", "patch"])
+    lines = report.table(made).splitlines()
+    assert lines[0] == "| model | K | alpha | val | a | a, shared classes | b |"
+    assert lines[3] == "| patch | – | – | 60.00 | 20.00 | 30.00 | 2.00 |"
+    assert report.differences(made) == ["patch against plain: val +0.00, a +10.00, a, shared classes +20.00, b +1.00"]
+    assert [note.split(",")[0] for note in report.notes(made)] == ["val: 4 images", "a: 4 images", "b: 4 images"]
 
 
-def test_comparison_is_in_the_papers_standard_deviations(tmp_path, complete):
-    made = make(tmp_path, {"patch-k16384-a2": 1}, {"val": [79.47], "sketch": [30.88]})
-    rows = paper.comparison(made).splitlines()
-    assert rows[3] == "| patch-k16384-a2, paper | 79.35±0.12 | 31.76±0.88 |"
-    assert rows[4] == "| difference in the paper's std | +1.0 | -1.0 |"
-    with pytest.raises(UsageError, match="mine is not a row of the published table.*patch-k8192-a2"):
-        paper.check_rows(["patch-k16384-a3", "mine"])
-
-
-def test_published_figures_are_those_of_the_readme():
-    readme = (paper.TABLE.parents[2] / "README.md").read_text()
-    assert len(paper.paper_rows()) == 9
-    for row in paper.paper_rows().values():
-        figures = ["{:.2f}±{:.2f}".format(*row[suite]) for suite in report.TITLES]
-        if "rendition" in row["note"]:
-            figures[-1] += " (?)"
-        assert f"| {' | '.join([row['model'], row['moco_k'], row['alpha'] or '–', *figures])} |" in readme
-
-
-def test_a_comparison_repeats_the_note_on_a_published_row(tmp_path, complete):
-    noted, plain = "mocov2-later-k65536", "patch-k16384-a2"
-    lines = paper.comparison(make(tmp_path, {noted: 1, plain: 1}, {"rendition": [30.0, 30.0]})).splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{noted}: "))
-    assert line == f"{noted}: {paper.paper_rows()[noted]['note']}" and "copying error" in line
-
-
-NAMES = ["patch-k16384-a2", "texture-k16384-a2", "mocov2-k16384"]
-
-
-def wide_report(tmp_path, runs=3):
-    values = [70.0 + run for run in range(len(NAMES) * runs)]
-    sets = {"val": values, "sketch": values, "stylized": values, "rendition": values}
-    return make(tmp_path, dict.fromkeys(NAMES, runs), sets)
-
-
-def cells_of(line):
-    return [cell.strip() for cell in line.strip("|").split("|")]
-
-
-@pytest.mark.parametrize("width", [80, 60])
-def test_a_table_wider_than_the_terminal_is_transposed(tmp_path, width):
-    made = wide_report(tmp_path)
-    plain = report.table(made).splitlines()
-    assert max(map(len, plain)) > width
-    narrow = report.table(made, width).splitlines()
-    assert max(map(len, narrow)) <= width
-    rule = [number for number, line in enumerate(narrow) if line.startswith("|---")]
-    parts = [narrow[start - 1 : end] for start, end in zip(rule, [*(number - 1 for number in rule[1:]), None])]
-    assert len(parts) == {80: 1, 60: 2}[width]
-    models = []  # the columns of the narrow tables are the rows of the wide one
-    for part in parts:
-        grid = [cells_of(line) for number, line in enumerate(part) if number != 1]
-        header, *columns = zip(*grid)
-        assert list(header) == cells_of(plain[0])
-        models += [list(column) for column in columns]
-    assert models == [cells_of(line) for line in plain[2:]]
-
-
-def test_a_table_that_fits_the_terminal_is_left_as_it_is(tmp_path):
-    made = wide_report(tmp_path)
-    widest = max(map(len, report.table(made).splitlines()))
-    assert report.table(made, widest) == report.table(made) != report.table(made, widest - 1)
-
-
-def test_shared_classes_are_a_column_only_where_they_differ(tmp_path):
-    same, other = result(8.0, top1_shared_classes=8.0), result(9.0, top1_shared_classes=9.5)
-    dropped = report.by_row(make(tmp_path, {"a": 1, "b": 1}, {"rendition": [same, same]}))
+def test_shared_classes_are_a_column_only_where_they_differ():
+    same, other = shared(8.0, 8.0), shared(9.0, 9.5)
+    dropped = report.by_row(report_of({"rendition": [same, same]}, ["a", "b"]))
     assert dropped == {"a": {"Rendition": [8.0]}, "b": {"Rendition": [8.0]}}
-    kept = report.by_row(make(tmp_path, {"a": 1, "b": 1}, {"rendition": [same, other]}))
+    kept = report.by_row(report_of({"rendition": [same, other]}, ["a", "b"]))
     assert kept == {
         name: {"Rendition": [figures[0]], "Rendition, shared classes": [figures[1]]}
         for name, figures in {"a": (8.0, 8.0), "b": (9.0, 9.5)}.items()
     }
 
 
-def test_an_interrupted_report_is_continued_and_no_other_is(tmp_path):
-    path = tmp_path / "r.json"
-    whole = make(tmp_path, {"a": 1}, {"val": [5.0], "sketch": [6.0]})
-    results.save(path, whole)
-    cells = [TestSet(key, f"/data/{key}", ["x"] * 4, [0, 0, 1, 1]) for key in ("val", "sketch", "rendition")]
-
-    def continued(cells=cells, **settings):
-        fresh = make(tmp_path, {"a": 1}, {}, **settings)
-        results.reuse_results(path, fresh, cells)
-        return fresh["cells"]
-
-    assert continued() == json.loads(json.dumps(whole["cells"]))
-    assert continued(limit=1) == {}  # another setting
-    assert continued([cells[0]._replace(folder="/elsewhere")]) == {} == continued([cells[0]._replace(labels=[0])])
-    (tmp_path / "a0.pth").write_text("trained on")
-    changed = results.new({"a": [str(tmp_path / "a0.pth")]}, [{}], WNIDS, 28, None)
-    results.reuse_results(path, changed, cells)
-    assert changed["cells"] == {}  # another checkpoint of the same name
-    path.write_text("half a fi")
-    with pytest.raises(UsageError, match="cannot be read as JSON"):
-        continued()
-    results.reuse_results(tmp_path / "nowhere.json", changed, cells)
+def test_names_of_further_sets_are_checked():
+    report.check_set_name("ImageNet-A", ["imagenet-v2"])
+    for name, message in {
+        "val": "val is a column of the table already",
+        "SKETCH": "is a column of the table already",
+        "shape bias": "Shape bias is a column of the table already",
+        "IMAGENET-V2": "imagenet-v2 is a further set already",
+        "": "a name is up to 40 letters",
+        "a/b": "a name is up to 40 letters",
+        "a|b": "a name is up to 40 letters",
+        "a, shared classes": "a name is up to 40 letters",
+        "x" * 41: "a name is up to 40 letters",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            report.check_set_name(name, ["imagenet-v2"])
 
 
-def test_plot_draws_every_corruption(tmp_path):
-    pytest.importorskip("matplotlib")
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("width, tables", [(80, 1), (60, 2)])
+def test_a_table_wider_than_the_terminal_is_transposed(width, tables):
+    rows = [name for name in ("patch-k16384-a2", "texture-k16384-a2", "mocov2-k16384") for _ in range(3)]
+    made = report_of(dict.fromkeys(["val", "sketch", "stylized", "rendition"], [70.0 + run for run in range(9)]), rows)
+    plain = report.table(made).splitlines()
+    widest = max(map(len, plain))
+    assert width < widest and report.table(made, widest) == report.table(made) != report.table(made, widest - 1)
+    narrow = report.table(made, width).splitlines()
+    assert max(map(len, narrow)) <= width
+    rules = [number for number, line in enumerate(narrow) if line.startswith("|---")]
+    assert len(rules) == tables
+    models = []  # the columns of the narrow tables are the rows of the wide one
+    for start, end in zip(rules, [*(number - 1 for number in rules[1:]), None]):
+        header, *columns = zip(*(cells_of(line) for line in [narrow[start - 1], *narrow[start + 1 : end]]))
+        assert list(header) == cells_of(plain[0])
+        models += [list(column) for column in columns]
+    assert models == [cells_of(line) for line in plain[2:]]
+
+
+def test_a_latex_table_has_escaped_names_and_bold_bests():
+    bias = {"conflicts": 4, "shape_decisions": 1, "texture_decisions": 1, "shape_bias": 50.0}
+    cells = {"val": [50.0, 70.0, 60.0], "sketch": [20.0, 20.0, 10.0], "stylized": [result(9.0, **bias)] * 3}
+    rows = ["plain_k1", "plain_k1", "patch & 2"]
+    assert report.latex(report_of(cells, rows, options=dict.fromkeys(rows, {"moco_k": 64}))).splitlines() == [
+        r"\begin{tabular}{lrrrrrrrr}  % \usepackage{booktabs}",
+        r"\toprule",
+        r"model & K & alpha & val & Sketch & Stylized & Shape bias & Shape accuracy & Texture accuracy \\",
+        r"\midrule",
+        r"plain\_k1 & 64 & -- & \textbf{60.00$\pm$14.14} & \textbf{20.00$\pm$0.00} & \textbf{9.00$\pm$0.00} &"
+        r" 50.00$\pm$0.00 & 25.00$\pm$0.00 & 25.00$\pm$0.00 \\",
+        r"patch \& 2 & 64 & -- & \textbf{60.00} & 10.00 & \textbf{9.00} & 50.00 & 25.00 & 25.00 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    assert "textbf" not in report.latex(report_of({"val": [50.0]}))  # one row has no best
+
+
+def test_the_best_mce_is_the_lowest():
+    top1 = {f"corruption/{name}/{severity}": [50.0, 60.0] for name in STANDARD for severity in range(1, 6)}
+    *_, worse, better, _, _ = report.latex(
+        report_of(top1, ["a", "b"], wnids=[str(i) for i in range(1000)])
+    ).splitlines()
+    assert worse.count("textbf") == 0 and better.count("textbf") == 2
+
+
+# Notes
+
+
+def test_notes_give_preprocessing_and_a_limit():
+    assert report.notes(report_of({"val": [5.0]}, limit=2)) == [
+        "val: 4 images, Resize(32), CenterCrop(28)",
+        "partial evaluation: only the first 2 images of each class (--limit)",
+    ]
+
+
+def test_a_partial_corruption_mean_says_so():
+    some = {f"corruption/{name}/{severity}": [50.0] for name in STANDARD for severity in range(1, 6)}
+    assert "partial" not in report.table(report_of(some)) + str(report.notes(report_of(some)))
+    del some["corruption/fog/3"]
+    made = report_of(some) | {"not_evaluated": ["fog/6", "notes"]}
+    assert "Corruption (partial)" in report.table(made)
+    note, unknown = report.notes(made)
+    assert "1 of 75 are missing (fog/3" in note and "296 images, CenterCrop(28), 74 corruptions × severities" in note
+    assert unknown.endswith("no such corruption or severity: fog/6, notes")
+
+
+def test_resized_corruptions_and_unresized_styles_are_mentioned():
+    made = report_of({"corruption/fog/1": [40.0], "corruption/fog/2": [50.0], "stylized": [20.0]})
+    assert "Corruption (partial)" in report.table(made) and "RESIZED" not in str(report.notes(made))
+    assert "Stylized: 4 images, CenterCrop(28) (not resized: the images have" in "\n".join(report.notes(made))
+    for key in ("corruption/fog/2", "stylized"):
+        made["cells"][key]["preprocessing"] = "Resize(32), CenterCrop(28)"
+    assert "Corruption (partial, resized)" in report.table(made) and "not resized" not in str(report.notes(made))
+    assert "RESIZED: images of 1 of these do not have the crop's 28 px" in "\n".join(report.notes(made))
+
+
+def test_a_column_and_a_note_say_how_many_categories_count():
+    made = report_of({"set/cues": CUES, "set/other": [1.0, 1.0]}, ["plain", "patch"])
+    header = report.table(made).splitlines()[0]
+    for column in ("cues", "cues: Shape bias", "cues: Texture accuracy"):
+        assert f"| {column} (2 of 16 categories) |" in header
+    assert header.endswith("| other |")
+    note, _ = report.notes(made)
+    assert "decided between 2 of 16 categories (cat, dog) by mean probability" in note and "Shape bias over" not in note
+    made["cells"]["set/cues"]["results"][0]["conflicts"] = 3
+    assert "; Shape bias over the 3 of these images whose cues are two different classes" in report.notes(made)[0]
+
+
+# Classes
+
+ROWS = ["plain", "patch", "patch"]
+VAL = [
+    result(65, {"cat": (5, 10), "dog": (8, 10)}),
+    result(60, {"cat": (6, 10), "dog": (6, 10)}),
+    result(60, {"cat": (8, 10), "dog": (4, 10)}),
+]
+
+
+def test_class_differences_are_means_over_the_runs_of_a_row():
+    cat, dog = report.class_differences(report_of({"val": VAL}, ROWS), "val", "plain", "patch")
+    assert (cat.wnid, cat.n, cat.base, cat.top1) == ("cat", 10, 50, 70) and cat.change == pytest.approx(20)
+    assert (dog.wnid, dog.base, dog.top1) == ("dog", 80, 50) and dog.change == pytest.approx(-30)
+    assert cat.error == pytest.approx(100 * ((0.5 * 0.5 + 0.7 * 0.3) / 10) ** 0.5)
+    back = report.class_differences(report_of({"val": VAL}, ROWS), "val", "patch", "plain")
+    assert [each.wnid for each in back] == ["dog", "cat"] and back[0].change == pytest.approx(30)
+
+
+def test_class_differences_of_corruptions_weigh_each_set_equally():
+    half, none, all_ = (result(0, {"cat": counts}) for counts in ((5, 10), (0, 2), (2, 2)))
     cells = {
-        f"corruption/{name}/{severity}": [90 - 10.0 * severity, 80.0, 50.0]
-        for name in STANDARD[:7]
-        for severity in (1, 5)
+        "corruption/fog/1": [half, half],
+        "corruption/snow/5": [none, all_],
+        "corruption/spatter/1": [none, all_],  # an extra one: in no mean
+        "val": [result(100, {"dog": (1, 1), "cat": (1, 1)})] * 2,
     }
-    plot.corruptions(make(tmp_path, {"a": 2, "b": 1}, cells), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    made = report_of(cells, ["a", "b"])
+    (cat,) = report.class_differences(made, "corruption", "a", "b")
+    assert (cat.n, cat.base, cat.top1) == (10, 25, 75)
+    (of_one,) = report.class_differences(made, "corruption/snow/5", "a", "b")
+    assert (of_one.n, of_one.change) == (2, 100)
+    equal = report.class_differences(made, "val", "a", "b")
+    assert [each.wnid for each in equal] == ["cat", "dog"]  # by name
+
+
+def test_class_differences_name_the_rows_and_sets_there_are():
+    made = report_of({"val": VAL, "corruption/fog/1": VAL, "corruption/fog/2": VAL, "set/mine": VAL}, ROWS)
+    with pytest.raises(UsageError, match="no row texture; the rows are plain, patch"):
+        report.class_differences(made, "val", "plain", "texture")
+    with pytest.raises(UsageError, match="no test set sketch; there are val, corruption, mine"):
+        report.class_differences(made, "sketch", "plain", "patch")
+    for name in ("mine", "set/mine"):
+        assert report.class_differences(made, name, "plain", "patch")[0].wnid == "cat"
+
+
+def test_classes_are_sorted_from_helped_to_harmed():
+    one, three = (result(25, {"dog": (hits, 4)}) for hits in (1, 3))
+    cells = {
+        "val": [result(50, {"cat": (a, 4), "dog": (b, 4)}) for a, b in ((1, 3), (3, 1))],
+        "rendition": [one, three],
+        "corruption/spatter/1": [one, three],  # an extra one alone has no mean
+        "set/cues": [result(50, {"bird": (1, 4)}), result(50, {"bird": (3, 4)})],  # categories: a table of their own
+    }
+    assert report.by_class_table(report_of(cells, ["plain", "patch"])).splitlines() == [
+        "patch against plain, by class; one standard error of a difference is up to, in points: val 30.6, Rendition"
+        " 30.6",
+        "| class | val | Rendition |",
+        "|---|---|---|",
+        "| cat | 25.0 → 75.0 (+50.0) | – |",
+        "| dog | 75.0 → 25.0 (-50.0) | 25.0 → 75.0 (+50.0) |",
+        "patch against plain, by class; one standard error of a difference is up to, in points: cues 30.6",
+        "| class | cues |",
+        "|---|---|",
+        "| bird | 25.0 → 75.0 (+50.0) |",
+    ]
