@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from moco import distributed, options
-from moco.data import datasets, folders, images, loader
+from moco.data import datasets, folders, loader
 from moco.data.datasets import ImageList, RetryDataset
 from moco.data.folders import ImageFolder
 from moco.data.loader import GlobalBatchSampler
@@ -42,10 +42,10 @@ from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_d
 from moco.errors import Finished, UsageError
 from moco.evaluation import classifier, released
 from moco.evaluation.classifier import LinearHeads
-from moco.processes import environment, launch
+from moco.processes import launch
 from moco.processes.exits import cli_main
-from moco.training import checkpoint, files, metrics
-from moco.training.run import Run, check_unused
+from moco.training import checkpoint
+from moco.training.run import Run, open_folder
 
 
 class Inputs(NamedTuple):
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
     pretraining: dict | None  # the options of the pre-training, where known
     saved: dict  # of --resume; {} for a fresh start
     image_size: int
-    lock: files.FolderLock  # on --ckpt_path
+    lock: object  # on --ckpt_path: held while an input of a process
 
 
 def parse_args() -> argparse.Namespace:
@@ -133,10 +133,8 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
             "images per step": sampler.global_batch_size,
             "steps per epoch": len(sampler),
         }
-    lock = files.lock_folder("--ckpt_path", args.ckpt_path)
-    if environment.is_main() and trains(args) and not args.dry_run:
-        lock.acquire()  # before anything in the folder is read
-    saved = find_saved(args)
+    own = rf"(checkpoint_robust|model_best)_{re.escape(run_name(args.pretrained))}\.pth\.tar"
+    lock, saved = open_folder(args, own, probe=run_name(args.pretrained), writes=trains(args))
     pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
     args.arch = args.arch or arch_of_files(args, saved, pretrained)
     backbone, origin = find_backbone(args, pretrained) if pretrained else ({}, "random weights")
@@ -153,17 +151,6 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
 
 def trains(args: argparse.Namespace) -> bool:
     return not (args.evaluate or args.features)
-
-
-def find_saved(args: argparse.Namespace) -> dict:
-    """The checkpoint to continue, {} for a fresh start. UsageError if that would replace a probe."""
-    latest, name = latest_name(args.pretrained), run_name(args.pretrained)
-    args.auto_resume = args.resume == "auto" or environment.restarted()
-    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, re.escape(latest), environment.restarted())
-    if trains(args):
-        own = rf"(checkpoint_robust|model_best)_{re.escape(name)}\.pth\.tar"
-        check_unused(args.ckpt_path, args.resume, own, probe=name)
-    return checkpoint.load(args.resume) if args.resume else {}
 
 
 def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder]:
@@ -301,7 +288,7 @@ def train_one_epoch(
         optimizer.zero_grad()
         sum(losses).backward()
         optimizer.step()
-        accuracies = [metrics.correct_counts(own, labels, ks=(1,))[0] * (100 / len(labels)) for own in logits]
+        accuracies = [classifier.correct_counts(own, labels, ks=(1,))[0] * (100 / len(labels)) for own in logits]
         run.after_step(loss=torch.stack(losses), acc1=torch.stack(accuracies))
 
 
@@ -418,8 +405,6 @@ def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> N
     options.print_config(args, derived, args.verbose)
     if not args.pretrained and not inputs.saved:
         print("no --pretrained: the backbone is random (a baseline)")
-    if not images.has_fast_jpeg():
-        print(images.NO_FAST_JPEG, flush=True)
 
 
 def export_backbone(args: argparse.Namespace) -> None:
@@ -432,7 +417,7 @@ def export_backbone(args: argparse.Namespace) -> None:
     weights, origin = find_backbone(args, pretrained)
     if args.dry_run:
         return options.print_dry_run(args, {"network": args.arch, "backbone": origin}, "nothing was written")
-    if environment.is_main():
+    if launch.is_main():
         checkpoint.save(args.export_backbone, weights)
         print(f"wrote {args.export_backbone}, a {args.arch}: {origin}")
 
@@ -446,7 +431,7 @@ def main() -> None:
     if args.dry_run:
         return options.print_dry_run(args, derived)
     worker = main_worker if trains(args) else evaluate_only
-    if trains(args) and environment.is_main():
+    if trains(args) and launch.is_main():
         print_start(args, inputs, derived)
     agree = options.shared_options(args, ("evaluate", "features")) | {
         "the training images": len(inputs.train.paths) if inputs.train else 0,
