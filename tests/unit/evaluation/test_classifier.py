@@ -1,7 +1,11 @@
+"""Frozen backbones, heads on their features, accuracy, and heads whose learning rate is too large."""
+
 import math
 
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from helpers import write_folder
 
 from moco.data import datasets, folders, loader
@@ -9,6 +13,7 @@ from moco.distributed import DistContext
 from moco.encoders import build_encoder
 from moco.errors import UsageError
 from moco.evaluation import classifier
+from moco.evaluation.classifier import LinearHeads, exploded, explosion_hint
 from moco.training import checkpoint
 
 
@@ -63,6 +68,18 @@ def test_a_head_is_scored_only_on_its_own_classes():
             classifier.check_classes(saved, data, "file")
 
 
+def test_heads_that_do_not_fit_are_refused():
+    saved = linear_checkpoint(3, lrs=[1.0, 30.0], heads=LinearHeads(nn.Linear(256, 3) for _ in range(2)).state_dict())
+    classifier.check_linear(saved, "file")
+    saved["heads"]["1.bias"][0] = math.nan  # a learning rate that was too large
+    classifier.check_linear(saved, "file")
+    for change in {"heads": {}}, {"heads": [1]}, {"lrs": [1.0]}, {"heads": saved["heads"] | {"0.bias": torch.ones(1)}}:
+        with pytest.raises(UsageError, match="^file: "):
+            classifier.check_linear(saved | change, "file")
+    with pytest.raises(UsageError, match="4 classes, but its head has 3 outputs"):
+        classifier.check_linear(saved | {"wnids": list("abcd")}, "file")
+
+
 def test_a_linear_checkpoint_loads_with_a_head_of_its_width(tmp_path):
     saved = linear_checkpoint(1000, best_acc1=torch.tensor(77.0))
     torch.save(saved, tmp_path / "model_best_0199.pth.tar")
@@ -71,7 +88,7 @@ def test_a_linear_checkpoint_loads_with_a_head_of_its_width(tmp_path):
     assert torch.equal(model.fc.weight, saved["state_dict"]["module.fc.weight"])
 
 
-class ByBrightness(torch.nn.Module):
+class ByBrightness(nn.Module):
     """Predicts class 1 for bright images, else class 0."""
 
     def forward(self, images):
@@ -81,7 +98,7 @@ class ByBrightness(torch.nn.Module):
 
 def test_evaluate_counts_every_image_once(tmp_path):
     paths, labels, _ = folders.list_images(write_folder(tmp_path) / "train")
-    dataset = datasets.StrictDataset(datasets.ImageList(paths, labels, datasets.eval_transform(16)))
+    dataset = datasets.ImageList(paths, labels, datasets.eval_transform(16))
     batches = loader.eval_loader(dataset, 5, 0, DistContext())
     model = ByBrightness()
     (result,) = classifier.evaluate(lambda images: [model(images)], batches, torch.device("cpu"))
@@ -91,7 +108,7 @@ def test_evaluate_counts_every_image_once(tmp_path):
 
 
 def test_heads_side_by_side_give_each_heads_logits():
-    heads = classifier.LinearHeads(torch.nn.Linear(3, 2) for _ in range(3))
+    heads = LinearHeads(nn.Linear(3, 2) for _ in range(3))
     features = torch.randn(4, 3)
     logits = heads(features)
     assert logits.shape == (3, 4, 2)
@@ -99,7 +116,7 @@ def test_heads_side_by_side_give_each_heads_logits():
 
 
 def test_the_best_head_wins_and_one_with_nan_never_does():
-    heads = classifier.LinearHeads(torch.nn.Linear(3, 2) for _ in range(3))
+    heads = LinearHeads(nn.Linear(3, 2) for _ in range(3))
     best = classifier.BestHead([0.0, 0.0, 0.0], winner=0)
 
     def update(*acc1s):
@@ -112,10 +129,62 @@ def test_the_best_head_wins_and_one_with_nan_never_does():
     assert not update(5.0, 99.0, 0.0) and best.winner == 0 and best.acc1s == [25.0, 30.0, 30.0]
 
 
-def test_an_image_size_that_does_not_suit_is_refused():
-    with torch.device("meta"):
-        model = build_encoder("shufflenet_v2_x0_5", 2).eval()
-    classifier.check_image_size(model, "shufflenet_v2_x0_5", 32)
-    model.conv1[0].padding = 0  # no network of ours refuses a size in eval mode
-    with pytest.raises(UsageError, match="--image-size 1 does not suit --arch shufflenet_v2_x0_5"):
-        classifier.check_image_size(model, "shufflenet_v2_x0_5", 1)
+# Learning rates that are too large
+
+
+@pytest.mark.parametrize(
+    "classes, losses, heads",
+    [
+        # FashionMNIST, mean losses of the first epoch with --lr 0.01 0.03 0.1 0.3 1 3 10 30
+        (10, [1.001, 0.992, 1.086, 1.682, 5.421, 16.891, 57.711, 169.737], {4, 5, 6, 7}),
+        (10, [2.077, 1.923, 1.759, 1.661, 4.584, 19.570, 71.898, 250.750], {5, 6, 7}),  # a random backbone
+        (10, [2.49], set()),  # the quick start's slowest row
+        (2, [math.nan, 0.771, math.inf, 713_068], {0, 2, 3}),
+        (1000, [6.9, 12.0], set()),
+        (1, [0.0], set()),
+    ],
+)
+def test_a_loss_far_above_chance_shows_that_a_head_diverged(classes, losses, heads):
+    assert exploded(losses, classes) == heads
+
+
+@pytest.mark.parametrize(
+    "heads, lrs, losses, hint",
+    [
+        (
+            {1, 0},
+            [30, 3],
+            [713_068, math.nan],
+            "loss diverged for --lr 30 3 (713068 nan; chance is 2.30); try --lr 0.003 0.03 0.3: a head for each on the"
+            " same features; the best head is kept",
+        ),
+        (
+            {3},
+            [0.1, 1, 3, 30],
+            [0.9, 1.1, 99, 713_068],
+            "loss diverged for --lr 30 (713068; chance is 2.30); --lr 0.1 1 is fine; the best head is kept",
+        ),
+    ],
+)
+def test_the_hint_names_learning_rates_that_learn_or_some_to_try(heads, lrs, losses, hint):
+    assert explosion_hint(heads, lrs, losses, 10) == hint
+
+
+def test_heads_that_learn_never_count_as_diverged():
+    torch.manual_seed(0)
+    centres = torch.randn(10, 64)
+    heads = LinearHeads(nn.Linear(64, 10) for _ in range(6))
+    lrs = [0.001, 0.01, 0.1, 1, 100, 1000]
+    for head in heads:
+        nn.init.normal_(head.weight, std=0.01)
+    optimizer = torch.optim.SGD([{"params": h.parameters(), "lr": lr} for h, lr in zip(heads, lrs)], 1.0, momentum=0.9)
+    losses = []
+    for _ in range(100):
+        labels = torch.randint(10, (64,))
+        own = [F.cross_entropy(logits, labels) for logits in heads(centres[labels] + 2 * torch.randn(64, 64))]
+        optimizer.zero_grad()
+        sum(own).backward()
+        optimizer.step()
+        losses.append([loss.item() for loss in own])
+    mean = torch.tensor(losses).mean(dim=0).tolist()
+    assert mean[0] < math.log(10) and exploded(mean, 10) == {4, 5} and classifier.EXPLODED * math.log(10) < mean[4] / 5

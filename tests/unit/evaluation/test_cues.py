@@ -1,4 +1,4 @@
-"""Shape and texture cues: what names tell, and decisions between the sixteen categories."""
+"""Shape and texture cues: file names, and decisions between the sixteen categories."""
 
 import pytest
 import torch
@@ -50,10 +50,9 @@ def test_the_categories_have_the_published_numbers_of_classes():
 
 def test_categories_hold_the_classes_of_their_names():
     names = pytest.importorskip("torchvision.models._meta")._IMAGENET_CATEGORIES
-    text = cues.CATEGORIES.read_text().splitlines()[1:]
-    assert {line.split(",")[2] for line in text} <= set(names)
-    own = {category: {line.split(",")[2] for line in text if line.startswith(f"{category},")} for category in SIZES}
-    assert own["elephant"] == {"Indian elephant", "African elephant"} and own["knife"] == {"cleaver"}
+    rows = [line.split(",") for line in cues.CATEGORIES.read_text().splitlines()[1:]]
+    own = {category: {name for other, _, name in rows if other == category} for category in SIZES}
+    assert {name for _, _, name in rows} <= set(names) and own["knife"] == {"cleaver"}
     assert own["cat"] == {"tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat", "cougar"}
     assert {"golden retriever", "beagle"} <= own["dog"] and own["oven"] == {"rotisserie"}
 
@@ -137,9 +136,9 @@ def test_textures_of_classes_the_head_lacks_do_not_count(tmp_path):
 
 def test_categories_are_refused_where_they_cannot_be_decided(tmp_path):
     paint_conflicts(tmp_path)
-    with pytest.raises(UsageError, match=r"\(n02123045, …\) are in cat of them; it takes two"):
+    with pytest.raises(UsageError, match=r"\(n02123045, …\) cover only cat; at least two"):
         score(tmp_path, None, HEAD[:2])
-    with pytest.raises(UsageError, match=r"are in none of them; it takes two"):
+    with pytest.raises(UsageError, match="cover none of them; at least two"):
         score(tmp_path, None, ["n01", "n02"])
     with pytest.raises(UsageError, match="images in these categories are a further set: --set cue-conflict=DIR"):
         score(tmp_path, None, HEAD, key="stylized")
