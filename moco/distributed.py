@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import os
 import random
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-from moco.processes.environment import under_torchrun
-
 
 class DistContext(NamedTuple):
     """A process's rank among all processes of the run, and the device it trains on."""
@@ -25,11 +22,6 @@ class DistContext(NamedTuple):
     local_rank: int = 0
     local_world_size: int = 1  # processes on this node
     device: torch.device = torch.device("cpu")
-
-
-def restarted() -> bool:
-    """Whether torchrun started this process again after a failure (--max-restarts)."""
-    return under_torchrun() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
 def rank() -> int:

@@ -164,7 +164,14 @@ def _script(folder, arguments, env):
 os.environ["OMP_NUM_THREADS"] = "1"  # the fork server reads it when it starts
 FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(
-    ["torch", "torchvision", "torch.optim.swa_utils", "moco.processes.launch", "moco.evaluation.scores", "moco.training.run"]
+    [
+        "torch",
+        "torchvision",
+        "torch.optim.swa_utils",
+        "moco.processes.launch",
+        "moco.evaluation.scores",
+        "moco.training.run",
+    ]
 )
 
 

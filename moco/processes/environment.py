@@ -1,31 +1,21 @@
-"""Which process of a run this is, by the environment variables that its launcher has set."""
+"""Rank of this process, from the variables that torchrun, srun or an operator has set. Imports no PyTorch."""
 
+import functools
 import os
 import re
-import signal
-import threading
-import time
+import subprocess
 from typing import NamedTuple
 
-# How long processes wait for each other, in seconds; also listed in docs/reliability.md.
-JOIN_SECONDS = 300  # at the start, for ranks that are not there yet; torchrun has limits of its own
-COLLECTIVE_SECONDS = 900  # in a step, for a rank that is cut off, or waits for its data: gloo's and NCCL's own limit
-DATA_SECONDS = 600  # for a batch, after which the run is saved and ends; less than COLLECTIVE_SECONDS
-LISTING_SECONDS = 600  # for the list of files that the first process of a node makes; then each lists for itself
-GRACE_SECONDS = 30  # for spawned ranks to save once one of them has failed; torchrun and Slurm give 30 s, too
-LOADERS_END_SECONDS = 5  # for the loading processes, when a script ends
-PARENT_SECONDS = 1  # between two looks at whether torchrun is still there
-
 TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-PORTS = range(15000, 30000)  # for a Slurm step's rank 0: below those that the system gives to clients
+PORTS = range(15000, 30000)  # for rank 0 of a Slurm step: below those that the system gives to clients
 SHELL_STEPS = 0xFFFFFFF0  # Slurm's step numbers from here on are of batch and interactive shells
-_spawned_rank = 0  # on this node, of a process that this program spawned
+_spawned_rank = 0  # on this node, in a process that `launch` started
 
 
 class Launched(NamedTuple):
     """A process that a launcher started together with others.
 
-    local_world_size: the processes on this node. host, port: where rank 0 listens. settings: what they come from.
+    local_world_size: the processes on this node. host, port: where rank 0 listens.
     """
 
     launcher: str  # "torchrun", "RANK and WORLD_SIZE", "srun"
@@ -35,52 +25,101 @@ class Launched(NamedTuple):
     local_world_size: int
     host: str
     port: int
-    settings: str = "MASTER_ADDR and MASTER_PORT"
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process: single variables of it may be left over in an environment."""
+    """Whether torchrun started this process; single variables of it may be left over in an environment."""
     return "TORCHELASTIC_RUN_ID" in os.environ and all(os.environ.get(name, "").isdecimal() for name in TORCHRUN_RANKS)
 
 
-def launched() -> Launched | None:
-    """What torchrun, an operator that sets RANK and WORLD_SIZE, or srun says of this process; None if it is alone.
+def restarted() -> bool:
+    """Whether torchrun started this process again after a failure (--max-restarts)."""
+    return under_torchrun() and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
-    In this order, as `srun torchrun` is common. A single process of theirs counts as alone, except torchrun's. Raises
-    ValueError with what is missing or contradicts; a run that is one of several must not take itself for the only one.
+
+def launched() -> Launched | None:
+    """The rank set by torchrun, by RANK and WORLD_SIZE, or by srun, in this order; None for a single process.
+
+    A process that belongs to a multi-process launch must never run as a single process: ValueError if variables are
+    missing or do not fit.
     """
     if under_torchrun():
         ranks = (int(os.environ[name]) for name in TORCHRUN_RANKS[:4])
         return Launched("torchrun", *ranks, os.environ.get("MASTER_ADDR", ""), int(os.environ["MASTER_PORT"]))
-    found = _by_rank_variables() or _by_slurm()
-    if found is None:
-        for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
-            if _number(name, 1) > 1:
-                raise ValueError(
-                    f"mpirun started {os.environ[name]} processes ({name}), each of which would be a run of its own;"
-                    " set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in each, or use torchrun or srun"
-                )
-    elif not 0 <= found.rank < found.world_size or not 0 <= found.local_rank < found.local_world_size:
+    if "RANK" in os.environ and number("WORLD_SIZE", 1) > 1:
+        found = _from_rank_variables()
+    elif _in_slurm_step() and number("SLURM_STEP_NUM_TASKS") > 1:
+        found = _from_slurm()
+    elif (size := max(number(name, 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))) > 1:
+        raise ValueError(f"mpirun started {size} processes without RANK and WORLD_SIZE: use torchrun or srun")
+    else:
+        return None
+    if not found.rank < found.world_size or not found.local_rank < found.local_world_size:
         raise ValueError(
             f"{found.launcher}: rank {found.rank} of {found.world_size}, {found.local_rank} of"
-            f" {found.local_world_size} on this node: a rank must be below their number"
+            f" {found.local_world_size} on this node: a rank must be below the number of processes"
         )
-    return found if found and found.world_size > 1 else None
+    return found
 
 
-def end_with_torchrun() -> None:
-    """From now on, get SIGTERM once torchrun has ended, even if it was killed, whatever this process is waiting for.
+def _from_rank_variables() -> Launched:
+    """PyTorch's convention, as Kubernetes operators follow it; a node's share defaults to Slurm's, or one process."""
+    local_rank, local_world_size = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
+    if _in_slurm_step():
+        local_rank = number("LOCAL_RANK", number("SLURM_LOCALID"))
+        local_world_size = number("LOCAL_WORLD_SIZE", _slurm_tasks_per_node())
+    ranks = number("RANK"), number("WORLD_SIZE"), local_rank, local_world_size
+    return Launched("RANK and WORLD_SIZE", *ranks, text("MASTER_ADDR"), number("MASTER_PORT"))
 
-    A rank that outlives torchrun would write beside the resumed run. Does nothing without torchrun.
-    """
-    if under_torchrun():
-        threading.Thread(target=_wait_for_end_of, args=(os.getppid(),), daemon=True).start()
+
+def _from_slurm() -> Launched:
+    """A task of `srun python …`. MASTER_ADDR and MASTER_PORT may name another address of rank 0."""
+    world_size, local_world_size = number("SLURM_STEP_NUM_TASKS"), _slurm_tasks_per_node()
+    own = "127.0.0.1" if local_world_size == world_size else ""
+    host = os.environ.get("MASTER_ADDR") or own or _first_host(text("SLURM_STEP_NODELIST"))
+    port = PORTS[(7 * number("SLURM_JOB_ID", 0) + number("SLURM_STEP_ID")) % len(PORTS)]  # the same in all tasks
+    ranks = number("SLURM_PROCID"), world_size, number("SLURM_LOCALID"), local_world_size
+    return Launched("srun", *ranks, host, number("MASTER_PORT", port))
 
 
-def _wait_for_end_of(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(PARENT_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
+def _in_slurm_step() -> bool:
+    """Whether srun started this process. Batch scripts and shells have a rank, too, and are alone."""
+    return "SLURM_PROCID" in os.environ and number("SLURM_STEP_ID", SHELL_STEPS) < SHELL_STEPS
+
+
+def _slurm_tasks_per_node() -> int:
+    counts = text("SLURM_STEP_TASKS_PER_NODE")
+    if equal := re.fullmatch(r"(\d+)(\(x\d+\))?", counts):
+        return int(equal[1])
+    raise ValueError(f"srun: SLURM_STEP_TASKS_PER_NODE={counts}: start equally many tasks per node (--ntasks-per-node)")
+
+
+@functools.cache
+def _first_host(nodes: str) -> str:
+    try:
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return shown.stdout.split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
+        raise ValueError(
+            f"srun: scontrol cannot list the hosts {nodes} ({error}); set MASTER_ADDR to the first of them"
+        ) from error
+
+
+def number(name: str, default: int | None = None) -> int:
+    """An environment variable as a number. ValueError if it is none, or not set without a default."""
+    value = os.environ.get(name, "")
+    if not value and default is not None:
+        return default
+    if not value.isdecimal():
+        raise ValueError(f"the environment has {name}={value or 'nothing'}: it must be a whole number, 0 or more")
+    return int(value)
+
+
+def text(name: str) -> str:
+    """An environment variable. ValueError if it is not set."""
+    if not os.environ.get(name):
+        raise ValueError(f"{name} is not set in the environment, which the other processes' variables need")
+    return os.environ[name]
 
 
 def set_spawned_rank(local_rank: int) -> None:
@@ -104,93 +143,3 @@ def _is_first(rank: str) -> bool:
     except ValueError:  # reported by each, since none knows which it is
         return True
     return found is None or getattr(found, rank) == 0
-
-
-def _by_rank_variables() -> Launched | None:
-    """PyTorch's own convention, as Kubernetes operators use it: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT."""
-    if "RANK" not in os.environ or _number("WORLD_SIZE", 1) < 2:
-        return None
-    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    if missing := [name for name in wanted if not os.environ.get(name)]:
-        raise ValueError(
-            f"the environment has RANK={os.environ['RANK']} and WORLD_SIZE={os.environ['WORLD_SIZE']}, but not"
-            f" {' and '.join(missing)}, where rank 0 listens: set it, or unset RANK and WORLD_SIZE for a single process"
-        )
-    in_step = _in_slurm_step()
-    local_rank = _number("LOCAL_RANK", _number("SLURM_LOCALID", 0) if in_step else 0)
-    known = _slurm_tasks_here() if in_step else 0
-    local_world_size = _number("LOCAL_WORLD_SIZE", known or (1 if local_rank == 0 else 0))
-    if not local_world_size:
-        raise ValueError(
-            f"the environment has LOCAL_RANK={local_rank}, but not LOCAL_WORLD_SIZE: set it to the number of processes"
-            " on this node"
-        )
-    rank, world_size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    host = os.environ["MASTER_ADDR"]
-    return Launched("RANK and WORLD_SIZE", rank, world_size, local_rank, local_world_size, host, port)
-
-
-def _by_slurm() -> Launched | None:
-    """A task of `srun python …`, with ranks as Slurm gives them."""
-    world_size = _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1))
-    if not _in_slurm_step() or world_size < 2:
-        return None
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-    local_world_size = _slurm_tasks_here()
-    host = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if local_world_size == world_size else first_host(nodes))
-    job, step = (_number(name, 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    port = _number("MASTER_PORT", PORTS[(7 * job + step) % len(PORTS)])  # all tasks of a step compute the same
-    rank, local_rank = _number("SLURM_PROCID"), _number("SLURM_LOCALID")
-    settings = "from Slurm's variables; MASTER_ADDR and MASTER_PORT change them"
-    return Launched("srun", rank, world_size, local_rank, local_world_size, host, port, settings)
-
-
-def _in_slurm_step() -> bool:
-    """Whether srun started this process. Batch scripts and shells have a rank, too, and are alone."""
-    if "SLURM_PROCID" not in os.environ or "SLURM_LOCALID" not in os.environ:
-        return False
-    if _number("SLURM_STEP_ID", 0) >= SHELL_STEPS:
-        return False
-    return "SLURM_STEP_ID" in os.environ or "SLURM_JOB_ID" not in os.environ or os.environ["SLURM_PROCID"] != "0"
-
-
-def _slurm_tasks_here() -> int:
-    """The tasks of this step on this node. Raises ValueError if Slurm does not say."""
-    counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE")
-    if not counts:
-        if _number("SLURM_NNODES", 1) > 1:
-            raise ValueError("srun: SLURM_STEP_TASKS_PER_NODE is not set, so that the tasks on this node are not known")
-        return _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1))
-    per_node = tasks_per_node(counts)
-    node = _number("SLURM_NODEID", 0)
-    if node >= len(per_node):
-        raise ValueError(f"srun: SLURM_NODEID={node}, but SLURM_STEP_TASKS_PER_NODE={counts}")
-    return per_node[node]
-
-
-def tasks_per_node(counts: str) -> list[int]:
-    """Slurm's compressed list of task counts, "2(x3),1", as one number per node: [2, 2, 2, 1]."""
-    result = []
-    for part in counts.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip())
-        if not match:
-            raise ValueError(f"srun: SLURM_STEP_TASKS_PER_NODE={counts} is no list of numbers such as 2(x3),1")
-        result += [int(match[1])] * int(match[2] or 1)
-    return result
-
-
-def first_host(nodes: str) -> str:
-    """The first host of Slurm's compressed list: "gpu[003-005,9],login1" gives "gpu003"."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\])?([^\[,]*)", nodes)
-    if not match:
-        raise ValueError(f"srun: SLURM_STEP_NODELIST={nodes} names no host; set MASTER_ADDR to the first node's")
-    return match[1] + (match[2] or "") + (match[3] if match[2] else "")
-
-
-def _number(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "")
-    if not text and default is not None:
-        return default
-    if not text.isdecimal():
-        raise ValueError(f"the environment has {name}={text or 'nothing'}: it must be a whole number, 0 or more")
-    return int(text)

@@ -1,16 +1,17 @@
-"""Stopping a run from outside: the current step is finished and saved first."""
+"""Signals that stop a run: finish the current step, save, leave. Imports no PyTorch."""
 
 import contextlib
 import ctypes
 import functools
+import multiprocessing
 import multiprocessing.util
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
 
-from moco import distributed
 from moco.processes.environment import under_torchrun
 
 if sys.platform == "win32":  # it lacks what this module is about, and all scripts import it
@@ -22,19 +23,25 @@ if sys.platform == "win32":  # it lacks what this module is about, and all scrip
 
 # SIGUSR1 is what Slurm is asked to send; SIGHUP comes from a terminal that is closed, unless nohup has it ignored.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+PARENT_SECONDS = 1  # how often a rank checks that its parent is alive
 PR_SET_PDEATHSIG = 1  # of prctl
 
 
-def handle_stop_signals(handler: Callable) -> None:
-    """Set the handler of STOP_SIGNALS; an ignored SIGHUP stays ignored, as nohup promises."""
-    for signum in STOP_SIGNALS:
+def handle_stop_signals(handler: Callable | int, signals: tuple = STOP_SIGNALS) -> None:
+    """Set the handler of these signals; an ignored SIGHUP stays ignored, as nohup promises."""
+    for signum in signals:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handler)
 
 
+def exit_at_once(signum: int, frame: object) -> None:
+    """Handler for scripts that only need to clean up: exit with 128 + signum, as shells expect."""
+    sys.exit(128 + signum)
+
+
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
-    """Put off STOP_SIGNALS in this thread; a process that it starts meanwhile inherits that."""
+    """Block STOP_SIGNALS in this thread and in processes started inside the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -42,8 +49,23 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def end_with_parent() -> None:
+    """Get SIGTERM once torchrun, or the program that started this process, has ended, even if it was killed.
+
+    A rank that outlives them would write beside the resumed run.
+    """
+    if under_torchrun() or multiprocessing.parent_process():
+        threading.Thread(target=_watch, args=(os.getppid(), multiprocessing.parent_process()), daemon=True).start()
+
+
+def _watch(torchrun: int, program) -> None:
+    while program.is_alive() if program else os.getppid() == torchrun:
+        time.sleep(PARENT_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def signal_when_parent_ends(signum: int) -> None:
-    """On Linux, get this signal when the thread that started this process ends, even if its process is killed."""
+    """On Linux, get this signal when the thread that forked this process ends, even if its process is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
         if os.getppid() != multiprocessing.parent_process().pid:  # it ended before that
@@ -57,23 +79,15 @@ class StopWaiting(BaseException):
 class StopSignal:
     """Remembers which of STOP_SIGNALS this process received. A second SIGINT ends the process at once.
 
-    If torchrun itself ends, that counts as SIGTERM: ranks that outlive it would write beside the resumed run.
     PyTorch raises an error wherever the process is when one of its loading processes ends; that is put off until the
     next `interruptible` block, where the run can be saved.
     """
 
     def __init__(self):
-        self._signum, self._torchrun = 0, os.getppid() if under_torchrun() else None
+        self.signum = 0  # the signal's number; 0 if there was none
         self._waiting = self._child_ended = False
         self._report_children: Callable | None = None  # PyTorch's handler of SIGCHLD
         handle_stop_signals(self._remember)
-
-    @property
-    def signum(self) -> int:
-        """The signal's number; 0 if there was none."""
-        if self._torchrun and os.getppid() != self._torchrun:
-            return signal.SIGTERM
-        return self._signum
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -99,10 +113,10 @@ class StopSignal:
         try:
             yield
         except BrokenPipeError:
-            self._signum = signal.SIGPIPE
+            self.signum = signal.SIGPIPE
 
     def _remember(self, signum, frame) -> None:
-        self._signum = signum
+        self.signum = signum
         if signum == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         if self._waiting:
@@ -114,15 +128,6 @@ class StopSignal:
             self._report_children(signum, frame)
         else:
             self._child_ended = True
-
-
-def exit_on_signal(signum: int, where: str) -> NoReturn:
-    """End all processes with exit code 128 + signum, as shells expect, once rank 0 has saved."""
-    distributed.barrier()
-    if distributed.is_main():
-        with contextlib.suppress(BrokenPipeError):
-            print(f"stopped by {signal.Signals(signum).name} {where}, saved; continue with --resume auto", flush=True)
-    sys.exit(128 + signum)
 
 
 def leave_signals_to_trainer() -> Callable[[int], None]:

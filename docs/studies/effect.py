@@ -1,8 +1,8 @@
 """Repeat the study of docs/effect.md: what non-semantic negatives do on the generated data and on FashionMNIST.
 
-    python -m tests.benchmarks.effect run --work effect-work --jobs 2
-    python -m tests.benchmarks.effect mechanism --work effect-work
-    python -m tests.benchmarks.effect report --results effect-work/results.jsonl --mechanism effect-work/mechanism.jsonl
+    python -m docs.studies.effect run --work effect-work --jobs 2
+    python -m docs.studies.effect mechanism --work effect-work
+    python -m docs.studies.effect report --results effect-work/results.jsonl --mechanism effect-work/mechanism.jsonl
 
 `run` trains, probes and tests with the three scripts, as a user would, and appends a JSON line to DIR/results.jsonl for
 each finished run; runs with a line there are not repeated, so that it can be stopped and restarted. `report` rewrites
@@ -132,7 +132,7 @@ def make_data(work: Path, name: str) -> Path:
     if name.startswith("shapes-"):
         script(log, "preprocess/shapes.py", "--out", folder, "--seed", name.removeprefix("shapes-"), "--workers", 1)
     elif not (folder / "complete").exists():
-        from tests.benchmarks import effect_fashion
+        from docs.studies import effect_fashion
 
         script(
             log,
@@ -220,7 +220,7 @@ def measure_mechanism(work: Path) -> None:
     """For each finished run on generated data, a line of work/mechanism.jsonl: cosines, readouts, other tests."""
     import torch
 
-    from tests.benchmarks import effect_mechanism
+    from docs.studies import effect_mechanism
 
     torch.set_num_threads(1)
     path = work / "mechanism.jsonl"

@@ -1,4 +1,4 @@
-"""What the features of a backbone tell apart: the mechanism behind docs/effect.md's table.
+"""Readouts of what a backbone's features tell apart: the mechanism behind docs/effect.md's table.
 
 Cosines between the features of a query, its key and its patch negative, and linear readouts of what the generator drew
 for each image. Crops, colour changes and patches are made here, apart from the code that trains, so that the two can be

@@ -1,4 +1,4 @@
-"""The study of docs/effect.md: which runs it makes, and its tables, from results that are made up."""
+"""docs/studies: which runs the study of docs/effect.md makes, and its tables, from made-up results."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import REPOSITORY
 
-from tests.benchmarks import effect, effect_mechanism
+from docs.studies import effect, effect_mechanism
 
 
 def results(runs):
@@ -20,13 +20,6 @@ def results(runs):
         }
         for place, run in enumerate(runs)
     }
-
-
-def test_the_grid_is_plain_mocos_and_holds_the_defaults_once():
-    stages = effect.stages({})
-    assert len(set(effect.GRID)) == 12 and () in effect.GRID
-    assert all(run.alpha is None and run.seed == 101 for run in stages["grid"])
-    assert stages["best"] == [] and len(stages["paired"]) == 10 and len(stages["sweep"]) == 12
 
 
 def test_the_best_settings_have_the_highest_val_of_the_grid():
@@ -42,21 +35,6 @@ def test_no_two_runs_share_a_name():
     options = effect.Run(effect.MAIN, 2.5, 7, effect.changed(lr=0.12, moco_k=512)).pretraining_options()
     assert {"--lr=0.12", "--moco-k=512", "--alpha=2.5", "--robust=patch", "--seed=7"} <= set(options)
     assert "--robust=none" in effect.Run(effect.MAIN, None, 7).pretraining_options()
-
-
-def test_differences_are_paired_by_seed():
-    plain, patch = effect.PLAIN, effect.PATCH
-    runs = [effect.Run(effect.MAIN, alpha, seed) for seed in (101, 102) for alpha in (None, 2)]
-    (row,) = effect.difference_row(
-        results([*runs, effect.Run(effect.MAIN, None, 103)]),
-        "difference",
-        patch,
-        plain,
-        effect.SEEDS,
-        ["val", "Sketch"],
-    )
-    assert row == ["difference", "2", "+1.0±0.0", "+0.00±0.00"]
-    assert effect.difference([1.0, 2.0, 3.0]) == "+2.0±0.6 (t 3.5)"
 
 
 def test_the_report_fills_every_mark_of_the_page(tmp_path):
