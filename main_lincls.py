@@ -357,7 +357,7 @@ def checkpoint_state(
     optimizer: torch.optim.Optimizer,
     best: classifier.BestHead,
 ) -> dict:
-    """The script's part of a checkpoint: all heads, and the last epoch's winner as the published script saves its own."""
+    """The script's part of a checkpoint: all heads, and the last epoch's winner as the published script saves it."""
     winner = dict(zip(checkpoint.FC_KEYS, heads[best.winner].state_dict().values()))
     return {
         "arch": args.arch,
