@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from moco import augment
 from moco.builder import MoCo
 from moco.encoders import build_encoder
+from moco.evaluation import classifier
 from moco.training import metrics
 from moco.views import training_views
 
@@ -80,7 +81,7 @@ def test_a_whole_step_never_looks_at_values(robust, count):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            accuracy = metrics.correct_counts(logits, labels, ks=(1,))[0] / len(labels)
+            accuracy = classifier.correct_counts(logits, labels, ks=(1,))[0] / len(labels)
             means.add({"loss": loss, "contrast_acc": accuracy, **model.similarities})
     assert means.sums.device.type == "meta" and means.steps == 2
 

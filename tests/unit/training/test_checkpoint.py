@@ -289,9 +289,9 @@ def test_a_run_that_contradicts_its_checkpoint_is_refused():
     for there, here, other in (
         (["a"], ["a", "b"], "b"),
         (many, [*many[:-1], "z"], "class 99"),
-        (["a", "b"], ["b", "a"], "a"),
+        (["a", "b"], ["b", "a"], "their order"),
     ):
-        told = rf"with {len(there)} classes that differ from the {len(here)} of this run \(for example {other}\)"
+        told = rf"it was saved with {len(there)} classes, this run has {len(here)} \({other} differs\)"
         with pytest.raises(UsageError, match=told):
             checkpoint.check_pretraining(saved | {"classes": there}, "file", options, here)
 

@@ -13,7 +13,7 @@ from moco.data import loader
 from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
 from moco.training import checkpoint
-from moco.training.run import Run, UnreadableFiles, check_unused
+from moco.training.run import Run, UnreadableFiles, open_folder
 
 IMAGES, BATCH, STEPS, LATEST = 12, 2, 6, "checkpoint_latest.pth.tar"
 pytestmark = pytest.mark.usefixtures("handlers")  # a run handles signals
@@ -223,16 +223,24 @@ def test_a_resumed_run_takes_another_learning_rate(tmp_path):
 @pytest.mark.parametrize("probe", [None, "0199"])
 def test_a_folder_with_another_run_is_not_begun(tmp_path, probe):
     Training(tmp_path, heads=2 if probe else 1).train()
-    own = r"checkpoint_(\d{4}|latest)\.pth\.tar"
+
+    def opened(folder, resume="", probe=probe):
+        args = argparse.Namespace(ckpt_path=str(folder), resume=str(resume), dry_run=True)
+        return open_folder(args, r"checkpoint_(\d{4}|latest)\.pth\.tar", probe)[1]
+
+    assert (
+        opened(tmp_path, "auto")["epoch"] == 2 and opened(tmp_path, tmp_path / "checkpoint_0000.pth.tar")["epoch"] == 1
+    )
     with pytest.raises(UsageError, match=rf"--ckpt_path {tmp_path}: it holds another run \({LATEST}\); continue"):
-        check_unused(str(tmp_path), "", own, probe)
-    check_unused(str(tmp_path), str(tmp_path / LATEST), own, probe)  # it is continued
+        opened(tmp_path)
+    assert opened(tmp_path / "new") == {} and not (tmp_path / "new").exists()
+    (tmp_path / LATEST).rename(tmp_path / "kept")
     for path in tmp_path.glob("*.tar"):
         path.unlink()
     with pytest.raises(UsageError, match=r"it holds another run \(2 epochs in log.jsonl\)"):
-        check_unused(str(tmp_path), "elsewhere/file.pth.tar", own, probe)
-    check_unused(str(tmp_path), "", own, "0100" if probe else "0199")  # a probe may share it
-    check_unused(str(tmp_path / "new"), "", own, probe)
+        opened(tmp_path)
+    assert opened(tmp_path, probe="0100" if probe else "0199") == {}  # a probe may share it
+    assert opened(tmp_path / "new", tmp_path / "kept")["epoch"] == 2
 
 
 def test_unreadable_files_are_reported_once_and_counted(capsys):
