@@ -95,7 +95,7 @@ def test_a_failed_write_leaves_the_last_good_file(tmp_path, monkeypatch):
 
     def full_disk(state, file):
         file.write(b"half a file")
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left on device"):
