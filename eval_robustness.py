@@ -34,7 +34,6 @@ from moco.processes import launch
 from moco.processes.environment import is_main
 from moco.processes.exits import cli_main
 from moco.training import files
-from moco.training.files import Claim
 
 
 def parse_args() -> argparse.Namespace:
@@ -157,11 +156,10 @@ def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> 
 def evaluate(
     ctx: DistContext,
     args: argparse.Namespace,
-    inputs: tuple[list[nn.Module], list[str], int, list[TestSet], dict, Claim],
+    inputs: tuple[list[nn.Module], list[str], int, list[TestSet], dict, files.FolderLock],
 ) -> None:
     """Score the test sets that the result lacks; rank 0 saves it after each. All ranks must call this."""
-    models, wnids, image_size, test_sets, result, output = inputs
-    output.take()
+    models, wnids, image_size, test_sets, result, _ = inputs
     models = [model.to(ctx.device, memory_format=torch.channels_last) for model in models]
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     distributed.barrier()  # all ranks have read the file before one writes it
@@ -227,7 +225,9 @@ def main() -> None:
     test_sets = testsets.list_test_sets(directories, wnids, args.limit)
     unknown = testsets.unknown_corruptions(args.corruption) if args.corruption else []
     result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
-    output = files.of_file("--json", args.json)  # before it is read
+    output = files.lock_file("--json", args.json)
+    if is_main() and not args.dry_run:
+        output.acquire()  # before the file is read
     results.reuse_results(args.json, result, test_sets)
     if args.dry_run:
         derived = {

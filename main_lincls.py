@@ -38,16 +38,13 @@ from moco.data.datasets import ImageList, RetryDataset
 from moco.data.folders import ImageFolder
 from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
-from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
+from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_device
 from moco.errors import Finished, UsageError
 from moco.evaluation import classifier, released
 from moco.evaluation.classifier import LinearHeads
 from moco.processes import environment, launch
-from moco.processes.environment import is_main
 from moco.processes.exits import cli_main
-from moco.processes.signals import StopSignal
 from moco.training import checkpoint, files, metrics
-from moco.training.files import Claim
 from moco.training.run import Run, check_unused
 
 
@@ -60,8 +57,7 @@ class Inputs(NamedTuple):
     pretraining: dict | None  # the options of the pre-training, where known
     saved: dict  # of --resume; {} for a fresh start
     image_size: int
-    claim: Claim  # of --ckpt_path
-    derived: dict  # values to print
+    lock: files.FolderLock  # on --ckpt_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,11 +92,6 @@ def parse_args() -> argparse.Namespace:
         parser.error("the following arguments are required: DIR")
     if args.export_backbone and (args.features or args.evaluate):
         parser.error("--export-backbone writes the backbone and does nothing else: leave out --features and --evaluate")
-    pattern = re.escape(latest_name(args.pretrained))
-    args.auto_resume = args.resume == "auto" or environment.restarted()
-    if environment.restarted():
-        args.resume = checkpoint.resume_path("auto", args.ckpt_path, pattern) or args.resume
-    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, pattern)
     return args
 
 
@@ -117,27 +108,19 @@ def latest_name(pretrained: str) -> str:
 # ---------------------------------------------------------------- checks, before anything is built
 
 
-def validate_args(args: argparse.Namespace) -> Inputs:
-    """Refuse what could only fail later."""
+def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
+    """Refuse what could only fail later. Returns the inputs, and the derived values to print."""
     if args.evaluate and not args.resume:
         raise UsageError("--evaluate needs a trained head: --resume ckpts/RUN/model_best_0199.pth.tar")
     if args.features:
         options.check_file("--features", args.features, endings=(".npz",))
     options.check_epochs(args)
     local_world_size, world_size = launch.resolve_world_size(args)
-    batch_size = options.per_rank(args.batch_size, local_world_size)
-    workers = options.workers_per_rank(args.workers, local_world_size)
     launch.check_options(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
-    output = files.of_folder("--ckpt_path", args.ckpt_path)  # before anything in it is read
-    if trains(args):
-        name = re.escape(run_name(args.pretrained))
-        names = rf"(checkpoint_robust|model_best)_{name}\.pth\.tar"
-        check_unused(args.ckpt_path, args.resume, names, probe=run_name(args.pretrained))
-    saved = checkpoint.load(args.resume) if args.resume else {}
-    pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
-    args.arch = args.arch or arch_of_files(args, saved, pretrained)
     train, val = list_data(args)
+    batch_size = options.per_rank(args.batch_size, local_world_size)
+    workers = options.workers_per_rank(args.workers, local_world_size)
     derived = {
         "processes": f"{world_size}, with {workers} loader workers each",
         "validation": f"{len(val.paths)} images in {len(val.classes)} classes",
@@ -150,20 +133,37 @@ def validate_args(args: argparse.Namespace) -> Inputs:
             "images per step": sampler.global_batch_size,
             "steps per epoch": len(sampler),
         }
+    lock = files.lock_folder("--ckpt_path", args.ckpt_path)
+    if environment.is_main() and trains(args) and not args.dry_run:
+        lock.acquire()  # before anything in the folder is read
+    saved = find_saved(args)
+    pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
+    args.arch = args.arch or arch_of_files(args, saved, pretrained)
     backbone, origin = find_backbone(args, pretrained) if pretrained else ({}, "random weights")
     if saved:
         check_resume(args, saved, val.classes, sampler, backbone)
     image_size = args.image_size or (saved or pretrained).get("image_size", 224)
     with torch.device("meta"):
         model = build_encoder(args.arch, len(val.classes)).eval()
-    classifier.check_image_size(model, args.arch, image_size)
+    check_input(model, args.arch, batch_size, image_size)
     derived |= {"network": args.arch, "crops": f"{image_size} px"} | ({"backbone": origin} if pretrained else {})
     options_of_pretraining = pretrained.get("options") or saved.get("pretraining")
-    return Inputs(train, val, backbone, options_of_pretraining, saved, image_size, output, derived)
+    return Inputs(train, val, backbone, options_of_pretraining, saved, image_size, lock), derived
 
 
 def trains(args: argparse.Namespace) -> bool:
     return not (args.evaluate or args.features)
+
+
+def find_saved(args: argparse.Namespace) -> dict:
+    """The checkpoint to continue, {} for a fresh start. UsageError if that would replace a probe."""
+    latest, name = latest_name(args.pretrained), run_name(args.pretrained)
+    args.auto_resume = args.resume == "auto" or environment.restarted()
+    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, re.escape(latest), environment.restarted())
+    if trains(args):
+        own = rf"(checkpoint_robust|model_best)_{re.escape(name)}\.pth\.tar"
+        check_unused(args.ckpt_path, args.resume, own, probe=name)
+    return checkpoint.load(args.resume) if args.resume else {}
 
 
 def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder]:
@@ -180,8 +180,8 @@ def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder
 
 def arch_of_files(args: argparse.Namespace, saved: Mapping, pretrained: Mapping) -> str:
     """The architecture that --resume or --pretrained names, else the default."""
-    of_resume = checkpoint.arch_of(saved, f"--resume {args.resume}")
-    return of_resume or checkpoint.arch_of(pretrained, f"--pretrained {args.pretrained}") or "resnet50"
+    known = checkpoint.arch_of(saved, f"--resume {args.resume}")
+    return known or checkpoint.arch_of(pretrained, f"--pretrained {args.pretrained}") or "resnet50"
 
 
 def check_resume(
@@ -210,7 +210,7 @@ def check_resume(
         raise Finished(message) if args.auto_resume else UsageError(message)
     checkpoint.check_data_order(saved, source, args.seed, sampler.num_images, sampler.global_batch_size)
     shapes = [own[name] for name in checkpoint.FC_KEYS] * heads
-    checkpoint.check_optimizer(saved["optimizers"] if "optimizers" in saved else saved["optimizer"], source, shapes)
+    checkpoint.check_momenta(saved["optimizers"] if "optimizers" in saved else saved["optimizer"], source, shapes)
 
 
 def find_backbone(args: argparse.Namespace, pretrained: Mapping) -> tuple[dict, str]:
@@ -233,12 +233,8 @@ def check_arch(args: argparse.Namespace, saved: Mapping, source: str) -> None:
 
 def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Train the heads in one process, on ctx.device; every way of launching ends here."""
-    stop = StopSignal()
-    inputs.claim.take()
-    if distributed.is_main():
-        print_start(args, inputs)
     seed = distributed.resolve_seed(args.seed, inputs.saved, ctx.device)
-    configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
+    configure_device(ctx.device, args.strict_fp32, deterministic=args.seed is not None)
 
     # --- data: all transforms run in the workers
     batch_size = options.per_rank(args.batch_size, ctx.local_world_size)
@@ -260,24 +256,23 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     best_acc1s = inputs.saved.get("best_acc1s", [float(inputs.saved.get("best_acc1", -1))] * len(heads))
     best = classifier.BestHead(best_acc1s, inputs.saved.get("winner", 0))
     run = Run(
-        ctx, args.ckpt_path, latest=latest_name(args.pretrained), stop=stop, sampler=sampler, optimizer=optimizer,
-        state=functools.partial(checkpoint_state, args, inputs, backbone, heads, optimizer, best), modules=list(heads),
-        paths=train.paths, seed=seed, epochs=args.epochs, precision=args.precision, print_freq=args.print_freq,
-        save_steps=args.save_steps, max_bad_images=args.max_bad_images, probe=run_name(args.pretrained),
+        ctx, args, seed, latest=latest_name(args.pretrained), sampler=sampler, optimizer=optimizer,
+        state=functools.partial(checkpoint_state, args, inputs, backbone, heads, optimizer, best),
+        paths=train.paths, probe=run_name(args.pretrained),
     )  # fmt: skip
-    run.resume(inputs.saved, args.start_epoch)
+    run.resume(inputs.saved)
     inputs.saved.clear()  # as much memory as all heads and the backbone
     inputs.backbone.clear()
 
     # --- epochs
-    exploded: set[int] = set()  # the heads of which a line has said so
+    diverged: set[int] = set()  # the heads of which a line has said so
     for epoch in range(run.epoch, args.epochs):
         adjust_learning_rate(optimizer, epoch, args)
         train_one_epoch(backbone, ddp_heads, run.steps(train_loader, prepare, epoch), optimizer, run, dtype)
         stats = run.epoch_stats()
-        if new := classifier.exploded(stats["loss"], len(train.classes)) - exploded:
+        if new := classifier.exploded(stats["loss"], len(train.classes)) - diverged:
             run.print(classifier.explosion_hint(new, args.lr, stats["loss"], len(train.classes)))
-            exploded |= new
+            diverged |= new
         predictor = functools.partial(classifier.predict, backbone, heads, dtype)
         with run.evaluation():
             results = classifier.evaluate(predictor, val_loader, ctx.device)
@@ -290,18 +285,6 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
         stats |= {f"val_{name}": [result[name] for result in results] for name in ("acc1", "acc5")}
         run.end_epoch(stats, [f"model_best_{run_name(args.pretrained)}.pth.tar"] if is_best else [])
     distributed.barrier()  # wait for rank 0 to finish saving
-
-
-def shared_values(args: argparse.Namespace, inputs: Inputs) -> dict:
-    """The values that must be equal in all processes of the run."""
-    names = ("arch", "lr", "epochs", "schedule", "momentum", "weight_decay", "seed", "precision", "evaluate")
-    return {f"--{name.replace('_', '-')}": getattr(args, name) for name in names} | {
-        "images per process": options.per_rank(args.batch_size, launch.resolve_world_size(args)[0]),
-        "the crop size": inputs.image_size,
-        "training and validation images": [len(part.paths) for part in (inputs.train, inputs.val) if part],
-        "the class list": inputs.val.classes,
-        "the checkpoint of --resume": (inputs.saved.get("epoch"), inputs.saved.get("step")),
-    }
 
 
 def train_one_epoch(
@@ -324,7 +307,7 @@ def train_one_epoch(
 
 def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Test the best head of --resume on val/, and write the features there if --features asks for them."""
-    configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
+    configure_device(ctx.device, args.strict_fp32, deterministic=args.seed is not None)
     backbone, heads = build_heads(ctx, args, inputs)
     share = [torch.zeros(0, heads[0].in_features)]  # this rank's features; it may have no image
 
@@ -431,12 +414,12 @@ def accuracy_line(result: Mapping) -> str:
     return f"val: top-1 {result['acc1']:.2f} %  top-5 {result['acc5']:.2f} %  of {result['n']} images"
 
 
-def print_start(args: argparse.Namespace, inputs: Inputs) -> None:
-    options.print_config(args, inputs.derived, args.verbose)
+def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
+    options.print_config(args, derived, args.verbose)
     if not args.pretrained and not inputs.saved:
         print("no --pretrained: the backbone is random (a baseline)")
     if not images.has_fast_jpeg():
-        print(images.NO_FAST_JPEG)
+        print(images.NO_FAST_JPEG, flush=True)
 
 
 def export_backbone(args: argparse.Namespace) -> None:
@@ -449,7 +432,7 @@ def export_backbone(args: argparse.Namespace) -> None:
     weights, origin = find_backbone(args, pretrained)
     if args.dry_run:
         return options.print_dry_run(args, {"network": args.arch, "backbone": origin}, "nothing was written")
-    if is_main():
+    if environment.is_main():
         checkpoint.save(args.export_backbone, weights)
         print(f"wrote {args.export_backbone}, a {args.arch}: {origin}")
 
@@ -459,10 +442,21 @@ def main() -> None:
     args.pretrained = released.local_path(args.pretrained)
     if args.export_backbone:
         return export_backbone(args)
-    inputs = validate_args(args)
+    inputs, derived = validate_args(args)
     if args.dry_run:
-        return options.print_dry_run(args, inputs.derived)
-    launch.launch(main_worker if trains(args) else evaluate_only, args, inputs, shared_values(args, inputs))
+        return options.print_dry_run(args, derived)
+    worker = main_worker if trains(args) else evaluate_only
+    if trains(args) and environment.is_main():
+        print_start(args, inputs, derived)
+    agree = options.shared_options(args, ("evaluate", "features")) | {
+        "the training images": len(inputs.train.paths) if inputs.train else 0,
+        "the validation images": len(inputs.val.paths),
+        "the class list": inputs.val.classes,
+        "the images per step": derived.get("images per step"),
+        "the crop size": inputs.image_size,
+        "the checkpoint of --resume": checkpoint.progress(inputs.saved),
+    }
+    launch.launch(worker, args, inputs, agree)
 
 
 if __name__ == "__main__":

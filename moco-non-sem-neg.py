@@ -26,31 +26,26 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from moco import augment, distributed, memory, options, views
+from moco import augment, distributed, options, plot, views
 from moco.builder import MoCo
 from moco.data import folders, images, loader
 from moco.data.datasets import RetryDataset, TwoCrops
-from moco.data.folders import TrainingImages
+from moco.data.folders import ImageFolder, TrainingImages
 from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
-from moco.encoders import ARCHS, DTYPES, build_encoder, configure_cudnn
+from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_device
 from moco.errors import Finished, UsageError
 from moco.evaluation import knn
+from moco.negatives import NEGATIVES, PUBLISHED_NAMES
 from moco.processes import environment, launch
-from moco.processes.environment import is_main
 from moco.processes.exits import cli_main
-from moco.processes.signals import StopSignal
 from moco.training import checkpoint, files, metrics
-from moco.training.files import Claim
 from moco.training.run import Run, check_unused
 
-ROBUST_ALIASES = {"patch": "patch", "nonsem": "patch", "texture": "texture", "texture_syn": "texture", "none": "none"}
 SAVED_OPTIONS = (
     "moco_dim", "moco_k", "moco_m", "moco_t", "mlp", "aug_plus", "robust", "num_nonsem", "alpha",
     "patch_ratio", "image_size", "batch_size", "lr", "epochs", "cos", "schedule", "precision",
 )  # fmt: skip
-
-
 CHECKPOINTS = r"checkpoint_(\d{4,}|latest)\.pth\.tar"
 
 
@@ -58,11 +53,9 @@ class Inputs(NamedTuple):
     """What validation found: the data, and the checkpoint of --resume."""
 
     train: TrainingImages
-    knn: tuple[folders.ImageFolder, ...] | None  # train/ and val/ with --knn, if there is a val/ with the same classes
+    knn: tuple[ImageFolder, ...]  # train/ and val/ with --knn; empty if there is no val/ with the same classes
     saved: dict  # {} for a fresh start
-    claim: Claim  # of --ckpt_path
-    memory: dict[str, int]  # bytes that a process needs, by part
-    derived: dict  # values to print
+    lock: files.FolderLock  # on --ckpt_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,8 +73,8 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--moco-t", default=0.07, type=options.positive_float, metavar="T", help="softmax temperature")
     model.add_argument("--mlp", action="store_true", help="two-layer head (MoCo v2)")
     negative = parser.add_argument_group("non-semantic negatives")
-    negative.add_argument("--robust", default="patch", choices=ROBUST_ALIASES, metavar="NS",
-                          help="patch (nonsem), texture (texture_syn) or none")
+    negative.add_argument("--robust", default="patch", choices=[*NEGATIVES, "none", *PUBLISHED_NAMES], metavar="NS",
+                          help=f"{', '.join(NEGATIVES)} or none; published names: {', '.join(PUBLISHED_NAMES)}")
     negative.add_argument("--num-nonsem", default=1, type=options.nonnegative_int, metavar="N",
                           help="NS per query; 0: plain MoCo")
     negative.add_argument("--alpha", default=1.0, type=options.nonnegative_float, metavar="A",
@@ -109,81 +102,88 @@ def parse_args() -> argparse.Namespace:
     # fmt: on
     options.add_launch_options(parser)
     args = parser.parse_args()
-    args.robust = ROBUST_ALIASES[args.robust] if args.num_nonsem else "none"
-    if args.robust == "none":
-        args.num_nonsem = 0
-    args.auto_resume = args.resume == "auto" or environment.restarted()
-    if environment.restarted():
-        args.resume = checkpoint.resume_path("auto", args.ckpt_path, CHECKPOINTS) or args.resume
-    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, CHECKPOINTS)
+    args.robust = PUBLISHED_NAMES.get(args.robust, args.robust) if args.num_nonsem else "none"
+    args.num_nonsem *= args.robust != "none"
     return args
 
 
 # ---------------------------------------------------------------- checks, before anything is built
 
 
-def validate_args(args: argparse.Namespace) -> Inputs:
-    """Refuse what could only fail later."""
-    low, high = args.patch_ratio
-    if args.robust == "patch" and not low <= high <= args.image_size:
-        raise UsageError(
-            f"--patch-ratio {low} {high}: needs LO <= HI <= {args.image_size}, the crop size; for example 16 72 at"
-            " 224 px"
-        )
-    if args.robust == "texture" and args.num_nonsem != 1:
-        raise UsageError(f"--num-nonsem {args.num_nonsem}: there is one texture per photo; with --robust texture use 1")
+def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
+    """Refuse what could only fail later. Returns the inputs, and the derived values to print."""
+    if refusal := args.robust in NEGATIVES and NEGATIVES[args.robust].refusal(vars(args)):
+        raise UsageError(refusal)
     options.check_epochs(args)
-    output = files.of_folder("--ckpt_path", args.ckpt_path)  # before anything in it is read
-    saved = checkpoint.load(args.resume) if args.resume else {}
-    args.arch = args.arch or checkpoint.arch_of(saved, f"--resume {args.resume}") or "resnet50"
     local_world_size, world_size = launch.resolve_world_size(args)
+    launch.check_options(launch.devices_of(local_world_size, args.gpu), args.precision, args.compile)
+    options.check_folder("--ckpt_path", args.ckpt_path)
     if args.preview:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
-    options.check_folder("--ckpt_path", args.ckpt_path)
-    if not args.preview:
-        check_unused(args.ckpt_path, args.resume, CHECKPOINTS, probe=None)
-    data = folders.list_training_images(args.data, with_textures=args.robust == "texture")
+    data = folders.list_training_images(args.data, with_textures=needs_texture(args))
+    knn_folders = list_knn_folders(args, data) if args.knn else ()
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
-    devices = launch.devices_of(local_world_size, args.gpu)
-    launch.check_options(devices, args.precision, args.compile)
-    needed = memory.required(
-        functools.partial(build_model, args, torch.float32),
-        args.arch,
-        batch_size,
-        args.image_size,
-        crops=2 + args.num_nonsem,
-        itemsize=DTYPES[args.precision].itemsize,
-    )
+    lock = files.lock_folder("--ckpt_path", args.ckpt_path)
+    if environment.is_main() and not (args.dry_run or args.preview):
+        lock.acquire()  # before anything in the folder is read
+    saved = find_saved(args)
+    args.arch = args.arch or checkpoint.arch_of(saved, f"--resume {args.resume}") or "resnet50"
+    with torch.device("meta"):
+        model = build_model(args, torch.float32)
+    check_input(model.encoder_q, args.arch, batch_size, args.image_size)
     if saved:
-        check_resume(args, saved, data, sampler)
+        check_resume(args, saved, model, data, sampler)
     workers = options.workers_per_rank(args.workers, local_world_size)
-    derived = {
+    return Inputs(data, knn_folders, saved, lock), {
         "processes": f"{world_size}, with {workers} loader workers each",
         "images": f"{len(data.photos)} in {folders.count_classes(args.data, data.classes)}",
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
         "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
-        "memory": memory.check_memory(needed, devices[0], processes=local_world_size),
     }
-    return Inputs(data, list_knn_folders(args, data) if args.knn else None, saved, output, needed, derived)
 
 
-def check_resume(args: argparse.Namespace, saved: dict, data: TrainingImages, sampler: GlobalBatchSampler) -> None:
-    """Refuse the checkpoint of --resume if this run cannot continue it."""
+def find_saved(args: argparse.Namespace) -> dict:
+    """The checkpoint to continue, {} for a fresh start. UsageError if that would replace a run."""
+    args.auto_resume = args.resume == "auto" or environment.restarted()
+    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, CHECKPOINTS, environment.restarted())
+    if not args.preview:
+        check_unused(args.ckpt_path, args.resume, CHECKPOINTS, probe=None)
+    return checkpoint.load(args.resume) if args.resume else {}
+
+
+def check_resume(
+    args: argparse.Namespace, saved: dict, model: MoCo, data: TrainingImages, sampler: GlobalBatchSampler
+) -> None:
+    """Refuse the checkpoint of --resume if this run cannot continue it. model: on the meta device."""
     source = f"--resume {args.resume}"
     checkpoint.check_pretraining(saved, source, vars(args), data.classes)
     checkpoint.check_data_order(saved, source, args.seed, sampler.num_images, sampler.global_batch_size)
-    state = checkpoint.strip_prefix(saved["state_dict"])
-    with torch.device("meta"):
-        model = build_model(args, torch.float32)
-    checkpoint.check_exactly(model, state, source)
-    checkpoint.check_finite(state, source)
+    checkpoint.check_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), source)
     if saved.get("optimizer", {}) != {}:  # published files may come without one
-        checkpoint.check_optimizer(saved["optimizer"], source, list(model.parameters()))
+        checkpoint.check_momenta(saved["optimizer"], source, list(model.parameters()))
     if saved["epoch"] >= args.epochs:
         message = f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue"
         raise Finished(message) if args.auto_resume else UsageError(message)
+
+
+def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[ImageFolder, ...]:
+    """The photos of train/ and val/; () if there is no val/ with the same classes. UsageError for a single class."""
+    if len(data.classes) < 2:
+        raise UsageError(
+            f"--knn needs labels: the images of {args.data}/train are one class, and any guess is right; leave out"
+            " --knn, or make one folder of images per class"
+        )
+    root = os.path.join(folders.photo_root(args.data) if needs_texture(args) else args.data, "val")
+    val = folders.list_images(root) if os.path.isdir(root) else None
+    if val is None or val.classes != data.classes:
+        return ()
+    return ImageFolder(data.photos, data.labels, data.classes), val
+
+
+def needs_texture(args: argparse.Namespace) -> bool:
+    return args.robust in NEGATIVES and NEGATIVES[args.robust].needs_texture
 
 
 # ---------------------------------------------------------------- training
@@ -191,15 +191,9 @@ def check_resume(args: argparse.Namespace, saved: dict, data: TrainingImages, sa
 
 def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Pre-train in one process, on ctx.device; every way of launching ends here."""
-    stop = StopSignal()
-    inputs.claim.take()
-    if distributed.is_main():
-        print_start(args, inputs)
-    memory.keep_freed_memory(ctx.device)
-    memory.check_free(inputs.memory, ctx.device)
     data, saved = inputs.train, inputs.saved
     seed = distributed.resolve_seed(args.seed, saved, ctx.device)
-    configure_cudnn(args.strict_fp32, deterministic=args.seed is not None)
+    configure_device(ctx.device, args.strict_fp32, deterministic=args.seed is not None)
 
     # --- data: the workers decode and crop; augmentation runs on the training device
     batch_size = options.per_rank(args.batch_size, ctx.local_world_size)  # this process's; the option is the node's
@@ -208,7 +202,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     sampler = GlobalBatchSampler(len(dataset), batch_size, seed, ctx)
     train_loader = loader.train_loader(dataset, sampler, workers, ctx.device)
     prepare = functools.partial(make_views, args=args, device=ctx.device)  # crops → query, key, negatives
-    knn_loaders = knn.loaders(inputs.knn or (), args.image_size, batch_size, workers, ctx)
+    knn_loaders = knn.loaders(inputs.knn, args.image_size, batch_size, workers, ctx)
 
     # --- model and optimizer
     distributed.seed_everything(seed)  # the same on every rank: weights and queue start equal
@@ -217,14 +211,11 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     scaler = torch.amp.GradScaler(ctx.device.type, enabled=args.precision == "fp16")
     if saved:
         checkpoint.load_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), f"--resume {args.resume}")
-    state = functools.partial(checkpoint_state, args, model, data.classes)
     run = Run(
-        ctx, args.ckpt_path, latest="checkpoint_latest.pth.tar", state=state, stop=stop, sampler=sampler,
-        optimizer=optimizer, scaler=scaler, modules=[model], paths=data.photos, seed=seed, epochs=args.epochs,
-        precision=args.precision, print_freq=args.print_freq, save_steps=args.save_steps,
-        max_bad_images=args.max_bad_images,
+        ctx, args, seed, latest="checkpoint_latest.pth.tar", sampler=sampler, optimizer=optimizer, scaler=scaler,
+        state=functools.partial(checkpoint_state, args, model, data.classes), paths=data.photos,
     )  # fmt: skip
-    run.resume(saved, args.start_epoch)  # optimizer, scaler, epoch and step; the model was loaded above
+    run.resume(saved)  # optimizer, scaler, epoch and step; the model was loaded above
     saved.clear()  # as much memory as weights, queue and momenta
     if args.compile:
         model.encoder_q.compile()
@@ -245,18 +236,6 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
         if args.keep and distributed.is_main():
             checkpoint.prune(args.ckpt_path, args.keep, r"checkpoint_\d{4,}\.pth\.tar")
     distributed.barrier()  # wait for rank 0 to finish saving
-
-
-def shared_values(args: argparse.Namespace, inputs: Inputs) -> dict:
-    """The values that must be equal in all processes of the run."""
-    values = {f"--{name.replace('_', '-')}": getattr(args, name) for name in ("arch", "seed", *SAVED_OPTIONS)}
-    return values | {
-        "images per process": options.per_rank(args.batch_size, launch.resolve_world_size(args)[0]),
-        "training images": len(inputs.train.photos),
-        "kNN images": [len(folder.paths) for folder in inputs.knn or ()],
-        "the class list": inputs.train.classes,
-        "the checkpoint of --resume": (inputs.saved.get("epoch"), inputs.saved.get("step")),
-    }
 
 
 def train_one_epoch(
@@ -301,41 +280,24 @@ def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, args: arg
         group["lr"] = lr
 
 
-def is_due(epoch: int, freq: int, epochs: int) -> bool:
-    """Every `freq` epochs and after the last."""
-    return (epoch + 1) % freq == 0 or epoch + 1 == epochs
-
-
-# ---------------------------------------------------------------- data, checkpoints, terminal
-
-
 def make_views(
     crops: torch.Tensor, rng: np.random.Generator, args: argparse.Namespace, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
     """The loader's uint8 crops → query, key and negatives on the device."""
     crops = crops.to(device, non_blocking=True)
-    recipe = augment.V2 if args.aug_plus else augment.V1
-    return views.training_views(
-        crops, rng, recipe=recipe, robust=args.robust, num_nonsem=args.num_nonsem, patch_ratio=args.patch_ratio
-    )
+    return views.training_views(crops, rng, recipe=augment.V2 if args.aug_plus else augment.V1, **vars(args))
 
 
-def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[folders.ImageFolder, ...] | None:
-    """The photos of train/ and val/; None if there is no val/ with the same classes. UsageError for a single class."""
-    if len(data.classes) < 2:
-        raise UsageError(
-            f"--knn needs labels: the images of {args.data}/train are one class, and any guess is right; leave out"
-            " --knn, or make one folder of images per class"
-        )
-    root = folders.photo_root(args.data) if args.robust == "texture" else args.data
-    if not os.path.isdir(os.path.join(root, "val")):
-        return None
-    val = folders.list_images(os.path.join(root, "val"))
-    return (folders.ImageFolder(data.photos, data.labels, data.classes), val) if val.classes == data.classes else None
+def is_due(epoch: int, freq: int, epochs: int) -> bool:
+    """Every `freq` epochs and after the last."""
+    return (epoch + 1) % freq == 0 or epoch + 1 == epochs
+
+
+# ---------------------------------------------------------------- checkpoints, terminal
 
 
 def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) -> dict:
-    """What a checkpoint holds besides the state of the run."""
+    """The part of a checkpoint besides the state of the run."""
     return {
         "arch": args.arch,
         "state_dict": checkpoint.add_prefix(model.state_dict()),
@@ -345,8 +307,8 @@ def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) 
     }
 
 
-def print_start(args: argparse.Namespace, inputs: Inputs) -> None:
-    options.print_config(args, inputs.derived, args.verbose)
+def print_start(args: argparse.Namespace, inputs: Inputs, derived: dict) -> None:
+    options.print_config(args, derived, args.verbose)
     if inputs.train.unmatched:
         print(f"photos skipped because they have no texture: {inputs.train.unmatched}")
     if args.knn and not inputs.knn:
@@ -356,28 +318,39 @@ def print_start(args: argparse.Namespace, inputs: Inputs) -> None:
     if args.patch_size != 32:
         print("--patch-size is ignored; --patch-ratio sets the patch sizes")
     if not images.has_fast_jpeg():
-        print(images.NO_FAST_JPEG)
+        print(images.NO_FAST_JPEG, flush=True)
 
 
 def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
     """Draw the views of up to eight training images."""
-    seed = distributed.resolve_seed(args.seed, {}, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    seed = distributed.resolve_seed(args.seed, {}, cpu)
     dataset = RetryDataset(TwoCrops(data.photos, args.image_size, data.textures), data.labels)
     sampler = GlobalBatchSampler(len(dataset), min(8, args.batch_size, len(dataset)), seed, DistContext())
-    crops, _ = next(iter(loader.train_loader(dataset, sampler, 0, torch.device("cpu"))))
-    rng = distributed.derive_rng(seed, 0, 0, 0)
-    views.save_views(args.preview, *make_views(crops, rng, args, torch.device("cpu")), title=f"{args.robust} negative")
+    crops, _ = next(iter(loader.train_loader(dataset, sampler, 0, cpu)))
+    drawn = make_views(crops, distributed.derive_rng(seed, 0, 0, 0), args, cpu)
+    plot.save_views(args.preview, *drawn, title=f"{args.robust} negative")
     print(f"wrote {args.preview}")
 
 
 def main() -> None:
     args = parse_args()
-    inputs = validate_args(args)
+    inputs, derived = validate_args(args)
     if args.dry_run:
-        return options.print_dry_run(args, inputs.derived)
+        return options.print_dry_run(args, derived)
     if args.preview:
-        return save_preview(args, inputs.train) if is_main() else None
-    launch.launch(main_worker, args, inputs, shared_values(args, inputs))
+        return save_preview(args, inputs.train) if environment.is_main() else None
+    if environment.is_main():
+        print_start(args, inputs, derived)
+    # A node's --batch-size may differ, the images per step may not.
+    agree = options.shared_options(args, [name for name in (*SAVED_OPTIONS, "knn_freq") if name != "batch_size"]) | {
+        "the training images": len(inputs.train.photos),
+        "the kNN images": [len(folder.paths) for folder in inputs.knn],
+        "the class list": inputs.train.classes,
+        "the images per step": derived["images per step"],
+        "the checkpoint of --resume": checkpoint.progress(inputs.saved),
+    }
+    launch.launch(main_worker, args, inputs, agree)
 
 
 if __name__ == "__main__":

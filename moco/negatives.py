@@ -1,7 +1,10 @@
-"""Patch negatives: images that keep the local texture of a query and lose its shape.
+"""Non-semantic negatives (NS): images that keep the local texture of a query and lose its shape.
 
-Ge et al., NeurIPS 2021, section 3.2. Texture negatives are made beforehand, by preprocess/imagenet_texture_syn.py.
+Ge et al., NeurIPS 2021, section 3.2. To add a kind, write a function and give it an entry in NEGATIVES.
 """
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,3 +69,44 @@ def cut_patches(images: torch.Tensor, patch_sizes: torch.Tensor, offsets: torch.
         flat = images[chunk].flatten(2).unsqueeze(1).expand(-1, count, -1, -1)
         negatives[chunk] = flat.gather(3, source).unflatten(3, (size, size))
     return negatives
+
+
+class Negative(NamedTuple):
+    """A kind of negative, a choice of --robust.
+
+    make(query, texture, rng, options): the negatives (N, n, 3, S, S) of augmented, normalised queries (N, 3, S, S).
+    texture: with `needs_texture`, the crops (N, 3, S, S) of the texture images, augmented with their queries'
+    parameters, else None. rng: a NumPy generator of this step. options: {name: value} of the script's.
+    refusal(options): why the options do not suit this kind, "" if they do.
+    """
+
+    make: Callable[[torch.Tensor, torch.Tensor | None, np.random.Generator, Mapping], torch.Tensor]
+    needs_texture: bool = False
+    refusal: Callable[[Mapping], str] = lambda options: ""
+
+
+def _patch_refusal(options: Mapping) -> str:
+    (low, high), size = options["patch_ratio"], options["image_size"]
+    if low <= high <= size:
+        return ""
+    return f"--patch-ratio {low} {high}: needs LO <= HI <= {size}, the crop size; for example 16 72 at 224 px"
+
+
+def _texture_refusal(options: Mapping) -> str:
+    if options["num_nonsem"] == 1:
+        return ""
+    return f"--num-nonsem {options['num_nonsem']}: there is one texture per photo; with --robust texture use 1"
+
+
+NEGATIVES = {
+    "patch": Negative(
+        lambda query, texture, rng, options: patch_negatives(
+            query, *options["patch_ratio"], rng, options["num_nonsem"]
+        ),
+        refusal=_patch_refusal,
+    ),
+    "texture": Negative(  # made beforehand, by preprocess/imagenet_texture_syn.py
+        lambda query, texture, rng, options: texture.unsqueeze(1), needs_texture=True, refusal=_texture_refusal
+    ),
+}
+PUBLISHED_NAMES = {"nonsem": "patch", "texture_syn": "texture"}  # the published script's values of --robust

@@ -3,7 +3,7 @@
 import argparse
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from moco.errors import UsageError, one_line
 from moco.processes.environment import is_local_main, is_main
@@ -206,6 +206,17 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dist-backend", default="nccl", metavar="NAME", help="without a GPU always gloo")
     group.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch
     group.add_argument("--gpu", default=None, type=nonnegative_int, metavar="N", help="the GPU of a single process")
+
+
+SHARED = (  # options of all trainings that their processes must have in common
+    "arch", "epochs", "start_epoch", "lr", "schedule", "momentum", "weight_decay", "seed", "precision", "strict_fp32",
+    "save_steps", "max_bad_images",
+)  # fmt: skip
+
+
+def shared_options(args: argparse.Namespace, more: Iterable[str]) -> dict[str, object]:
+    """{"--name": value} of the options that must be equal on all ranks: the common ones and `more`."""
+    return {f"--{name.replace('_', '-')}": getattr(args, name) for name in dict.fromkeys([*SHARED, *more])}
 
 
 # Checks

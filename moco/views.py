@@ -1,4 +1,4 @@
-"""What a training step sees: query, key and negatives of a batch; and a picture of them."""
+"""A training step's views of a batch: query, key and negatives."""
 
 import numpy as np
 import torch
@@ -7,42 +7,31 @@ from torchvision.transforms.functional import to_pil_image
 
 from moco import augment
 from moco.distributed import to_device
-from moco.negatives import cut_patches, draw_patches
+from moco.negatives import NEGATIVES
 
 TILE = 224  # px; smaller crops are enlarged to about this side in a picture
 LABEL_HEIGHT, GAP = 34, 6  # px
 
 
 def training_views(
-    crops: torch.Tensor,
-    rng: np.random.Generator,
-    *,
-    recipe: augment.Recipe,
-    robust: str,
-    num_nonsem: int,
-    patch_ratio: tuple[int, int],
+    crops: torch.Tensor, rng: np.random.Generator, *, recipe: augment.Recipe, robust: str, **options
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Augment the loader's uint8 crops (N, 2 or 3, 3, S, S): query, key[, texture]; and make the negatives.
 
-    Query and key are augmented independently. robust "patch": `num_nonsem` patch negatives of the augmented query;
-    "texture": the third crop with the query's parameters; "none": no negatives.
+    Query and key are augmented independently. robust: a key of NEGATIVES, or "none" for no negatives; options:
+    those that this kind of negative reads (patch: patch_ratio, num_nonsem).
     Returns normalised query (N, 3, S, S), key (N, 3, S, S) and negatives (N, n, 3, S, S) on the device of the crops.
     """
-    n, size = len(crops), crops.shape[-1]
-    query_params, key_params = augment.draw(recipe, n, rng), augment.draw(recipe, n, rng)
-    drawn = draw_patches(n, size, *patch_ratio, rng, num_nonsem) if robust == "patch" else ()
-    query_plan, key_plan, patches = to_device(
-        [augment.plan(query_params), augment.plan(key_params), drawn], crops.device
-    )
+    query_params, key_params = augment.draw(recipe, len(crops), rng), augment.draw(recipe, len(crops), rng)
+    query_plan, key_plan = to_device([augment.plan(query_params), augment.plan(key_params)], crops.device)
     query = augment.apply(recipe, query_params, crops[:, 0], query_plan)
     key = augment.apply(recipe, key_params, crops[:, 1], key_plan)
-    if robust == "patch":
-        negatives = cut_patches(query, *patches)
-    elif robust == "texture":
-        negatives = augment.apply(recipe, query_params, crops[:, 2], query_plan).unsqueeze(1)
-    else:
-        negatives = query.new_empty(len(query), 0, *query.shape[1:])
-    return query, key, negatives
+    if robust == "none":
+        return query, key, query.new_empty(len(query), 0, *query.shape[1:])
+    kind, texture = NEGATIVES[robust], None
+    if kind.needs_texture:
+        texture = augment.apply(recipe, query_params, crops[:, 2], query_plan)
+    return query, key, kind.make(query, texture, rng, options)
 
 
 def save_views(

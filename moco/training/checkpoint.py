@@ -4,20 +4,22 @@ Pre-training files hold `module.encoder_q.*`, linear ones `module.conv1.*` … `
 saved models wrapped for distributed training. The prefix is added on saving and stripped, if present, on loading.
 """
 
+import contextlib
 import math
+import operator
 import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 
 from moco.encoders import ARCHS
-from moco.errors import RunError, UsageError, first_line
-from moco.training import files
+from moco.errors import Finished, RunError, UsageError, first_line
+from moco.training import files, metrics
 
 PREFIX = "module."
 FC_KEYS = ("fc.weight", "fc.bias")
@@ -56,16 +58,16 @@ def prune(folder: str, keep: int, pattern: str) -> None:
         os.remove(os.path.join(folder, name))
 
 
-def resume_path(resume: str, folder: str, pattern: str) -> str:
-    """The file to resume from, or '' for a fresh start.
+def resume_path(resume: str, folder: str, pattern: str, restarted: bool = False) -> str:
+    """The file to resume from, or '' for a fresh start. restarted: by torchrun, after a failure of this run.
 
     'auto' is the last of the folder's files whose names match `pattern`, a regular expression: a longer number counts
-    as later than a shorter one, "latest" as the last.
+    as later than a shorter one, "latest" as the last. A restarted run takes that one before the file it began with.
     """
-    if resume != "auto":
+    if resume != "auto" and not restarted:
         return resume
     names = matching(folder, pattern)
-    return os.path.join(folder, names[-1]) if names else ""
+    return os.path.join(folder, names[-1]) if names else resume.removeprefix("auto")
 
 
 def matching(folder: str, pattern: str) -> list[str]:
@@ -139,16 +141,63 @@ def num_outputs(saved: Mapping, source: str) -> int:
             f"{source}: it has no linear head; linear checkpoints are what main_lincls.py writes,"
             " checkpoint_robust_*.pth.tar and model_best_*.pth.tar"
         )
-    return len(state["fc.bias"])
+    return state["fc.bias"].numel()
 
 
-def check_finite(state_dict: Mapping[str, torch.Tensor], source: str) -> None:
-    """Raise UsageError if a tensor holds an infinite value or NaN."""
-    if broken := nonfinite(state_dict):
+# Checks: a file may come from anywhere, and is refused before anything is built from it
+
+
+@contextlib.contextmanager
+def reading(source: str) -> Iterator[None]:
+    """While the content of a file is read: anything that raises means that it is damaged or not ours, a UsageError."""
+    try:
+        yield
+    except (UsageError, Finished):
+        raise
+    except Exception as error:  # the content may be anything, and so may what it makes Python raise
         raise UsageError(
-            f"{source}: {len(broken)} of its tensors, {broken[0]} the first, hold infinite values or NaN; use an"
-            " earlier one"
-        )
+            f"{source}: damaged, or not written by these scripts ({type(error).__name__}: {first_line(error)[:100]});"
+            " use another file"
+        ) from error
+
+
+def check_values(saved: Mapping, source: str) -> None:
+    """Raise UsageError unless the entries beside the weights and momenta could have been saved by these scripts."""
+    with reading(source):
+        arch_of(saved, source)
+        for name, low, high in ("epoch", 0, 2**31), ("step", 0, 2**31), ("seed", 0, 2**63), ("image_size", 1, 4097):
+            if not low <= operator.index(saved.get(name, low)) < high:
+                raise ValueError(f"its {name} is {saved[name]}")
+        for name in "classes", "wnids":
+            names = saved.get(name, [])
+            if not isinstance(names, list) or len({str(each) for each in names}) < len(names):
+                raise ValueError(f"its {name} are not a list of different names")
+        rates = [float(lr) for lr in saved.get("lrs", [1])]
+        best = [float(acc1) for acc1 in saved.get("best_acc1s", [saved.get("best_acc1", 0)] * len(rates))]
+        if len(best) != len(rates) or not 0 <= saved.get("winner", 0) < len(rates) or not all(map(math.isfinite, best)):
+            raise ValueError("its lrs, best_acc1s and winner do not belong together")
+        for known in "options", "pretraining":  # what a table prints of them
+            [float((saved.get(known) or {}).get(name) or 0) for name in ("moco_k", "num_nonsem", "alpha")]
+        if saved.get("scaler"):
+            torch.amp.GradScaler("cpu").load_state_dict(dict(saved["scaler"]))
+        operator.index(saved.get("bad_in_epoch", 0)), dict(saved.get("bad_images", {})).items()
+        if saved.get("step"):
+            metrics.RunningMeans().load_state_dict(saved["means"], torch.device("cpu"))
+            if saved["step"] > saved["images"] // saved["images_per_step"]:  # as many: before the evaluation at the end
+                raise ValueError(f"its step is {saved['step']}, more than an epoch has")
+
+
+def arch_of(saved: Mapping, source: str) -> str | None:
+    """The architecture that a file names; None if it names none. Raises UsageError if it is unknown."""
+    with reading(source):
+        if (arch := saved.get("arch")) not in (None, *ARCHS):
+            raise ValueError(f"its arch is {arch!r}, not one of those of --arch")
+        return arch
+
+
+def progress(saved: Mapping) -> str:
+    """The epoch and step at which a checkpoint was saved, in words."""
+    return f"epoch {saved.get('epoch')}, step {saved.get('step', 0)}" if saved else "none"
 
 
 def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Sequence[str]) -> None:
@@ -169,11 +218,8 @@ def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Se
         **{name: known[name] for name in ("aug_plus", "image_size", "robust") if name in known},
     }
     check_same(source, {f"--{name.replace('_', '-')}": (there, options[name]) for name, there in saved_with.items()})
-    if saved.get("classes", classes) != classes:
-        raise UsageError(
-            f"{source}: it was saved with classes {_count_and_names(saved['classes'])}, this run has"
-            f" {_count_and_names(classes)}"
-        )
+    if (there := saved.get("classes", classes)) != classes:
+        check_same(source, {"classes": tuple(f"{len(names)}: {', '.join(names[:5])}, …" for names in (there, classes))})
 
 
 def check_data_order(saved: Mapping, source: str, seed: int | None, images: int, images_per_step: int) -> None:
@@ -196,15 +242,11 @@ def check_same(source: str, pairs: Mapping[str, tuple]) -> None:
             raise UsageError(f"{source}: it was saved with {what} {there}, this run has {here}")
 
 
-def _count_and_names(names: Sequence[str], count: int = 5) -> str:
-    return f"{len(names)}: {', '.join(names[:count])}" + (", …" if len(names) > count else "")
-
-
 def check_exactly(
     module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str, allowed_missing: Sequence[str] = ()
 ) -> None:
     """Raise UsageError for any entry that is missing (except the allowed ones and the batch counts, which PyTorch once
-    did not have), unexpected, of another shape, or not an ordinary tensor of the same kind of number."""
+    did not have), unexpected, of another shape, not finite, or not an ordinary tensor of the same kind of number."""
     own = module.state_dict()
     missing = [name for name in own if name not in {*state_dict, *allowed_missing} and not name.endswith(COUNTER)]
     unexpected = [name for name in state_dict if name not in own]
@@ -213,7 +255,7 @@ def check_exactly(
     odd = [
         name
         for name, mine, other in both
-        if not is_dense(other) or mine.is_floating_point() != other.is_floating_point()
+        if not _is_dense(other) or mine.is_floating_point() != other.is_floating_point()
     ]
     for fault, names in (
         ("lacks", missing),
@@ -226,6 +268,36 @@ def check_exactly(
             raise UsageError(
                 f"{source}: does not fit this model: it {fault} {names[0]}{more}; check --arch and the head's options"
             )
+    if broken := nonfinite(state_dict):
+        raise UsageError(
+            f"{source}: {len(broken)} of its tensors, {broken[0]} the first, hold infinite values or NaN; use an"
+            " earlier one"
+        )
+
+
+def check_momenta(saved: Mapping, source: str, parameters: Sequence[torch.Tensor]) -> None:
+    """Raise UsageError unless this is the state of SGD on these parameters.
+
+    Momenta of another shape would corrupt memory, and those that are not finite the weights.
+    """
+    with reading(source):
+        by_index = dict(enumerate(parameters))
+        for index, entry in saved["state"].items():
+            momentum, shape = entry["momentum_buffer"], by_index[index].shape
+            if momentum is None:
+                continue
+            if momentum.shape != shape or not _is_dense(momentum) or not momentum.is_floating_point():
+                raise ValueError(f"the momentum of parameter {index} is not a tensor of shape {tuple(shape)}")
+            if not momentum.isfinite().all():
+                raise ValueError(f"the momentum of parameter {index} holds infinite values or NaN")
+
+
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether a tensor has ordinary values in memory: neither sparse, quantized nor on the meta device."""
+    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+
+
+# Restoring
 
 
 def load_exactly(
@@ -259,179 +331,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
             state["momentum_buffer"] = torch.empty_like(weight).copy_(state["momentum_buffer"])
 
 
-# ---- contents: What a checkpoint file must hold: types, ranges and shapes of everything that is read from it.
-
-MAX_IMAGE_SIZE = 4096  # px
-
-
-def _int(low: int, high: int = 2**63) -> tuple[Callable, str]:
-    return lambda v: type(v) is int and low <= v < high, f"an integer from {low} to {high - 1}"
-
-
-def _number(low: float, high: float) -> tuple[Callable, str]:
-    def test(value):
-        if isinstance(value, torch.Tensor):
-            return value.dim() == 0 and is_dense(value) and test(value.item())
-        return type(value) in (int, float) and low <= value <= high
-
-    return test, f"a number from {low:g} to {high:g}"
-
-
-def _list_of(kind: tuple[Callable, str], distinct: bool = False) -> tuple[Callable, str]:
-    def test(value):
-        sound = isinstance(value, (list, tuple)) and len(value) > 0 and all(map(kind[0], value))
-        return sound and (not distinct or len(set(value)) == len(value))
-
-    return test, f"a list of {'different ' if distinct else ''}items, each {kind[1]}"
-
-
-TEXT = (lambda v: isinstance(v, str) and v != "", "a text")
-PERCENT = _number(-1, 100)  # -1: no epoch is over yet
-DICT = (lambda v: isinstance(v, dict) and all(isinstance(name, str) for name in v), "a dict with text keys")
-NAMES = _list_of(TEXT, distinct=True)
-STEPS = _int(1, 2**31)
-RULES = {
-    "epoch": _int(0, 2**31),
-    "step": _int(0, 2**31),
-    "arch": (lambda v: isinstance(v, str) and v in ARCHS, "one of the architectures of --arch"),
-    "image_size": _int(1, MAX_IMAGE_SIZE + 1),
-    "seed": _int(0),
-    "images": _int(1),
-    "images_per_step": _int(1),
-    "bad_in_epoch": _int(0),
-    "bad_images": DICT,
-    "classes": NAMES,
-    "wnids": NAMES,
-    "lrs": _list_of(_number(1e-45, 1e38)),
-    "best_acc1": PERCENT,
-    "best_acc1s": _list_of(PERCENT),
-    "winner": _int(0),
-    "options": DICT,
-    "pretraining": (lambda v: v is None or DICT[0](v), "None or a dict with text keys"),
-    "scaler": DICT,
-    "pretrained": (lambda v: isinstance(v, str), "a text"),
-}
-OPTION_RULES = {  # of `options` and `pretraining`: those that are read
-    "moco_k": _int(1, 2**31),
-    "num_nonsem": _int(0, 2**31),
-    "alpha": _number(0, 1e38),
-    "image_size": _int(1, MAX_IMAGE_SIZE + 1),
-}
-SCALER_KEYS = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
-
-
-def arch_of(saved: Mapping, source: str) -> str | None:
-    """The architecture that a file names; None if it names none. Raises UsageError if it is unknown."""
-    arch = saved.get("arch")
-    if "arch" in saved and not RULES["arch"][0](arch):
-        raise UsageError(f"{source}: its arch is {short(arch)}, not {RULES['arch'][1]}")
-    return arch
-
-
-def check_values(saved: Mapping, source: str) -> None:
-    """Raise UsageError unless all entries but the tensors of a model and its optimizer have sound values."""
-    for entries, rules, where in (
-        (saved, RULES, ""),
-        (saved.get("options"), OPTION_RULES, "options: "),
-        (saved.get("pretraining"), OPTION_RULES, "pretraining: "),
-    ):
-        for name, (test, wanted) in rules.items():
-            if entries and name in entries and not test(entries[name]):
-                raise UsageError(f"{source}: its {where}{name} is {short(entries[name])}, not {wanted}")
-    if saved.get("scaler") and not (
-        saved["scaler"].keys() == SCALER_KEYS and all(type(v) in (int, float) for v in saved["scaler"].values())
-    ):
-        raise UsageError(f"{source}: its scaler is not a state of torch.amp.GradScaler")
-    if len(saved.get("best_acc1s", [0])) != len(saved.get("lrs", [0])) or saved.get("winner", 0) >= len(
-        saved.get("lrs", [0])
-    ):
-        raise UsageError(f"{source}: its lrs, best_acc1s and winner do not belong together")
-    if saved.get("step"):
-        _check_within_epoch(saved, source)
-
-
-def _check_within_epoch(saved: Mapping, source: str) -> None:
-    """Of a checkpoint saved within an epoch: the order of the data and the running means."""
-    missing = [name for name in ("means", "seed", "images", "images_per_step") if name not in saved]
-    if missing:
-        raise UsageError(f"{source}: it was saved within an epoch and lacks {missing[0]}")
-    steps = saved["images"] // saved["images_per_step"]
-    if saved["step"] > steps:  # as many: saved before the evaluation at the end
-        raise UsageError(f"{source}: its step is {saved['step']}, but an epoch has {steps} steps")
-    if not _is_running_means(saved["means"]):
-        raise UsageError(f"{source}: its means are not those of a run within an epoch")
-
-
-def _is_running_means(means: object) -> bool:
-    """Whether this is a state of metrics.RunningMeans: names, their sizes (once there were none), sums, steps."""
-    if not isinstance(means, dict) or not {"names", "sums", "steps"} <= means.keys() or not NAMES[0](means["names"]):
-        return False
-    sizes, sums = means.get("sizes", [None] * len(means["names"])), means["sums"]
-    if not isinstance(sizes, (list, tuple)) or len(sizes) != len(means["names"]):
-        return False
-    if not all(size is None or STEPS[0](size) for size in sizes) or not STEPS[0](means["steps"]):
-        return False
-    width = sum(size or 1 for size in sizes)
-    return isinstance(sums, torch.Tensor) and is_dense(sums) and sums.dim() == 2 and sums.shape[1] == width
-
-
-def check_optimizer(saved: Mapping, source: str, parameters: Sequence[torch.Tensor]) -> None:
-    """Raise UsageError unless `saved` is the state of SGD on these parameters.
-
-    Momenta of another shape would corrupt memory, and those that are not finite the weights.
-    """
-    state = saved.get("state") if isinstance(saved, dict) else None
-    if not isinstance(state, dict) or not isinstance(saved.get("param_groups"), list):
-        raise UsageError(f"{source}: its optimizer is {short(saved)}, not the state of one")
-    for index, entry in state.items():
-        if type(index) is not int or not 0 <= index < len(parameters) or not isinstance(entry, dict):
-            raise UsageError(f"{source}: its optimizer has a state for parameter {short(index)}, which does not exist")
-        momentum, shape = entry.get("momentum_buffer"), parameters[index].shape
-        if momentum is None:
-            continue
-        if not isinstance(momentum, torch.Tensor) or momentum.shape != shape or not is_dense(momentum):
-            raise UsageError(
-                f"{source}: the momentum of parameter {index} is {short(momentum)}, not a tensor of shape"
-                f" {tuple(shape)}"
-            )
-        if not momentum.is_floating_point() or not momentum.isfinite().all():
-            raise UsageError(f"{source}: the momentum of parameter {index} holds infinite values or NaN")
-
-
-def check_heads(saved: Mapping, source: str, head: nn.Linear) -> None:
-    """Raise UsageError unless `heads`, where there are some, are one linear layer per learning rate like `head`."""
-    if "heads" not in saved:
-        return
-    heads, count = saved["heads"], len(saved.get("lrs", [None]))
-    wanted = {f"{i}.{name}": value.shape for i in range(count) for name, value in head.state_dict().items()}
-    sound = isinstance(heads, dict) and heads.keys() == wanted.keys()
-    if not sound or not all(
-        isinstance(value, torch.Tensor)
-        and is_dense(value)
-        and value.shape == wanted[name]
-        and value.is_floating_point()
-        for name, value in heads.items()
-    ):
-        raise UsageError(f"{source}: its heads are not {count} linear layers of {head.out_features} outputs")
-
-
-def is_dense(value: torch.Tensor) -> bool:
-    """Whether a tensor has ordinary values in memory: neither sparse, quantized nor on the meta device."""
-    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-
-
-def short(value: object) -> str:
-    """A value as text for a message of one line."""
-    if isinstance(value, torch.Tensor):
-        kind = "" if is_dense(value) else f"{value.layout} {value.device} ".replace("torch.", "")
-        return f"a {kind}tensor of shape {tuple(value.shape)}"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"
-
-
-# ---- backbones: The weights of a backbone in whatever file they are: under any prefix, in any container.
+# Backbones, in whatever file they are
 
 
 class Backbone(NamedTuple):
@@ -460,8 +360,6 @@ def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> Backb
     modules = {name.split(".")[0] for name in own}
     weights = {name: value for name, value in found.items() if name.split(".")[0] in modules}
     check_exactly(network, weights, source, FC_KEYS)
-    if broken := nonfinite(weights):
-        raise UsageError(f"{source}: {broken[0]} holds infinite values or NaN; use an earlier checkpoint")
     for name, value in own.items():  # PyTorch before 0.4.1 did not count batches
         weights.setdefault(name, torch.zeros_like(value, device="cpu"))
     where = f"{container + ': ' if container else ''}{prefix}*"

@@ -1,47 +1,45 @@
-"""Files that are written whole or not at all, and locks that the system frees when their owner ends."""
+"""Files that are written whole or not at all, and the lock on an output folder; imports nothing heavy."""
 
 import contextlib
 import errno
-import glob
-import json
+import functools
 import os
 import re
 import secrets
 import socket
-import stat
 import sys
 import time
-from collections.abc import Iterator
-from typing import IO, NamedTuple
+from collections.abc import Callable, Iterator
+from multiprocessing import reduction
+from typing import IO
 
-from moco import distributed
 from moco.errors import UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows, where the scripts end before they need it
+except ImportError:  # Windows, where preprocess/ runs without locks
     fcntl = None
 
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # what file systems without locks answer
-_held: dict[str, int] = {}  # descriptors of locks that this process holds until it ends
+PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial$")  # the end of an unfinished file's name
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}  # from file systems without locks
+_held: dict[str, int] = {}  # {lock file: descriptor}: closing the descriptor would free the lock
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True) -> Iterator[IO]:
     """A file to write in; it takes the place of `path` when the block ends, and is removed if the block fails.
 
-    It lies in the folder of `path`. Its name cannot be guessed and it must not exist, so that nothing is written
-    through a link that somebody put there, nor by two processes. What killed processes left of earlier attempts is
-    removed; a process that is still writing holds a lock on its file. Raises OSError.
+    It lies in the folder of `path`, under a name that no other process and no link has. durable: wait until it is on
+    the disk. Files that killed processes left unfinished in that folder are removed, once per process. Raises OSError.
     """
     path = os.fspath(path)
-    for leftover in glob.glob(f"{glob.escape(path)}.{'[0-9a-f]' * 16}.partial"):
-        _remove_abandoned(leftover)
+    _remove_abandoned(os.path.dirname(path) or ".")
     with contextlib.closing(_new_file(path, mode)) as file:
         try:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
             os.replace(file.name, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -50,7 +48,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
 
 
 def _new_file(path: str, mode: str) -> IO:
-    """A locked new file beside `path`."""
+    """A new file beside `path`, locked for as long as it is open: unlocked ones count as abandoned."""
     while True:
         partial = f"{path}.{secrets.token_hex(8)}.partial"
         file = open(partial, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")  # noqa: SIM115
@@ -60,62 +58,100 @@ def _new_file(path: str, mode: str) -> IO:
         file.close()  # another process took it for abandoned before it was locked
 
 
-def _remove_abandoned(path: str) -> None:
-    """Remove an unfinished file whose writer has ended. Links, and files that may still be written, stay."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            if stat.S_ISREG(os.fstat(descriptor).st_mode) and _lock(descriptor) is True:
-                os.remove(path)
-        finally:
-            os.close(descriptor)
+@functools.cache
+def _remove_abandoned(folder: str) -> None:
+    """Remove the folder's unfinished files whose writers have ended. Links, and files that may be in use, stay."""
+    with os.scandir(folder) as entries:
+        names = [entry.path for entry in entries if PARTIAL.search(entry.name) and entry.is_file(follow_symlinks=False)]
+    for name in names:
+        with contextlib.suppress(OSError), open(name, "r+b") as file:
+            if _lock(file.fileno()):
+                os.remove(name)
 
 
-def hold(path: str) -> str:
-    """Lock the file at `path`, which may not exist yet, until this process ends. '' or, if another has it, who has.
+class FolderLock:
+    """Lock on an output folder or file, held by every process it is passed to, until all of them have ended.
 
-    The lock is the kernel's: it is freed however the process ends, also over NFS (version 4, or 3 with lockd), and is
-    not inherited by forked processes. The file stays: removing it could free a lock that another process waits for. On
-    a file system without locks a line on stderr says so. Raises OSError.
+    The kernel frees it, however they end, also on NFS (version 4, or 3 with lockd). name: for messages, as the user
+    gave it. path: of the lock file, which stays: removing it could free a lock that another process waits for.
     """
-    if path in _held:
-        return ""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    locked = _lock(descriptor)
-    if locked is False:
-        time.sleep(0.2)  # its owner may be about to write who it is
-        owner = os.pread(descriptor, 1000, 0)
-        os.close(descriptor)
-        return _describe(owner)
-    if locked is None:
-        print(
-            f"{path}: this file system has no locks, so that nothing stops a second run from writing here: start one"
-            " only",
-            file=sys.stderr,
-            flush=True,
-        )
-    _held[path] = descriptor
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    if "SLURM_JOB_ID" in os.environ:
-        owner["job"] = os.environ["SLURM_JOB_ID"]
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(owner).encode(), 0)
-    return ""
+
+    def __init__(self, name: str, path: str | os.PathLike):
+        self.name, self.path = name, os.path.abspath(path)
+
+    def acquire(self, on_busy: Callable[[str], object] | None = None) -> None:
+        """Take the lock, before anything in the folder is read. A process that has it already keeps it.
+
+        on_busy: called with the owner's description if another process has the lock, before waiting for it. Raises
+        UsageError if another process has it and `on_busy` is None, or if it cannot be created.
+        """
+        if self.path in _held:
+            return
+        try:
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+            locked = _lock(descriptor)
+        except OSError as error:
+            raise UsageError(
+                f"{self.name}: {self.path} cannot be created or locked ({error}); choose a folder you can write to"
+            ) from error
+        if locked is False:
+            time.sleep(0.2)  # its owner may be about to write who it is
+            owner = os.read(descriptor, 1000).decode(errors="replace") or "another process"
+            if on_busy is None:
+                os.close(descriptor)
+                raise UsageError(
+                    f"{self.name}: another run is writing here ({owner}); wait for its end or stop it, or choose"
+                    " another place"
+                )
+            on_busy(owner)
+            _lock(descriptor, wait=True)
+        if locked is None and fcntl:
+            print(
+                f"{self.path}: this file system has no locks, so nothing stops a second run from writing here: start"
+                " one only",
+                file=sys.stderr,
+                flush=True,
+            )
+        _held[self.path] = descriptor
+        job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}{job}"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode(), 0)
+
+    def release(self) -> None:
+        """Free the lock before the process ends."""
+        os.close(_held.pop(self.path))
+
+    def __reduce__(self) -> tuple:
+        """Passed to a process that is being started, it goes along with its descriptor, and with it the lock."""
+        shared = reduction.DupFd(_held[self.path]) if self.path in _held else None
+        return _received, (self.name, self.path, shared)
 
 
-def _describe(owner: bytes) -> str:
+def _received(name: str, path: str, shared) -> FolderLock:
+    if shared is not None:
+        _held[path] = shared.detach()
+    return FolderLock(name, path)
+
+
+def lock_folder(option: str, folder: str | os.PathLike) -> FolderLock:
+    """The lock on a folder of checkpoints and logs."""
+    return FolderLock(f"{option} {folder}", os.path.join(folder, ".lock"))
+
+
+def lock_file(option: str, path: str) -> FolderLock:
+    """The lock on one output file."""
+    folder, name = os.path.split(path)
+    return FolderLock(f"{option} {path}", os.path.join(folder, f".{name}.lock"))
+
+
+def _lock(descriptor: int, wait: bool = False) -> bool | None:
+    """Whether the open file could be locked; None where the file system, or Windows, has no locks."""
+    if fcntl is None:
+        return None
     try:
-        known = json.loads(owner)
-        job = f", Slurm job {known['job']}" if "job" in known else ""
-        return f"process {known['pid']} on {known['host']}, since {known['since']}{job}"
-    except (ValueError, KeyError, TypeError):
-        return "another process"
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Whether the file could be locked for this process; None on a file system without locks."""
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in NO_LOCKS:
             return None
@@ -123,73 +159,3 @@ def _lock(descriptor: int) -> bool | None:
             return False
         raise
     return True
-
-
-# ---- claim: One run per folder, one evaluation per report: rank 0 locks it before anything is built.
-
-
-class Claim(NamedTuple):
-    """What a run is about to write, and what was there when it was checked, before it was locked.
-
-    name: as the user gave it, for messages. lock: the file to lock. pattern: a regular expression for the names of the
-    files in question; seen: their states.
-    """
-
-    name: str
-    lock: str
-    folder: str
-    pattern: str
-    seen: dict[str, tuple]
-
-    def take(self) -> None:
-        """Lock it, on rank 0, until the process ends. All ranks must call this.
-
-        Raises UsageError, on all ranks, if another process has it, or had it since it was looked at.
-        """
-        refusal = self._lock() if distributed.is_main() else ""
-        if refusals := distributed.gather_lists([refusal] if refusal else []):
-            raise UsageError(refusals[0])
-
-    def _lock(self) -> str:
-        """Why it is refused, '' if it is not."""
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-            owner = hold(self.lock)
-        except OSError as error:
-            return f"{self.name}: {self.lock} cannot be created or locked ({error}); choose a folder you can write to"
-        if owner:
-            return (
-                f"{self.name}: another run is writing here ({owner}); wait for its end or stop it, or choose another"
-                " place"
-            )
-        if look_at(self.folder, self.pattern) != self.seen:
-            return (
-                f"{self.name}: another run wrote here while this one was starting; run the same command again, with"
-                " --resume auto to continue that run"
-            )
-        return ""
-
-
-def of_folder(option: str, folder: str) -> Claim:
-    """A claim of a folder of checkpoints with its log, as it is now."""
-    pattern = r".+\.(pth\.tar|jsonl)"
-    return Claim(f"{option} {folder}", os.path.join(folder, ".lock"), folder, pattern, look_at(folder, pattern))
-
-
-def of_file(option: str, path: str) -> Claim:
-    """A claim of one file, as it is now."""
-    folder, name = os.path.split(path)
-    folder = folder or "."
-    lock = os.path.join(folder, f".{name}.lock")
-    pattern = re.escape(name)
-    return Claim(f"{option} {path}", lock, folder, pattern, look_at(folder, pattern))
-
-
-def look_at(folder: str, pattern: str) -> dict[str, tuple]:
-    """{name: what changes when the file is written again} of the folder's files whose names match."""
-    if not os.path.isdir(folder):
-        return {}
-    with os.scandir(folder) as entries:
-        found = [entry for entry in entries if re.fullmatch(pattern, entry.name) and entry.is_file()]
-    states = {entry.name: entry.stat() for entry in found}
-    return {name: (state.st_ino, state.st_mtime_ns, state.st_size) for name, state in states.items()}

@@ -1,7 +1,7 @@
-"""Everything around a training loop: resume, save, log, progress and signals."""
+"""A training run around its loop: resume, save, log, report, and stop on a signal."""
 
+import argparse
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 import torch
-import torch.nn as nn
 from torch.utils.data import DataLoader
 
 from moco import distributed
@@ -19,7 +18,6 @@ from moco.errors import RunError, UsageError, one_line
 from moco.processes.exits import exit_now
 from moco.processes.signals import StopSignal, StopWaiting
 from moco.training import checkpoint, metrics
-from moco.training.metrics import Progress
 
 LOG = "log.jsonl"
 
@@ -28,60 +26,49 @@ class Run:
     """The state of a run and its files. It never calls the model and owns no loop:
 
         run.resume(saved)
-        for epoch in range(run.epoch, epochs):
+        for epoch in range(run.epoch, args.epochs):
             for batch in run.steps(loader, prepare, epoch):
                 ...                              # forward, backward, optimizer step
                 run.after_step(loss=loss)        # may save, or end the run
             run.end_epoch(run.epoch_stats(), [])
 
-    folder: for checkpoints and log.jsonl. probe: a key of this run's lines in the log, if it is a probe, which may
-    share the folder with its pre-training. latest: name of the checkpoint that is written after every epoch, every
-    `save_steps` steps and on a signal. state(): the script's own part of a checkpoint. paths: of the training images,
-    for diagnoses. modules: the run ends once the loss, or a weight in every one of them, is not finite.
+    args: ckpt_path, the folder of checkpoints and log.jsonl; epochs, precision, print_freq, save_steps, max_bad_images.
+    latest: name of the checkpoint that is written after every epoch, every `save_steps` steps and on a signal.
+    state(): the script's own part of a checkpoint. paths: of the training images, for messages. probe: a key of this
+    run's lines in the log, if it is a probe, which may share the folder with its pre-training.
     """
 
     def __init__(
         self,
         ctx: DistContext,
-        folder: str,
+        args: argparse.Namespace,
+        seed: int,
         *,
         latest: str,
         state: Callable[[], dict],
-        stop: StopSignal,
         sampler: GlobalBatchSampler,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None = None,
-        modules: Sequence[nn.Module],
         paths: Sequence[str],
-        seed: int,
-        epochs: int,
-        precision: str = "fp32",
-        print_freq: int = 10,
-        save_steps: int | None = None,
-        max_bad_images: int = 100,
         probe: str | None = None,
     ):
-        self.ctx, self.folder, self.latest, self.state, self.stop = ctx, folder, latest, state, stop
-        self.sampler, self.optimizer, self.scaler = sampler, optimizer, scaler
-        self.modules, self.paths, self.seed, self.epochs, self.precision = modules, paths, seed, epochs, precision
-        self.print_freq, self.save_steps, self.probe = print_freq, save_steps, probe
-        self.unreadable = UnreadableFiles(max_bad_images)
+        self.ctx, self.args, self.seed, self.latest, self.state = ctx, args, seed, latest, state
+        self.sampler, self.optimizer, self.scaler, self.paths, self.probe = sampler, optimizer, scaler, paths, probe
+        self.stop = StopSignal()
+        self.unreadable = UnreadableFiles(args.max_bad_images)
         self.means = metrics.RunningMeans()
         self.epoch = self.step = 0  # whole epochs done, and steps of the epoch after them
         self.stopping = False  # a signal came, or too many files are unreadable: end after this step
-        if distributed.is_main():
-            make_folder(folder)
 
-    def resume(self, saved: Mapping, start_epoch: int = 0) -> None:
-        """Continue from a checkpoint that `save` wrote; an empty one starts at `start_epoch`.
+    def resume(self, saved: Mapping) -> None:
+        """Continue from a checkpoint that `save` wrote; an empty one starts at --start-epoch.
 
         Restores all but the script's own part. The log keeps the lines of the epochs before.
         """
-        self.epoch, self.step = saved.get("epoch", start_epoch), saved.get("step", 0)
+        self.epoch, self.step = saved.get("epoch", self.args.start_epoch), saved.get("step", 0)
         if saved:
-            checkpoint.load_optimizer(
-                self.optimizer, saved["optimizers"] if "optimizers" in saved else saved.get("optimizer")
-            )
+            momenta = saved["optimizers"] if "optimizers" in saved else saved.get("optimizer")
+            checkpoint.load_optimizer(self.optimizer, momenta)
             if self.scaler is not None and saved.get("scaler"):  # empty if it was saved in another precision
                 self.scaler.load_state_dict(saved["scaler"])
             self.unreadable.known = dict(saved.get("bad_images", {}))
@@ -89,7 +76,7 @@ class Run:
         if self.step:
             self.means.load_state_dict(saved["means"], self.ctx.device)
         if distributed.is_main():
-            dropped = metrics.truncate_jsonl(os.path.join(self.folder, LOG), self.epoch, self.probe)
+            dropped = metrics.truncate_jsonl(self._path(LOG), self.epoch, self.probe)
             if dropped:
                 print(f"{LOG}: dropped {dropped} damaged lines", flush=True)
         where = f"epoch {self.epoch}" + (f" step {self.step}" if self.step else "")
@@ -103,8 +90,13 @@ class Run:
         """
         first_step = self.step
         self.sampler.epoch, self.sampler.first_step = epoch, first_step
-        self.progress = Progress(
-            loader, epoch, self.sampler.global_batch_size, self.print_freq, self.epochs - epoch - 1, first_step
+        self.progress = metrics.Progress(
+            loader,
+            epoch,
+            self.sampler.global_batch_size,
+            self.args.print_freq,
+            self.args.epochs - epoch - 1,
+            first_step,
         )
 
         def prepare_step(batch, step):
@@ -121,8 +113,7 @@ class Run:
     def _next(self, batches: Iterator[tuple]) -> tuple:
         """The next batch, once all ranks have theirs.
 
-        The data may be gone, or never come: trouble with them on any rank, or a signal while one waits, saves the
-        finished steps and ends the run.
+        If loading fails on any rank, or a stop signal arrives while waiting, save the finished steps and end the run.
         """
         batch = trouble = None
         try:
@@ -177,7 +168,7 @@ class Run:
         self.stopping = bool(self._signum) or self.unreadable.too_many()
         if self.step == len(self.sampler):  # end_epoch saves
             return
-        if self.stopping or self.save_steps and self.step % self.save_steps == 0:
+        if self.stopping or self.args.save_steps and self.step % self.args.save_steps == 0:
             self.save([self.latest])
         if self.stopping:
             self._end(f"in epoch {self.epoch} after step {self.step}")
@@ -198,7 +189,7 @@ class Run:
         """Log the epoch, save it as `latest` and under the names `also`, and end the run if a signal asked for it."""
         if distributed.is_main():
             self._check_finite(weights=True)
-            metrics.append_jsonl(os.path.join(self.folder, LOG), stats)
+            metrics.append_jsonl(self._path(LOG), stats)
         done = self.epoch
         self.epoch, self.step = self.epoch + 1, 0
         self.save([*also, self.latest])
@@ -233,7 +224,10 @@ class Run:
             **self.state(),
         }
         for name in names:
-            checkpoint.save(os.path.join(self.folder, name), state)
+            checkpoint.save(self._path(name), state)
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.args.ckpt_path, name)
 
     def _learning_rate(self) -> float | list[float]:
         """The learning rate; of a probe the list of its heads'."""
@@ -246,15 +240,59 @@ class Run:
         self.unreadable.give_up()
 
     def _check_finite(self, weights: bool = False) -> None:
-        """Raise RunError rather than report or save numbers that are not finite, after writing a diagnosis."""
+        """Raise RunError rather than report or save a loss, or weights of every head, that are not finite."""
         step, what = self.means.finite_steps("loss") + 1, "the loss is"
         if step > self.means.steps:
-            if not weights or not all(checkpoint.nonfinite(module.state_dict()) for module in self.modules):
+            if not weights or not all(map(_is_broken, self.optimizer.param_groups)):
                 return
             step, what = self.means.steps, "weights are"
         lr = min(group["lr"] for group in self.optimizer.param_groups)
-        images = [self.paths[index] for index in self.sampler.global_batch(step - 1)]
-        raise nonfinite_error(what, self.folder, self.epoch, step, lr, self.precision, images, self.modules)
+        first = self.paths[self.sampler.global_batch(step - 1)[0]]
+        advice = f"use a smaller --lr, for example {lr / 10:g}"
+        if self.args.precision == "fp16":
+            advice = "fp16 ends at 65504: use --precision bf16, or a smaller --lr"
+        raise RunError(
+            f"{what} not finite in epoch {self.epoch} step {step}, at lr {lr:g} (first image of the batch: {first});"
+            f" {advice}; the saved checkpoints are intact: continue from them with --resume auto"
+        )
+
+
+def _is_broken(group: Mapping) -> bool:
+    """Whether a parameter group of an optimizer has an infinite or NaN weight."""
+    return not all(weight.isfinite().all() for weight in group["params"])
+
+
+class UnreadableFiles:
+    """The images of a run that could not be read, equal on all ranks: reported once each, counted per epoch.
+
+    limit: how many different files may be unreadable. known: {path: reason} from the run that this one resumes; they
+    are not reported again, and count towards the limit only if they are met again, since they may have been repaired.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.known, self.seen, self.in_epoch = limit, {}, set(), 0
+
+    def add(self, unreadable: list[tuple[str, str]]) -> None:
+        """Add the (path, reason) of this rank's batch. All ranks must call this."""
+        for path, reason in distributed.gather_lists(unreadable):
+            self.in_epoch += 1
+            if path not in self.known and distributed.is_main():
+                sys.stderr.write(one_line(f"unreadable image, replaced by another of its class: {path}: {reason}"))
+                sys.stderr.flush()
+            self.known[path] = reason
+            self.seen.add(path)
+
+    def too_many(self) -> bool:
+        return len(self.seen) > self.limit
+
+    def give_up(self) -> None:
+        """Raise RunError on rank 0; the other ranks wait for its end."""
+        if distributed.is_main():
+            raise RunError(
+                f"{len(self.seen)} images could not be read, more than --max-bad-images {self.limit}; repair them or"
+                f" raise the limit, then continue with --resume auto: {', '.join(sorted(self.seen))}"
+            )
+        distributed.barrier()
 
 
 def exit_on_signal(signum: int, where: str) -> NoReturn:
@@ -282,98 +320,3 @@ def check_unused(folder: str, resume: str, checkpoints: str, probe: str | None) 
             f"--ckpt_path {folder}: it holds another run ({what}); continue that with --resume auto, or choose another"
             " folder"
         )
-
-
-def make_folder(path: str) -> None:
-    """Create the run's folder. Raises UsageError if it cannot be created."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"--ckpt_path {path}: cannot be created ({error}); choose a folder you can write to"
-        ) from error
-
-
-# ---- guards: Guards of a run: numbers that are not finite, and images that cannot be read.
-
-
-def nonfinite_error(
-    what: str,
-    folder: str,
-    epoch: int,
-    step: int,
-    lr: float,
-    precision: str,
-    images: Sequence[str],
-    modules: Sequence[nn.Module],
-) -> RunError:
-    """The error of a run in which `what`, "the loss is" or "weights are", not finite; writes a diagnosis to the folder.
-
-    images: of the batch, over all ranks; lr: the smallest learning rate.
-    """
-    path = os.path.join(folder, f"nonfinite_{epoch:04d}_{step}.json")
-    diagnosis = {
-        "epoch": epoch,
-        "step": step,
-        "lr": lr,
-        "precision": precision,
-        "images": images,
-        "nonfinite_weights": [name for module in modules for name in checkpoint.nonfinite(module.state_dict())],
-        "largest_weights": _largest_weights(modules),
-    }
-    try:
-        with open(path, "w") as file:
-            json.dump(diagnosis, file, indent=1)
-        written = f"the batch and the largest weights are in {path}"
-    except OSError as error:
-        written = f"{path}, with the batch and the largest weights, could not be written ({error})"
-    advice = f"use a smaller --lr, for example {lr / 10:g}"
-    if precision == "fp16":
-        advice = "fp16 ends at 65504: use --precision bf16, or a smaller --lr"
-    return RunError(
-        f"{what} not finite in epoch {epoch} step {step}; {written}; {advice}; the saved checkpoints are intact:"
-        " continue from them with --resume auto"
-    )
-
-
-def _largest_weights(modules: Sequence[nn.Module], count: int = 10) -> dict[str, float]:
-    """{name: largest finite |value|} of the parameters with the largest values."""
-    largest = {
-        name if len(modules) == 1 else f"{i}.{name}": value.nan_to_num(0, 0, 0).abs().max().item()
-        for i, module in enumerate(modules)
-        for name, value in module.named_parameters()
-    }
-    return dict(sorted(largest.items(), key=lambda item: -item[1])[:count])
-
-
-class UnreadableFiles:
-    """The images of a run that could not be read, equal on all ranks: reported once each, counted per epoch.
-
-    limit: how many different files may be unreadable. known: {path: reason} of the run that this one resumes; they are
-    not reported again, and count towards the limit only if they are met again, since they may have been repaired.
-    """
-
-    def __init__(self, limit: int):
-        self.limit, self.known, self.seen, self.in_epoch = limit, {}, set(), 0
-
-    def add(self, unreadable: list[tuple[str, str]]) -> None:
-        """Add the (path, reason) of this rank's batch. All ranks must call this."""
-        for path, reason in distributed.gather_lists(unreadable):
-            self.in_epoch += 1
-            if path not in self.known and distributed.is_main():
-                sys.stderr.write(one_line(f"unreadable image, replaced by another of its class: {path}: {reason}"))
-                sys.stderr.flush()
-            self.known[path] = reason
-            self.seen.add(path)
-
-    def too_many(self) -> bool:
-        return len(self.seen) > self.limit
-
-    def give_up(self) -> None:
-        """Raise RunError on rank 0; the other ranks wait for its end."""
-        if distributed.is_main():
-            raise RunError(
-                f"{len(self.seen)} images could not be read, more than --max-bad-images {self.limit}; repair them or"
-                f" raise the limit, then continue with --resume auto: {', '.join(sorted(self.seen))}"
-            )
-        distributed.barrier()
