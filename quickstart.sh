@@ -97,7 +97,7 @@ python eval_robustness.py -j 1 --pretrained "${table[@]}" --val "$out/shapes" --
 grep '^|' "$out/evaluation.txt" > "$out/table.md"
 cat "$out/table.md"
 echo
-python -m moco.quickstart "$out/table.json" --views "${views[@]}" --out "$out/result.png"
+python docs/quickstart_result.py "$out/table.json" --views "${views[@]}" --out "$out/result.png"
 echo "
 $out/result.png       the table as a picture, beside queries with their negatives
 $out/table.md         the table above

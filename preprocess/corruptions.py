@@ -18,17 +18,19 @@ import functools
 import hashlib
 import importlib.metadata
 import io
-import json
 import os
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-import files  # before numpy
-import image_lists
+import common  # before numpy
 import numpy as np
 import pool
 from PIL import Image
+
+from moco.data import folders
+from moco.data.rgb import check_resizable, to_rgb
+from moco.errors import UsageError
 
 os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # per worker process; read when the library loads OpenCV
 
@@ -62,20 +64,18 @@ def library() -> ModuleType:
     try:
         import imagecorruptions
     except ImportError as error:
-        raise files.UsageError(
+        raise UsageError(
             f"the corruptions are those of the package {PACKAGE}, which cannot be imported ({error}): pip install"
             f" {PACKAGE}"
         ) from error
     missing = set(CORRUPTIONS) - set(imagecorruptions.get_corruption_names("all"))
     if missing:
-        raise files.UsageError(
-            f"the installed imagecorruptions has no {', '.join(sorted(missing))}; pip install {PACKAGE}"
-        )
+        raise UsageError(f"the installed imagecorruptions has no {', '.join(sorted(missing))}; pip install {PACKAGE}")
     return imagecorruptions
 
 
 def version() -> str:
-    """Of the library: another one may make other images."""
+    """The library's version: another one may make other images."""
     try:
         return importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -88,10 +88,9 @@ def crop(path: Path, size: int) -> tuple[Image.Image, bool]:
     As torchvision's Resize(256/224 of the size) and CenterCrop(size), pixel by pixel.
     """
     with Image.open(path) as image:
-        photo = files.to_rgb(image)
+        photo = to_rgb(image)
     short, shorter = min(photo.size), round(size * 256 / 224)
-    if max(photo.size) * shorter**2 > files.MAX_PIXELS * short:
-        raise ValueError("{}x{} px: too narrow to resize its shorter side to {} px".format(*photo.size, shorter))
+    check_resizable(photo, shorter)
     photo = photo.resize([int(shorter * side / short) for side in photo.size], Image.BILINEAR)
     left, top = (round((side - size) / 2) for side in photo.size)
     return photo.crop((left, top, left + size, top + size)), short < shorter
@@ -137,54 +136,28 @@ def write_images(photo: str, recipe: Recipe) -> tuple[str, bool, str | None]:
         return photo, enlarged, f"{type(error).__name__}: {error}"
     for path, data in made.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_whole(path, data)
+        common.write_atomically(path, data)
     return photo, enlarged, None
 
 
 def list_photos(source: Path, limit: int | None) -> list[str]:
     """The paths below `source` of the first `limit` photos of each class. UsageError if two would share a file."""
-    photos = [f"{name}/{file}" for name, images in image_lists.list_images(source).items() for file in images[:limit]]
-    twins = len(photos) - len({os.path.splitext(photo)[0] for photo in photos})
-    if twins:
-        raise files.UsageError(
-            f"--val {source}: {twins} photos differ from another in the suffix only, and would share one file; rename"
-            " them"
-        )
+    photos = folders.list_images(source).first(limit).paths.names()
+    common.check_stems(f"--val {source}", photos)
     return photos
-
-
-def claim(out: Path, settings: dict) -> None:
-    """Make `out` the folder of images made with these settings. UsageError where it holds others."""
-    mark, wanted = out / MARK, json.dumps(settings) + "\n"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with files.only_writer(out):
-            if not mark.is_file() and not any(map(foreign, os.listdir(out))):
-                files.write_whole(mark, wanted.encode())
-        made = mark.read_text(errors="replace") if mark.is_file() else ""
-    except OSError as error:
-        raise files.UsageError(f"--out {out} cannot be used ({error.strerror}); try a new folder") from error
-    if made != wanted:
-        holds = f"images made with {made.strip()}, not {wanted.strip()}" if made else "something else"
-        raise files.UsageError(f"--out {out} holds {holds}; try a new folder")
-
-
-def foreign(name: str) -> bool:
-    """Whether a file or folder of that name in OUT was left there by something else."""
-    return not (name.startswith(".") or name in image_lists.NOT_DATA or files.PARTIAL.search(name))
 
 
 def parse_args() -> argparse.Namespace:
     """The options. Ends the script with exit code 2 where they are wrong."""
-    parser = files.Parser("Corrupt photos as ImageNet-C was made, for eval_robustness.py --corruption.")
+    parser = common.Parser("Corrupt photos as ImageNet-C was made, for eval_robustness.py --corruption.")
     parser.add_argument("--val", type=Path, required=True, metavar="DIR", help="photos, <class>/* or val/<class>/*")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="OUT", help="images, OUT/<corruption>/<severity>/<class>/*.JPEG"
     )
     parser.add_argument(
-        "--size", type=files.at_least_one, default=224, metavar="PX", help="side of the images: the tested crop size"
+        "--size", type=common.at_least_one, default=224, metavar="PX", help="side of the images: the tested crop size"
     )
-    parser.add_argument("--limit", type=files.at_least_one, metavar="N", help="only the first N photos of each class")
+    parser.add_argument("--limit", type=common.at_least_one, metavar="N", help="only the first N photos of each class")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same images")
     parser.add_workers()
     args = parser.parse_args()
@@ -210,7 +183,8 @@ def main() -> int:
     photos = list_photos(args.val, args.limit)
     recipe = Recipe(args.val, args.out, args.size, args.seed)
     made_with = {"size": args.size, "seed": args.seed, "quality": QUALITY, PACKAGE: version()}
-    claim(args.out, {"val": os.path.realpath(args.val), **made_with})
+    common.lock("--out", args.out)
+    common.claim("--out", args.out, MARK, {"val": os.path.realpath(args.val), **made_with})
     jobs = [photo for photo in photos if not all(path.exists() for path in images_of(photo, args.out).values())]
     per_photo = len(CORRUPTIONS) * len(SEVERITIES)
     print(
@@ -225,8 +199,8 @@ def main() -> int:
         broken += [(photo, reason)] if reason else []
     enlarged = f"; {small} photos below {round(args.size * 256 / 224)} px were enlarged first" if small else ""
     print(f"wrote the corruptions of {len(jobs) - len(broken)} photos, {args.size} px{enlarged}")
-    return files.report_broken(broken)
+    return common.report_broken(broken)
 
 
 if __name__ == "__main__":
-    files.cli_main(main)
+    common.run(main)

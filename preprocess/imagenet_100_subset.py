@@ -17,18 +17,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import files
-import image_lists
+import common
 import pool
 from PIL import Image
 
+from moco.data import folders
+from moco.data.rgb import to_rgb
+from moco.errors import UsageError
+
 SPLITS = {"train": range(600, 1301), "val": range(50, 51)}  # how many photos a class of ImageNet has
-IMAGENET_100 = Path(__file__).with_name("imagenet_100.txt")
 
 
 def parse_args() -> argparse.Namespace:
-    """The options. Ends the script with exit code 2 where they cannot be right."""
-    parser = files.Parser("Take the 100 classes of ImageNet-100 out of an ImageNet folder.")
+    """The options, and `wnids`. Ends the script with exit code 2 where they cannot be right."""
+    parser = common.Parser("Take the 100 classes of ImageNet-100 out of an ImageNet folder.")
     parser.add_argument(
         "--imagenet_path", type=Path, required=True, metavar="SRC", help="ImageNet, SRC/{train,val}/<wnid>/*"
     )
@@ -38,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--resize",
-        type=files.at_least_one,
+        type=common.at_least_one,
         metavar="S",
         help="write JPEGs (quality 95) whose shorter side is S px instead; smaller photos keep their size",
     )
@@ -50,13 +52,12 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_workers()
     args = parser.parse_args()
-    args.classes = args.classes or IMAGENET_100
-    args.wnids = read_classes(args.classes)
+    args.wnids = read_classes(args.classes or folders.IMAGENET_100)
     for split in SPLITS:
         folder = args.imagenet_path / split
         if not folder.is_dir():
             parser.error(f"--imagenet_path {args.imagenet_path}: it has no {split}/ folder; SRC holds train/ and val/")
-        if not image_lists.class_folders(folder):
+        if not folders.class_folders(folder):
             parser.error(
                 f"--imagenet_path {args.imagenet_path}: {split}/ holds no class folders; ImageNet's val"
                 " archive unpacks flat and must be sorted into <wnid>/ folders first"
@@ -67,20 +68,11 @@ def parse_args() -> argparse.Namespace:
 
 
 def read_classes(path: Path) -> list[str]:
-    """The sorted wnids of a file. UsageError if it is missing, not text, empty, or names a class twice."""
-    try:
-        wnids = files.read_words(path)
-    except FileNotFoundError:
-        raise files.UsageError(f"--classes {path}: there is no such file") from None
-    except (OSError, ValueError) as error:
-        raise files.UsageError(f"--classes {path}: not a readable text file ({error})") from error
-    repeated = sorted({wnid for wnid, following in zip(wnids, wnids[1:]) if wnid == following})
-    if not wnids or repeated:
-        wrong = f"it names {repeated[0]} twice ({len(repeated)} repeated)" if repeated else "it is empty"
-        raise files.UsageError(f"--classes {path}: {wrong}; it must name each class once, one per line")
+    """The sorted wnids of a class list. Raises UsageError as `folders.read_class_list`, and for a path in it."""
+    wnids = folders.read_class_list(path)
     for wnid in wnids:
         if wnid in (".", "..") or Path(wnid).name != wnid:
-            raise files.UsageError(f"--classes {path}: {wnid!r} is not the name of a class folder")
+            raise UsageError(f"--classes {path}: {wnid!r} is not the name of a class folder")
     return wnids
 
 
@@ -96,7 +88,8 @@ class Job(NamedTuple):
 def take(job: Job, mode: str) -> None:
     """Make the class folder. OSError if it cannot be made."""
     if mode == "symlink":
-        job.target.symlink_to(relative(job.source, job.target.parent), target_is_directory=True)
+        # Relative, so that links survive moving the whole tree.
+        job.target.symlink_to(os.path.relpath(job.source.resolve(), job.target.parent.resolve()))
         return
     shutil.rmtree(job.partial, ignore_errors=True)
     for name in job.images:
@@ -109,16 +102,8 @@ def take(job: Job, mode: str) -> None:
     job.partial.rename(job.target)
 
 
-def relative(path: Path, start: Path) -> str | Path:
-    """The path relative to `start` where possible: links then survive moving the whole tree."""
-    try:
-        return os.path.relpath(path.resolve(), start.resolve())
-    except ValueError:  # another drive
-        return path.resolve()
-
-
 def take_smaller(job: Job, side: int) -> list[tuple[Path, str]]:
-    """As `take`, with copies whose shorter side is `side` px. Returns the broken photos left out, [(path, reason)].
+    """Make the class folder of copies whose shorter side is `side` px. Returns the broken photos, [(path, reason)].
 
     A class of which all photos are broken is not made.
     """
@@ -129,7 +114,7 @@ def take_smaller(job: Job, side: int) -> list[tuple[Path, str]]:
         try:
             with Image.open(job.source / name) as image:
                 image.draft("RGB", (2 * side, 2 * side))  # lets JPEGs decode at a smaller scale
-                photo = files.to_rgb(image)
+                photo = to_rgb(image)
             scale = min(1, side / min(photo.size))
             smaller = photo.resize([max(1, round(length * scale)) for length in photo.size], Image.LANCZOS)
             smaller.save(data, "JPEG", quality=95)
@@ -147,14 +132,12 @@ def take_smaller(job: Job, side: int) -> list[tuple[Path, str]]:
 def count(folder: Path, usual: range) -> None:
     """Print how many photos a split has, and which of its classes have an unusual number."""
     listed = {}
-    counts = {name: len(image_lists.images_in(folder / name, listed)) for name in image_lists.class_folders(folder)}
-    print(f"{files.printable(folder)}: {len(counts)} classes, {sum(counts.values())} photos")
-    odd = [f"{files.printable(name)} {n}" for name, n in counts.items() if n not in usual]
+    counts = {name: len(folders.images_in(folder / name, listed)) for name in folders.class_folders(folder)}
+    print(f"{folder}: {len(counts)} classes, {sum(counts.values())} photos")
+    odd = [f"{name} {n}" for name, n in counts.items() if n not in usual]
     if odd:
-        print(
-            f"  {len(odd)} classes have not the usual {usual[0]} to {usual[-1]} photos: {', '.join(odd[:5])}"
-            + (", …" if len(odd) > 5 else "")
-        )
+        more = ", …" if len(odd) > 5 else ""
+        print(f"  {len(odd)} classes have not the usual {usual[0]} to {usual[-1]} photos: {', '.join(odd[:5])}{more}")
 
 
 def list_sources(source: Path, wnids: list[str]) -> dict[str, list[str]]:
@@ -162,10 +145,10 @@ def list_sources(source: Path, wnids: list[str]) -> dict[str, list[str]]:
     images = {}
     for split in SPLITS:
         listed = {}
-        images |= {f"{split}/{wnid}": image_lists.images_in(source / split / wnid, listed) for wnid in wnids}
+        images |= {f"{split}/{wnid}": folders.images_in(source / split / wnid, listed) for wnid in wnids}
     empty = [name for name, names in images.items() if not names]
     if empty:
-        raise files.UsageError(
+        raise UsageError(
             f"--imagenet_path {source}: {len(empty)} class folders hold no image, for example"
             f" {empty[0]}; unpack them again"
         )
@@ -183,8 +166,8 @@ def list_jobs(args: argparse.Namespace, images: Mapping[str, list[str]]) -> list
             # Outside the splits, where an incomplete folder would look like a class.
             partial = args.imagenet100_path / ".partial" / name
             jobs.append(Job(args.imagenet_path / name, names, target, partial))
-        elif not image_lists.images_in(target):
-            raise files.UsageError(f"{target} is there already, but holds no image; remove it and run again")
+        elif not folders.images_in(target):
+            raise UsageError(f"{target} is there already, but holds no image; remove it and run again")
     return jobs
 
 
@@ -203,7 +186,7 @@ def make(args: argparse.Namespace, images: Mapping[str, list[str]]) -> int:
     shutil.rmtree(args.imagenet100_path / ".partial", ignore_errors=True)
     made = sum(job.target.exists() for job in jobs)
     print(f"{made} class folders made, {len(images) - len(jobs)} were there already")
-    code = files.report_broken(broken)
+    code = common.report_broken(broken)
     for split, usual in SPLITS.items():
         count(args.imagenet100_path / split, usual)
     return code
@@ -215,19 +198,13 @@ def main() -> int:
         f"{split}/{wnid}" for split in SPLITS for wnid in args.wnids if not (args.imagenet_path / split / wnid).is_dir()
     ]
     if missing:
-        counted = f"{len(missing)} of {2 * len(args.wnids)}"
-        print(
-            f"{args.imagenet_path}: {counted} class folders are missing, nothing was made:",
-            *missing,
-            sep="\n  ",
-            file=sys.stderr,
-        )
+        counts = f"{len(missing)} of {2 * len(args.wnids)} class folders are missing"
+        print(f"{args.imagenet_path}: {counts}, nothing was made:", *missing, sep="\n  ", file=sys.stderr)
         return 1
     images = list_sources(args.imagenet_path, args.wnids)
-    args.imagenet100_path.mkdir(parents=True, exist_ok=True)
-    with files.only_writer(args.imagenet100_path):
-        return make(args, images)
+    common.lock("--imagenet100_path", args.imagenet100_path)
+    return make(args, images)
 
 
 if __name__ == "__main__":
-    files.cli_main(main)
+    common.run(main)

@@ -21,12 +21,14 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import files  # before numpy
-import image_lists
+import common  # before numpy
 import numpy as np
 import pool
 import quilting
 from PIL import Image, ImageDraw
+
+from moco.data import folders
+from moco.data.rgb import check_resizable, to_rgb
 
 
 class Recipe(NamedTuple):
@@ -60,12 +62,11 @@ def cut_patches(photo: Image.Image, side: int, rng: np.random.Generator) -> np.n
 def read_photo(path: Path, least: int) -> tuple[Image.Image, bool]:
     """(RGB image, whether it had to be enlarged to `least` px on the shorter side)"""
     with Image.open(path) as image:
-        photo = files.to_rgb(image)
+        photo = to_rgb(image)
     short = min(photo.size)
     if short >= least:
         return photo, False
-    if max(photo.size) * least**2 > files.MAX_PIXELS * short:
-        raise ValueError("{}x{} px: too narrow to enlarge its shorter side to {} px".format(*photo.size, least))
+    check_resizable(photo, least)
     return photo.resize([max(least, round(side * least / short)) for side in photo.size], Image.BICUBIC), True
 
 
@@ -76,7 +77,7 @@ def generator(seed: int, photo: str) -> np.random.Generator:
 
 
 def external_texture(program: str, time_limit: int, patches: np.ndarray, size: int) -> np.ndarray:
-    """What EmbarkStudios' texture-synthesis makes of the patches, (size, size, 3) uint8. RuntimeError if it fails."""
+    """Run EmbarkStudios' texture-synthesis on the patches: (size, size, 3) uint8. RuntimeError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         names = [os.path.join(folder, name) for name in ("texture.png", "a.png", "b.png")]
         for name, patch in zip(names[1:], patches):
@@ -112,7 +113,7 @@ def write_texture(photo: str, destination: Path, recipe: Recipe) -> tuple[str, b
         return photo, False, f"{type(error).__name__}: {error}"
     data = io.BytesIO()
     Image.fromarray(made.texture).save(data, "PNG", compress_level=1)
-    files.write_whole(texture_path(destination, photo), data.getvalue())
+    common.write_atomically(texture_path(destination, photo), data.getvalue())
     return photo, made.enlarged, None
 
 
@@ -123,10 +124,9 @@ def texture_path(destination: Path, photo: str) -> Path:
 def list_photos(source: Path, splits: list[str], limit: int | None) -> list[str]:
     """The paths below `source` of the first `limit` photos of each class."""
     return [
-        os.path.join(split, name, file)
+        os.path.join(split, name)
         for split in splits
-        for name, images in image_lists.list_images(source / split, without_classes=True).items()
-        for file in images[:limit]
+        for name in folders.list_images(source / split, flat=True).first(limit).paths.names()
     ]
 
 
@@ -141,7 +141,7 @@ def save_preview(path: Path, photos: list[str], recipe: Recipe) -> None:
         made = synthesise(photo, recipe)
         x, y = i % 2 * width + 4, i // 2 * height + 14
         made.photo.thumbnail((size, size))
-        pen.text((x, y - 12), files.printable(photo), fill="black")
+        pen.text((x, y - 12), photo, fill="black")
         sheet.paste(made.photo, (x, y))
         for pixels, left, top in (
             (made.patches[0], size + 4, 0),
@@ -154,49 +154,45 @@ def save_preview(path: Path, photos: list[str], recipe: Recipe) -> None:
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The options, and the photos they name. Ends the script with exit code 2 where they are wrong."""
-    parser = files.Parser("Synthesise a texture from two patches of every photo of an ImageNet folder.")
+    parser = common.Parser("Synthesise a texture from two patches of every photo of an ImageNet folder.")
     parser.add_argument(
         "--imagenet_path", type=Path, required=True, metavar="SRC", help="photos, SRC/<split>/<class>/*"
     )
     parser.add_argument(
         "--imagenet_t_path", type=Path, required=True, metavar="DST", help="textures, DST/<split>/<class>/*.png"
     )
-    parser.add_argument("--patch", type=files.at_least_one, default=96, metavar="PX", help="side of the patches")
-    parser.add_argument("--size", type=files.at_least_one, default=224, metavar="PX", help="side of the textures")
+    parser.add_argument("--patch", type=common.at_least_one, default=96, metavar="PX", help="side of the patches")
+    parser.add_argument("--size", type=common.at_least_one, default=224, metavar="PX", help="side of the textures")
     parser.add_argument("--splits", nargs="+", default=["train"], metavar="SPLIT", help="folders of SRC: train, val")
-    parser.add_argument("--limit", type=files.at_least_one, metavar="N", help="only the first N photos of each class")
+    parser.add_argument("--limit", type=common.at_least_one, metavar="N", help="only the first N photos of each class")
     parser.add_argument("--shard", type=shard, default="1/1", metavar="I/N", help="only the I-th of N parts")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same textures")
     parser.add_argument("--overwrite", action="store_true", help="replace existing textures")
     parser.add_workers()
     parser.add_argument(
-        "--preview", type=Path, metavar="FILE.png", help="only draw photo, patches and texture of eight photos"
+        "--preview",
+        type=common.png_path,
+        metavar="FILE.png",
+        help="only draw photo, patches and texture of eight photos",
     )
     parser.add_argument(
         "--texture-synthesis", metavar="BIN", help="run this program, as the authors did, instead of quilting"
     )
     parser.add_argument(
-        "--time-limit", type=files.at_least_one, default=60, metavar="S", help="seconds per photo for BIN"
+        "--time-limit", type=common.at_least_one, default=60, metavar="S", help="seconds per photo for BIN"
     )
     args = parser.parse_args()
     check(parser, args)
     photos = list_photos(args.imagenet_path, args.splits, args.limit)
-    if not photos:
-        parser.error(f"--imagenet_path {args.imagenet_path}: there are no photos in {', '.join(args.splits)}")
-    twins = len(photos) - len({texture_path(args.imagenet_t_path, photo) for photo in photos})
-    if twins:
-        parser.error(
-            f"--imagenet_path {args.imagenet_path}: {twins} photos differ from another in the suffix only, and"
-            " would share one texture file"
-        )
+    common.check_stems(f"--imagenet_path {args.imagenet_path}", photos)
     return args, photos
 
 
-def check(parser: files.Parser, args: argparse.Namespace) -> None:
+def check(parser: common.Parser, args: argparse.Namespace) -> None:
     """End the script where the options cannot be right."""
     for split in args.splits:
         if not (args.imagenet_path / split).is_dir():
-            there = image_lists.class_folders(args.imagenet_path) if args.imagenet_path.is_dir() else []
+            there = folders.class_folders(args.imagenet_path) if args.imagenet_path.is_dir() else []
             parser.error(
                 f"--imagenet_path {args.imagenet_path}: it has no {split}/ folder; SRC is the folder above it, and has"
                 f" {', '.join(there[:5]) or 'no folders'}"
@@ -207,8 +203,6 @@ def check(parser: files.Parser, args: argparse.Namespace) -> None:
         parser.error(f"--patch {args.patch}: too small to choose blocks from; use 8 or more")
     if args.texture_synthesis and not shutil.which(args.texture_synthesis):
         parser.error(f"--texture-synthesis {args.texture_synthesis}: there is no such program")
-    if args.preview and args.preview.suffix != ".png":
-        parser.error(f"--preview {args.preview} does not end in .png; try {args.preview.with_suffix('.png')}")
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -224,7 +218,7 @@ def main() -> int:
     recipe = Recipe(args.imagenet_path, args.seed, args.patch, args.size, args.texture_synthesis, args.time_limit)
     if args.preview:
         save_preview(args.preview, photos, recipe)
-        print(f"wrote {files.printable(args.preview)}")
+        print(f"wrote {args.preview}")
         return 0
     part, parts = args.shard
     photos = photos[part - 1 :: parts]
@@ -238,8 +232,8 @@ def main() -> int:
         small += enlarged
         broken += [(photo, reason)] if reason else []
     print(f"wrote {len(jobs) - len(broken)} textures; {small} photos below {args.patch} px were enlarged first")
-    return files.report_broken(broken)
+    return common.report_broken(broken)
 
 
 if __name__ == "__main__":
-    files.cli_main(main)
+    common.run(main)

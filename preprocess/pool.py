@@ -1,25 +1,26 @@
-"""A pool of processes for jobs that take long: with a bar, and with an end whatever happens."""
+"""A pool of worker processes with a progress bar; the workers end with the script, however it ends."""
 
 import contextlib
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NoReturn
+from typing import Any
 
-from files import END_SIGNALS, RunError, exit_on_signal, stop_workers
+from common import RESUME
 from tqdm import tqdm
+
+from moco.errors import RunError
+from moco.processes import signals
 
 
 def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, unit: str) -> Iterator:
-    """Yield function(job) for all jobs, in order, from a pool of processes; a bar shows rate and remaining time.
+    """Yield function(job) for all jobs, in order; a bar shows the rate and the remaining time.
 
-    RunError if one of them is killed. The processes end with this one, however it ends.
+    Raises RunError if a worker is killed, and what `function` raises.
     """
     pool = ProcessPoolExecutor(workers, initializer=_leave_with_parent)
     chunk = max(1, min(8, len(jobs) // (4 * workers)))  # few long jobs are shared by all workers
@@ -27,21 +28,15 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
         # Not pool.map: interrupted, it cancels what is waiting, and a pool that loses its workers while something is
         # cancelled ends in a traceback on Python 3.10 and 3.11.
         waiting = [pool.submit(_call_each, function, jobs[i : i + chunk]) for i in range(0, len(jobs), chunk)]
-        # In a log, where every update is a line, update every 30 s.
-        yield from tqdm(
-            _results(waiting[::-1]),
-            total=len(jobs),
-            unit=unit,
-            smoothing=0.02,
-            mininterval=0.1 if sys.stderr.isatty() else 30,
-        )
-    except BrokenProcessPool:
+        seconds = 0.1 if sys.stderr.isatty() else 30  # between updates; in a log each is a line
+        yield from tqdm(_results(waiting[::-1]), total=len(jobs), unit=unit, smoothing=0.02, mininterval=seconds)
+    except (BrokenProcessPool, MemoryError):
         raise RunError(
-            "a worker process was killed (out of memory?); run the same command again to resume, with fewer --workers"
-            " if memory ran out"
+            f"a worker process was killed (out of memory?); {RESUME}, with fewer --workers if memory ran out"
         ) from None
     except BaseException:
-        stop_workers()
+        for process in multiprocessing.active_children():
+            process.terminate()
         raise
     finally:
         with contextlib.suppress(RuntimeError):  # a signal while its thread was being started: it cannot be joined
@@ -53,28 +48,14 @@ def _call_each(function: Callable[[Any], Any], jobs: Sequence) -> list:
 
 
 def _results(waiting: list[Future]) -> Iterator:
-    """The results of the last one first; none is kept."""
+    """The results of the futures, the last one first; none is kept."""
     while waiting:
         yield from waiting.pop().result()
 
 
 def _leave_with_parent() -> None:
     """In a worker: end when the parent does, even if that is killed, and take along the programs that run for it."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()  # of this worker and its programs; an interrupt at the terminal is the parent's
+    os.setpgrp()  # a group of this worker and its programs; an interrupt at the terminal reaches the parent only
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_group)
-    if signal.getsignal(END_SIGNALS[1]) is exit_on_signal:
-        signal.signal(END_SIGNALS[1], _end_group)
-    threading.Thread(target=_wait_for_parent, daemon=True).start()
-
-
-def _wait_for_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    _end_group()
-
-
-def _end_group(*_: object) -> NoReturn:
-    if hasattr(os, "killpg"):
-        os.killpg(0, signal.SIGKILL)
-    os._exit(1)
+    signal.signal(signal.SIGTERM, lambda signum, frame: os.killpg(0, signal.SIGKILL))
+    signals.end_with_program()

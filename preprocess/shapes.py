@@ -25,7 +25,7 @@ from math import cos, exp, log, pi, sin
 from pathlib import Path
 from typing import NamedTuple
 
-import files
+import common
 import numpy as np
 import pool
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -292,66 +292,39 @@ def preview(seed: int, file: Path) -> None:
     sheet.save(file)
 
 
-def parse_args() -> tuple[files.Parser, argparse.Namespace]:
-    """The parser and its options. Ends the script with exit code 2 where they cannot be right."""
-    parser = files.Parser("Generate a small data set of textured shapes with four robustness test sets.")
+def parse_args() -> argparse.Namespace:
+    """The options. Ends the script with exit code 2 where they cannot be right."""
+    parser = common.Parser("Generate a small data set of textured shapes with four robustness test sets.")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same images")
     parser.add_argument("--train", type=int, default=4000, metavar="N", help="training images")
     parser.add_argument("--test", type=int, default=1500, metavar="N", help="images in each test set")
     parser.add_argument("--cell", type=int, default=40, metavar="N", help="images for each corruption and severity")
     parser.add_workers()
-    parser.add_argument("--preview", type=Path, metavar="FILE.png", help="also save a sheet of examples")
+    parser.add_argument("--preview", type=common.png_path, metavar="FILE.png", help="also save a sheet of examples")
     args = parser.parse_args()
     for name, count in ("train", args.train), ("test", args.test), ("cell", args.cell):
         if count < 10 or count % 10:
             parser.error(f"--{name} {count} is not a positive multiple of 10; try {max(10, count // 10 * 10)}")
     if args.seed < 0:
         parser.error(f"--seed {args.seed} is below 0; try --seed 0")
-    if args.preview and args.preview.suffix != ".png":
-        parser.error(f"--preview {args.preview} does not end in .png; try {args.preview.with_suffix('.png')}")
-    return parser, args
-
-
-def claim(out: Path, wanted: str) -> bool:
-    """Make `out` the folder of the data set `wanted`, a line of JSON; False where it is there and complete.
-
-    Raises ValueError where the folder holds something else or cannot be used.
-    """
-    done, begun = out / DONE, out / BEGUN
-    if done.is_file() and done.read_text() == wanted:
-        return False
-    try:
-        if any(path.name != ".lock" for path in out.iterdir()) and not (
-            begun.is_file() and begun.read_text() == wanted
-        ):
-            raise ValueError(f"--out {out} holds something else; try a new folder")
-        begun.write_text(wanted)
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be used ({error.strerror}); try a new folder") from error
-    return True
+    return args
 
 
 def main() -> None:
-    parser, args = parse_args()
+    args = parse_args()
     counts = {name: getattr(args, name) for name in ("seed", "train", "test", "cell")}
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {args.out} cannot be used ({error.strerror}); try a new folder")
-    with files.only_writer(args.out):
-        try:
-            needed = claim(args.out, json.dumps({"version": VERSION, **counts}) + "\n")
-        except ValueError as error:
-            parser.error(str(error))
-        if needed:
-            generate(args.out, **counts, workers=args.workers)
-            (args.out / BEGUN).rename(args.out / DONE)
-        else:
-            print(f"{args.out}: already there")
+    settings = {"version": VERSION, **counts}
+    common.lock("--out", args.out)
+    if (args.out / DONE).is_file() and json.loads((args.out / DONE).read_text()) == settings:
+        print(f"{args.out}: already there")
+    else:
+        common.claim("--out", args.out, BEGUN, settings)
+        generate(args.out, **counts, workers=args.workers)
+        (args.out / BEGUN).rename(args.out / DONE)
     if args.preview:
         preview(args.seed, args.preview)
 
 
 if __name__ == "__main__":
-    files.cli_main(main)
+    common.run(main)

@@ -12,24 +12,26 @@ import gzip
 import io
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 
-import files
-from torch.utils.data import Dataset
-from torchvision import datasets
+import common
 from tqdm import tqdm
 
-# data set: (class, the arguments of its training part, those of its test part)
+if TYPE_CHECKING:  # --help and wrong options need not wait for PyTorch
+    from torch.utils.data import Dataset
+
+# data set: (class in torchvision.datasets, the arguments of its training part, those of its test part)
 DATASETS = {
-    "stl10": (datasets.STL10, {"split": "train"}, {"split": "test"}),
-    "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
-    "cifar100": (datasets.CIFAR100, {"train": True}, {"train": False}),
-    "fashionmnist": (datasets.FashionMNIST, {"train": True}, {"train": False}),
+    "stl10": ("STL10", {"split": "train"}, {"split": "test"}),
+    "cifar10": ("CIFAR10", {"train": True}, {"train": False}),
+    "cifar100": ("CIFAR100", {"train": True}, {"train": False}),
+    "fashionmnist": ("FashionMNIST", {"train": True}, {"train": False}),
 }
 
 
-def parse_args() -> tuple[files.Parser, argparse.Namespace]:
-    parser = files.Parser("Write one of torchvision's small data sets as folders of images.")
+def parse_args() -> tuple[common.Parser, argparse.Namespace]:
+    parser = common.Parser("Write one of torchvision's small data sets as folders of images.")
     parser.add_argument("--dataset", choices=DATASETS, required=True, help="which one")
     parser.add_argument(
         "--root", type=Path, required=True, metavar="RAW", help="folder of the raw files; downloads go there"
@@ -56,7 +58,7 @@ def unpack_idx(root: Path, scratch: str) -> Path | str:
     return scratch if any(raw.iterdir()) else root
 
 
-def open_part(kind: type, root: Path | str, part: dict) -> Dataset:
+def open_part(kind: type, root: Path | str, part: dict) -> "Dataset":
     """The data set's part from `root`, else from the network. RuntimeError if it is in neither."""
     try:
         return kind(root, **part)
@@ -67,12 +69,12 @@ def open_part(kind: type, root: Path | str, part: dict) -> Dataset:
             raise RuntimeError(f"no raw files of it, and downloading them failed ({error})") from error
 
 
-def class_name(dataset: Dataset, label: int) -> str:
+def class_name(dataset: "Dataset", label: int) -> str:
     """The folder of a class; unlabeled images are all one class."""
     return dataset.classes[label].replace("/", "_").replace(" ", "_") if label >= 0 else "all"
 
 
-def write_images(dataset: Dataset, folder: Path) -> None:
+def write_images(dataset: "Dataset", folder: Path) -> None:
     """Write those images that are not there yet as folder/<class>/<number>.png, RGB."""
     for index in tqdm(range(len(dataset)), desc=str(folder), unit="image"):
         image, label = dataset[index]
@@ -81,12 +83,14 @@ def write_images(dataset: Dataset, folder: Path) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             data = io.BytesIO()
             image.convert("RGB").save(data, "PNG", compress_level=1)
-            files.write_whole(path, data.getvalue())
+            common.write_atomically(path, data.getvalue())
 
 
 def main() -> None:
     parser, args = parse_args()
-    kind = DATASETS[args.dataset][0]
+    from torchvision import datasets
+
+    kind = getattr(datasets, DATASETS[args.dataset][0])
     with tempfile.TemporaryDirectory() as scratch:
         root = unpack_idx(args.root, scratch) if args.dataset == "fashionmnist" else args.root
         try:
@@ -95,8 +99,8 @@ def main() -> None:
             parser.error(f"--root {args.root}: {error}")
         for folder, dataset in opened.items():
             write_images(dataset, args.out / folder)
-            print(f"{files.printable(args.out / folder)}: {len(dataset)} images")
+            print(f"{args.out / folder}: {len(dataset)} images")
 
 
 if __name__ == "__main__":
-    files.cli_main(main)
+    common.run(main)

@@ -1,0 +1,196 @@
+"""Describe and draw the result of the quick start; quickstart.sh runs it last.
+
+    python docs/quickstart_result.py quickstart_out/table.json --views quickstart_out/patch.png --out result.png
+
+Reads what eval_robustness.py --json wrote, and pictures that moco-non-sem-neg.py --preview drew. The table's first row
+is the baseline; run i of another row is compared with run i of the baseline, which has the same seed. Needs only PIL.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLUMNS = ("val", "Corruption", "Sketch", "Stylized", "Rendition", "Shape bias")  # the columns that are drawn
+COLOURS = ("#6b6b6b", "#0b66b3", "#d9730d", "#2b8a57", "#8a3ffc", "#b3123f")  # of the rows, in their order
+GREY, LIGHT = "#666666", "#e4e4e4"
+WIDTH, HEIGHT = 1600, 900  # px, of the picture
+SCALE = 2  # drawn this much larger, then averaged
+
+Table = dict[str, dict[str, list[float]]]  # row, column → a figure for each run, in percent
+
+
+class Difference(NamedTuple):
+    """A row against the baseline in one column, in points."""
+
+    mean: float
+    error: float | None  # standard error of the paired differences; None for a single pair
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f}" + ("" if self.error is None else f"±{self.error:.1f}")
+
+
+def read_table(path: Path) -> Table:
+    """The table of a finished evaluation. OSError or ValueError where there is none in the file."""
+    table = json.loads(path.read_text()).get("table")
+    if not table:
+        raise ValueError("it holds no table; the evaluation did not finish")
+    return {row: {column: figures[column] for column in COLUMNS if column in figures} for row, figures in table.items()}
+
+
+def difference(runs: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """The mean of runs[i] - baseline[i]; of the means, without an error, where their numbers differ."""
+    if len(runs) != len(baseline):
+        return Difference(statistics.fmean(runs) - statistics.fmean(baseline), None)
+    pairs = [one - other for one, other in zip(runs, baseline)]
+    return Difference(statistics.fmean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else None)
+
+
+def sentences(table: Table) -> list[str]:
+    """A sentence on each row but the first, and one on how far to trust them."""
+    (title, baseline), *others = table.items()
+    lines = []
+    for row, figures in others:
+        found = {name: difference(runs, baseline[name]) for name, runs in figures.items() if name in baseline}
+        lines.append(sentence(row, title, found))
+    runs = max_runs(table)
+    if runs == 1:
+        return [
+            *lines,
+            "One seed: another seed moves each figure by some points; QUICKSTART_SEEDS=3 shows by how much.",
+        ]
+    spread = {column: statistics.stdev(figures) for column, figures in baseline.items() if len(figures) > 1}
+    least, most = min(spread, key=spread.get), max(spread, key=spread.get)
+    return [
+        *lines,
+        f"Means of {runs} paired seeds ± standard error; {title} itself varies from seed to seed with a standard"
+        f" deviation of {spread[least]:.1f} ({least}) to {spread[most]:.1f} points ({most}).",
+    ]
+
+
+def sentence(row: str, baseline: str, found: dict[str, Difference]) -> str:
+    """One row in words. With several seeds a column counts as better or worse beyond two standard errors."""
+    better, worse = (
+        [column for column, one in found.items() if sign * one.mean > 2 * (one.error or 0)] for sign in (1, -1)
+    )
+    verdict = f"better in {len(better)} of {len(found)} columns"
+    if worse:
+        verdict += f", worse in {len(worse)} ({', '.join(worse)})"
+    if len(better) + len(worse) < len(found):
+        verdict += f", within noise in {len(found) - len(better) - len(worse)}"
+    figures = ", ".join(f"{column} {one}" for column, one in found.items())
+    return f"{row} against {baseline}: {verdict}; {figures} points."
+
+
+def max_runs(table: Table) -> int:
+    return max(len(runs) for row in table.values() for runs in row.values())
+
+
+# --- the picture
+
+
+class Pen:
+    """Draw in picture coordinates on a sheet SCALE times as large."""
+
+    def __init__(self, width: int, height: int):
+        self.sheet = Image.new("RGB", (SCALE * width, SCALE * height), "white")
+        self.draw = ImageDraw.Draw(self.sheet)
+
+    def line(self, start: tuple[float, float], end: tuple[float, float], colour: str, width: float = 1) -> None:
+        self.draw.line([SCALE * at for at in (*start, *end)], colour, round(SCALE * width))
+
+    def dot(self, x: float, y: float, colour: str, radius: float = 9) -> None:
+        self.draw.ellipse([SCALE * at for at in (x - radius, y - radius, x + radius, y + radius)], colour)
+
+    def text(self, x: float, y: float, text: str, size: int, colour: str = "#222222", anchor: str = "la") -> None:
+        self.draw.text((SCALE * x, SCALE * y), text, colour, ImageFont.load_default(SCALE * size), anchor)
+
+    def picture(self, image: Image.Image, x: float, y: float, width: float, height: float) -> float:
+        """Paste an image as large as it fits; returns the height it takes."""
+        zoom = min(SCALE * width / image.width, SCALE * height / image.height)
+        large = image.resize((round(zoom * image.width), round(zoom * image.height)), Image.LANCZOS)
+        self.sheet.paste(large, (round(SCALE * x), round(SCALE * y)))
+        return large.height / SCALE
+
+
+def draw(table: Table, views: Sequence[Image.Image], path: Path) -> None:
+    """Save the picture: a group of dots for each column of the table, and beside them the views in one column."""
+    pen, runs = Pen(WIDTH, HEIGHT), max_runs(table)
+    plot_width = WIDTH - 60 - (430 if views else 0)
+    pen.text(50, 36, "Negatives that keep the texture and lose the shape", 34)
+    counted = f"means and single runs of {runs} seeds" if runs > 1 else "one seed"
+    pen.text(50, 84, f"linear probe on generated data, top-1 in percent, {counted}", 20, GREY)
+    draw_legend(pen, list(table), 50, 126, plot_width)
+    draw_dots(pen, table, left=90, top=220, right=plot_width, bottom=HEIGHT - 70)
+    if views:
+        pen.text(plot_width + 40, 84, "queries, keys, negatives (NS) as trained on", 20, GREY)
+    y, height = 130.0, (HEIGHT - 130 - 30 * len(views)) / max(1, len(views))
+    for image in views:
+        y += pen.picture(image, plot_width + 40, y, WIDTH - plot_width - 70, height) + 30
+    pen.sheet.reduce(SCALE).save(path, optimize=True)
+
+
+def draw_legend(pen: Pen, rows: Sequence[str], x: float, y: float, right: float) -> None:
+    """The rows' names beside their dots, on further lines where one is too short."""
+    left = x
+    for row, colour in zip(rows, itertools.cycle(COLOURS)):
+        length = pen.draw.textlength(row, ImageFont.load_default(SCALE * 22)) / SCALE
+        if x + length + 30 > right:
+            x, y = left, y + 34
+        pen.dot(x + 9, y + 13, colour)
+        pen.text(x + 28, y + 13, row, 22, anchor="lm")
+        x += length + 66
+
+
+def draw_dots(pen: Pen, table: Table, left: float, top: float, right: float, bottom: float) -> None:
+    """A labelled axis, and for each column the rows side by side: a dot for the mean, a line over the runs' range."""
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    figures = [figure for row in table.values() for runs in row.values() for figure in runs]
+    low, high = 10 * int(min(figures) / 10 - 0.2), min(100, 10 * int(max(figures) / 10 + 1.2))
+
+    def height(figure: float) -> float:
+        return bottom - (figure - low) / (high - low) * (bottom - top)
+
+    for tick in range(low, high + 1, 10):
+        pen.line((left, height(tick)), (right, height(tick)), LIGHT)
+        pen.text(left - 12, height(tick), str(tick), 18, GREY, "rm")
+    group = (right - left) / len(columns)
+    for place, column in enumerate(columns):
+        start = left + place * group
+        pen.text(start + group / 2, bottom + 24, column, 22, anchor="ma")
+        if column == "Shape bias":  # not an accuracy
+            pen.line((start, top), (start, bottom), "#999999")
+        for number, (row, colour) in enumerate(zip(table.values(), itertools.cycle(COLOURS))):
+            if runs := row.get(column):
+                x = start + group / 2 + (number - (len(table) - 1) / 2) * group / (len(table) + 0.6)
+                mean, heights = statistics.fmean(runs), [height(figure) for figure in runs]
+                pen.line((x, min(heights)), (x, max(heights)), colour, 2)
+                for y in heights:
+                    pen.line((x - 7, y), (x + 7, y), colour, 2)
+                pen.dot(x, height(mean), colour)
+                pen.text(x, min(*heights, height(mean) - 9) - 5, f"{mean:.0f}", 17, colour, "mb")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Describe and draw what a robustness table shows.")
+    parser.add_argument("table", type=Path, metavar="TABLE.json", help="what eval_robustness.py --json wrote")
+    parser.add_argument(
+        "--views", type=Path, nargs="*", default=[], metavar="FILE.png", help="what moco-non-sem-neg.py --preview drew"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
+    args = parser.parse_args()
+    try:
+        table = read_table(args.table)
+        draw(table, [Image.open(path).convert("RGB") for path in args.views], args.out)
+    except (OSError, ValueError) as error:  # also an --out of a suffix that PIL does not know
+        parser.exit(2, f"{parser.prog}: error: {args.table} → {args.out}: {error}\n")
+    print("\n".join(sentences(table)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Shared by the scripts here: the repository on the path, options, exit codes, the lock on the output folder.
+
+Import it before numpy. The rest, class folders, conversion to RGB and atomic files, is moco's, without PyTorch.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ[variable] = "1"  # one thread per worker process; numpy reads these when it is loaded
+
+from moco.data.folders import NOT_DATA  # noqa: E402
+from moco.errors import UsageError  # noqa: E402
+from moco.processes import signals  # noqa: E402
+from moco.processes.exits import cli_main  # noqa: E402
+from moco.training.files import PARTIAL, atomic_write, lock_folder  # noqa: E402
+
+RESUME = "run the same command again to resume"
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Call main() and exit with its code; errors end in one line on stderr, signals in 128 + their number."""
+    signals.handle_stop_signals(signals.exit_at_once, (signal.SIGTERM, signal.SIGHUP))
+    cli_main(main, again=RESUME)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help as wide as the terminal, with the defaults of those options that have one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required or action.default is None or action.default is False:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {' '.join(action.default)})"
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in the help, and errors of one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+
+    def add_workers(self) -> None:
+        self.add_argument("--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="worker processes")
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, " ".join(f"{self.prog}: error: {message}".split()) + "\n")
+
+
+def at_least_one(text: str) -> int:
+    """A whole number of 1 or more; argparse.ArgumentTypeError otherwise."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def png_path(text: str) -> Path:
+    """A file name that ends in .png; argparse.ArgumentTypeError otherwise."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text} does not end in .png; try {Path(text).with_suffix('.png')}")
+    return Path(text)
+
+
+def lock(option: str, folder: Path) -> None:
+    """Make the output folder and lock it until this process ends; wait while another process writes there.
+
+    Raises UsageError if the folder cannot be made or locked.
+    """
+
+    def report(owner: str) -> None:
+        print(f"another process is writing {folder} ({owner}); waiting for it", file=sys.stderr, flush=True)
+
+    lock_folder(option, folder).acquire(on_busy=report)
+
+
+def claim(option: str, out: Path, mark: str, settings: dict) -> None:
+    """Mark a locked output folder as made with these settings, in the file `mark` in it.
+
+    Raises UsageError if the folder holds something else or was made with other settings.
+    """
+    wanted, path = json.dumps(settings) + "\n", out / mark
+    made = path.read_text(errors="replace") if path.is_file() else ""
+    others = [
+        name for name in os.listdir(out) if not (name.startswith(".") or name in NOT_DATA or PARTIAL.search(name))
+    ]
+    if not made and not others:
+        write_atomically(path, wanted.encode())
+    elif made != wanted:
+        holds = f"images made with {made.strip()}, not {wanted.strip()}" if made else "something else"
+        raise UsageError(f"{option} {out} holds {holds}; try a new folder")
+
+
+def check_stems(option: str, photos: Sequence[str]) -> None:
+    """Raise UsageError if photos have the same path but for the suffix: what is made of them would share a file."""
+    twins = len(photos) - len({os.path.splitext(photo)[0] for photo in photos})
+    if twins:
+        raise UsageError(
+            f"{option}: {twins} photos have the name of another but for the suffix (a.jpg, a.png), and would share one"
+            " file; rename them"
+        )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that, even after a crash, there is either nothing or all of it. Raises OSError.
+
+    It is not flushed to the disk one by one: what a power cut takes can be made again.
+    """
+    with atomic_write(path, "wb", durable=False) as file:
+        file.write(data)
+
+
+def report_broken(broken: Sequence[tuple[object, str]]) -> int:
+    """List the broken images, (path, reason), on stderr. Returns the exit code: 1 if there are any."""
+    if broken:
+        print(f"{len(broken)} broken images were left out:", file=sys.stderr)
+        for path, reason in broken:
+            print(f"  {path}: {reason}", file=sys.stderr)
+    return int(bool(broken))
