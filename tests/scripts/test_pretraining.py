@@ -13,19 +13,16 @@ from helpers import (
     SMALL,
     TORCHRUN,
     TORCHRUN_RANK,
-    completed,
     log,
     refused,
     run_script,
     same,
-    started,
     weights,
     write_folder,
 )
 from PIL import Image
 
 from moco import augment
-from moco.processes.launch import free_port
 
 
 def without_seed(settings):
@@ -108,21 +105,6 @@ def test_torchrun_trains_with_two_processes(data, tmp_path):
     assert (tmp_path / "checkpoint_0001.pth.tar").exists()
 
 
-@pytest.mark.slow
-def test_torchrun_and_two_nodes_are_the_same_training(data, tmp_path):
-    settings = [*SMALL, "--epochs", 1, data]
-    run_script(PRETRAIN, *settings, "--ckpt_path", tmp_path / "torchrun", launcher=[*TORCHRUN, "--nproc-per-node=2"])
-    url = f"tcp://127.0.0.1:{free_port()}"
-    node = [*settings, "--batch-size", 4, "--multiprocessing-distributed", "--world-size", 2, "--dist-url", url]
-    nodes = [started(PRETRAIN, *node, "--rank", rank, "--ckpt_path", tmp_path / f"node{rank}") for rank in (0, 1)]
-    results = [completed(process) for process in nodes]
-    assert [result.returncode for result in results] == [0, 0]
-    assert "images per step  8" in results[0].stdout and not (tmp_path / "node1").exists()
-    assert log(tmp_path / "torchrun") == log(tmp_path / "node0")
-    name = "checkpoint_0000.pth.tar"
-    assert same(weights(tmp_path / "torchrun" / name), weights(tmp_path / "node0" / name))
-
-
 def test_plain_moco_has_no_negatives(shared_data, tmp_path):
     for options in (["--robust", "none"], ["--num-nonsem", 0]):
         folder = tmp_path / options[0]
@@ -182,13 +164,6 @@ def test_several_processes_say_once_what_starts_nothing(shared_data):
     launcher = [*TORCHRUN, "--nproc-per-node=2"]
     plan = run_script(PRETRAIN, *SMALL, "--batch-size", 4, "--dry-run", shared_data, launcher=launcher).stdout
     assert plan.count("nothing was started") == plan.count("steps per epoch") == 1 and "processes  2" in plan
-
-
-def test_folders_are_listed_once(shared_data, tmp_path):
-    settings = [*SMALL, "--epochs", 1, "--knn", "--ckpt_path", tmp_path / "c", shared_data]
-    run = run_script(FAULTS, "report listings", PRETRAIN, *settings)
-    listed = [line for line in run.stdout.splitlines() if line.startswith("listed ")]
-    assert listed == [f"listed {shared_data / split}" for split in ("train", "val")]
 
 
 def test_what_has_no_effect_is_reported(shared_data, tmp_path):
@@ -291,7 +266,7 @@ def test_a_folder_with_another_run_is_refused_and_stays(shared_data, whole):
     assert {path.name: path.read_bytes() for path in whole.glob("*[lr]")} == before
 
 
-def test_a_restart_by_torchrun_resumes(shared_data, whole, monkeypatch):
+def test_a_restart_by_torchrun_resumes(shared_data, whole):
     settings = [PRETRAIN, *SETTINGS, "--epochs", 4, "--ckpt_path", whole, "--dry-run", shared_data]
     run = run_script(*settings, env={**TORCHRUN_RANK, "TORCHELASTIC_RESTART_COUNT": "1"})
     assert f"resume  {whole / LATEST}" in run.stdout
