@@ -170,7 +170,7 @@ def test_what_has_no_effect_is_reported(shared_data, tmp_path):
     settings = [*SMALL, "--epochs", 1, "--patch-size", 16, "--ckpt_path", tmp_path, shared_data]
     run = run_script(FAULTS, "no fast JPEG decoder", PRETRAIN, *settings)
     assert "--patch-size is ignored" in run.stdout
-    assert "PIL reads the JPEGs, which is slower" in run.stdout and len(log(tmp_path)) == 1
+    assert "PIL reads the JPEGs, which is slower" in run.stderr and len(log(tmp_path)) == 1
 
 
 # Refusals
