@@ -34,7 +34,7 @@ def report_of(cells, runs=("mine",), wnids=WNIDS, image_size=28, limit=None, wei
     rows = {}
     for index, row in enumerate(runs):
         path = Path(f"{index}.pth")
-        path.write_text(f"{weights} of run {runs[:index].count(row)} of {row}")
+        path.write_text(f"{weights} of run {runs[:index].count(row)} of {row!a}")
         rows.setdefault(row, []).append(str(path))
     known = [(options or {}).get(row, {}) for row, paths in rows.items() for _ in paths]
     made = results.new(rows, known, wnids, image_size, limit)
