@@ -213,7 +213,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     # --- epochs
     for epoch in range(run.epoch, args.epochs):
         adjust_learning_rate(optimizer, epoch, args)
-        train_one_epoch(ddp_model, model, run.steps(train_loader, prepare, epoch), optimizer, scaler, run)
+        train_one_epoch(ddp_model, run.steps(train_loader, prepare, epoch), optimizer, scaler, run)
         stats = run.epoch_stats()
         if knn_loaders and is_due(epoch, args.knn_freq, args.epochs) and not run.stopping:
             with run.evaluation():
@@ -227,13 +227,9 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
 
 
 def train_one_epoch(
-    ddp_model: nn.Module,
-    model: MoCo,
-    batches: Iterable,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    run: Run,
+    ddp_model: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run
 ) -> None:
+    model = getattr(ddp_model, "module", ddp_model)  # a single process has no DistributedDataParallel
     ddp_model.train()
     for query, key, negatives in batches:
         logits, labels = ddp_model(query, key, negatives)

@@ -102,7 +102,7 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
         found = f", only {len(beside)} images; labels are needed here: make one folder of images per class"
         raise UsageError(f"{directory}: it has no class folders{found if beside else ''}")
     listed, names, counts = {}, [], []
-    _list_once(directory, listed)
+    _list_once(directory, os.path.realpath(directory), listed)
     for name in classes:
         images = images_in(root + name, listed)
         names.append(os.fsencode("".join(f"{name}/{image}\0" for image in images)))
@@ -128,14 +128,17 @@ def images_in(class_folder: str | Path, listed: dict[str, str] | None = None) ->
     as `list_images` does.
     """
     listed = {} if listed is None else listed
-    images, waiting = [], [""]
+    images, waiting = [], [("", os.path.realpath(class_folder))]
     while waiting:
-        below = waiting.pop()
+        below, real = waiting.pop()
         folder = os.path.join(class_folder, below)
-        _list_once(folder, listed)
+        _list_once(folder, real, listed)
         folders, files = scan_folder(folder)
         images += [below + name for name in files if name.lower().endswith(IMG_EXTENSIONS)]
-        waiting += [f"{below}{name}/" for name in folders]
+        for name in folders:
+            path = os.path.join(folder, name)  # realpath looks at every folder above, so only for links
+            inner = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
+            waiting.append((f"{below}{name}/", inner))
     return sorted(images)
 
 
@@ -172,12 +175,11 @@ def is_folder(path: str | Path) -> bool:
         raise _unreadable(path, error) from error
 
 
-def _list_once(folder: str | Path, listed: dict[str, str]) -> None:
+def _list_once(folder: str | Path, real: str, listed: dict[str, str]) -> None:
     """Raise UsageError if the folder is, or lies above, one that is listed already: it was reached by a link.
 
     listed: {real path of a listed folder or of one above it: the path by which it was reached}; the folder is added.
     """
-    real = os.path.realpath(folder)
     if real in listed:
         raise UsageError(
             f"{folder}: a link makes images count twice: {real} is or holds what is listed as {listed[real]}; remove"
@@ -295,5 +297,5 @@ def read_class_list(path: str | Path) -> list[str]:
     if wrong or not wnids:
         reason = f"{wrong[0]!a} is listed twice or holds invisible characters" if wrong else "it is empty"
         example = os.path.relpath(IMAGENET_100)
-        raise UsageError(f"--classes {path}: {reason}; it must name each class once, one per line, like {example}")
+        raise UsageError(f"--classes {path}: {reason}; it must be UTF-8 and name each class once, like {example}")
     return wnids

@@ -3,10 +3,13 @@ import torch
 import torch.nn as nn
 
 from moco.builder import MoCo
-from moco.encoders import ARCHS, DTYPES, autocast, build_encoder, float32_linear
+from moco.encoders import ARCHS, DTYPES, autocast, build_encoder, check_input, configure_device, float32_linear
+from moco.errors import UsageError
+
+FAMILIES = pytest.mark.parametrize("arch", ["resnet10", "resnet18", "regnet_y_400mf", "shufflenet_v2_x0_5"])
 
 
-@pytest.mark.parametrize("arch", ["resnet10", "resnet18", "resnet50", "regnet_y_400mf", "shufflenet_v2_x0_5"])
+@FAMILIES
 def test_every_family_ends_in_fc_of_the_given_width(arch):
     assert arch in ARCHS
     encoder = build_encoder(arch, 7)
@@ -51,10 +54,28 @@ def test_a_model_has_the_same_weights_in_every_precision():
         assert all(torch.equal(value, states[0][name]) for name, value in state.items())
 
 
-@pytest.mark.parametrize("arch", ["resnet10", "resnet18", "regnet_y_400mf", "shufflenet_v2_x0_5"])
+@FAMILIES
 def test_every_family_can_be_built_on_the_meta_device(arch):
     """The checks before a run build it there."""
     with torch.device("meta"):
         encoder = build_encoder(arch, 7)
     assert {value.device.type for value in encoder.state_dict().values()} == {"meta"}
     assert encoder.eval()(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)
+
+
+@pytest.mark.parametrize("arch, batch, size", [("resnet10", 1, 1), ("resnet18", 1, 32), ("shufflenet_v2_x0_5", 4, 0)])
+def test_images_that_an_encoder_cannot_take_are_refused(arch, batch, size):
+    with torch.device("meta"):
+        encoder = build_encoder(arch, 7)
+    check_input(encoder, arch, 4, 64)
+    with pytest.raises(UsageError, match=f"--arch {arch} does not accept {batch} images of {size} px"):
+        check_input(encoder, arch, batch, size)
+
+
+def test_a_device_computes_as_the_options_say(monkeypatch):
+    for name in ("allow_tf32", "deterministic", "benchmark"):  # restores them
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    for strict, deterministic in ((True, False), (False, True)):
+        configure_device(torch.device("cuda"), strict, deterministic)
+        assert torch.backends.cudnn.allow_tf32 == (not strict)
+        assert torch.backends.cudnn.deterministic == deterministic == (not torch.backends.cudnn.benchmark)

@@ -1,96 +1,21 @@
-from pathlib import Path
+import random
+import time
 
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms as transforms
-from helpers import write_folder, write_photo
+from helpers import write_photo
 from PIL import Image
 
 from moco.data import datasets, folders, images
-from moco.errors import RunError, UsageError
+from moco.data.images import BadImage
+from moco.errors import RunError
 
 
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(images, "RETRY_SECONDS", 0)
-
-
-def test_photos_are_listed_by_sorted_class_and_name(data):
-    paths, labels, classes = folders.list_images(data / "train")
-    assert classes == ["n01", "n02"] and labels == [0] * 8 + [1] * 8
-    assert paths == sorted(paths) and len(paths) == 16
-
-
-def test_links_to_class_folders_are_followed(data, tmp_path):
-    (tmp_path / "subset").mkdir()
-    (tmp_path / "subset" / "n02").symlink_to(data / "train" / "n02", target_is_directory=True)
-    paths, labels, classes = folders.list_images(tmp_path / "subset")
-    assert classes == ["n02"] and len(paths) == 8
-
-
-def test_empty_class_folders_are_named(data):
-    (data / "train" / "n03").mkdir()
-    with pytest.raises(UsageError, match="1: n03"):
-        folders.list_images(data / "train")
-
-
-@pytest.mark.parametrize("missing", ["root", "split"])
-def test_missing_directories_are_named(data, missing):
-    with pytest.raises(UsageError, match="no such directory" if missing == "root" else "no test/ folder"):
-        folders.split_path(data / "nowhere" if missing == "root" else data, "train" if missing == "root" else "test")
-
-
-def write_pairs(tmp_path):
-    write_folder(tmp_path / "x", train=4)
-    write_folder(tmp_path / "x-texture", train=4, suffix=".png")
-    return tmp_path / "x-texture"
-
-
-def test_photo_and_texture_are_paired_by_relative_path(tmp_path):
-    data = write_pairs(tmp_path)
-    photos, textures, labels, classes, unmatched = folders.list_texture_pairs(f"{data}/")
-    assert labels == [0] * 4 + [1] * 4
-    assert len(photos) == 8 and classes == ["n01", "n02"] and unmatched == ""
-    for photo, texture in zip(photos, textures):
-        assert texture == photo.replace("/x/", "/x-texture/").replace(".JPEG", ".png")
-
-
-def test_only_the_last_folder_name_is_taken_for_the_pair(tmp_path):
-    data = write_pairs(tmp_path / "my-texture")
-    photos, *_ = folders.list_texture_pairs(data)
-    assert photos[0].startswith(str(tmp_path / "my-texture" / "x" / "train"))
-
-
-def test_textures_without_photo_are_counted_and_five_named(tmp_path):
-    data = write_pairs(tmp_path)
-    for i in range(4):
-        (data.with_name("x") / "train" / "n02" / f"n02_{i}.JPEG").unlink()
-    write_photo(data.with_name("x") / "train" / "n02" / "other.JPEG")
-    for name in "abc":
-        write_photo(data / "train" / "n01" / f"{name}.png")
-    with pytest.raises(UsageError) as error:
-        folders.list_texture_pairs(data)
-    assert "7: " in str(error.value) and "and 2 more" in str(error.value) and str(error.value).count(".png") == 5
-
-
-def test_photos_without_texture_are_left_out_and_counted(tmp_path):
-    data = write_pairs(tmp_path)
-    for label in (1, 2):
-        for i in range(3):
-            (data / "train" / f"n0{label}" / f"n0{label}_{i}.png").unlink()
-    photos, textures, labels, _, unmatched = folders.list_texture_pairs(data)
-    assert labels == [0, 1]
-    assert [Path(path).stem for path in photos] == [Path(path).stem for path in textures] == ["n01_3", "n02_3"]
-    assert unmatched.startswith("6: ") and unmatched.endswith("and 1 more") and unmatched.count(".JPEG") == 5
-
-
-def test_texture_needs_its_name_and_its_sibling(data, tmp_path):
-    with pytest.raises(UsageError, match="ends in -texture"):
-        folders.list_texture_pairs(data)
-    write_folder(tmp_path / "y-texture")
-    with pytest.raises(UsageError, match="no such directory"):
-        folders.list_texture_pairs(tmp_path / "y-texture")
 
 
 def test_crops_follow_from_the_seed_alone(data):
@@ -185,21 +110,67 @@ def test_a_class_that_cannot_be_read_at_all_ends_the_run(tmp_path):
         dataset[2, 0]
 
 
+class Numbers(torch.utils.data.Dataset):
+    """Item i is i; those of `bad` cannot be read."""
+
+    def __init__(self, count, bad):
+        self.count, self.bad, self.tried = count, bad, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.tried.append(index)
+        if index in self.bad:
+            raise BadImage(f"{index}.png", "bad")
+        return index
+
+
+def test_ten_others_of_the_class_are_tried_each_once():
+    labels = [0] * 5 + [1] * 3 + [2] * 30
+    random.Random(0).shuffle(labels)
+    for index, label in enumerate(labels):
+        for _ in range(2):
+            numbers = Numbers(38, range(38))
+            with pytest.raises(RunError, match="others of its class cannot be read"):
+                datasets.RetryDataset(numbers, labels)[index, index]
+            first, *others = numbers.tried
+            assert first == index not in others and len(others) == len(set(others)) == min(10, labels.count(label) - 1)
+            assert {labels[other] for other in others} == {label}
+
+
+@pytest.mark.parametrize("classes", [1, 1000])
+def test_a_replacement_among_a_million_is_chosen_at_once(classes):
+    labels = np.repeat(np.arange(classes, dtype=np.int32), 1_000_000 // classes)
+    dataset = datasets.RetryDataset(Numbers(1_000_000, range(0, 1_000_000, 100)), labels)
+    start = time.perf_counter()
+    for index in range(0, 10_000, 100):
+        assert dataset[index, index][0] % 100
+    assert time.perf_counter() - start < 1  # 0.1: decoding takes longer
+
+
 def test_a_test_set_must_be_read_whole(tmp_path):
     paths = photos_with_unreadable(tmp_path)
-    labelled = datasets.StrictDataset(datasets.ImageList(paths, range(12), images.read_rgb))
+    labelled = datasets.ImageList(paths, range(12), images.read_rgb)
     assert labelled[3][1] == 3
-    with pytest.raises(RunError, match="2.png: UnidentifiedImageError.*counts every image"):
+    with pytest.raises(RunError, match="2.png: UnidentifiedImageError.*; replace this file"):
         labelled[2]
 
 
 def test_the_evaluation_transform_is_torchvisions_preset(tmp_path):
     write_photo(tmp_path / "photo.JPEG", size=(400, 300))
-    image, label = datasets.StrictDataset(
-        datasets.ImageList([tmp_path / "photo.JPEG"], [7], datasets.eval_transform(224))
-    )[0]
+    image, label = datasets.ImageList([tmp_path / "photo.JPEG"], [7], datasets.eval_transform(224))[0]
     preset = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
     assert torch.equal(image, preset(Image.open(tmp_path / "photo.JPEG"))) and label == 7
+
+
+def test_narrow_images_are_resized_or_refused(tmp_path):
+    Image.new("L", (2000, 2), 70).save(tmp_path / "long.png")
+    pixels = datasets.eval_transform(32)(str(tmp_path / "long.png"))
+    assert pixels.shape == (3, 32, 32) and (pixels == 70).all()
+    Image.new("L", (3, 40000)).save(tmp_path / "narrow.png")
+    with pytest.raises(RunError, match="narrow.png: .*3x40000 px: too narrow .* to 256 px; replace this file"):
+        datasets.eval_transform(224)(str(tmp_path / "narrow.png"))
 
 
 def test_the_training_transform_crops_and_flips(tmp_path):
@@ -209,9 +180,3 @@ def test_the_training_transform_crops_and_flips(tmp_path):
     crops = [transform(tmp_path / "photo.png") for _ in range(3)]
     assert all(crop.shape == (3, 16, 16) and crop.dtype == torch.uint8 for crop in crops)
     assert not torch.equal(crops[0], crops[1]) and not torch.equal(crops[1], crops[2])
-
-
-def test_the_center_crop_transform_never_resizes(tmp_path):
-    write_photo(tmp_path / "photo.png", size=(40, 32))
-    crop = datasets.center_crop_transform(16)(tmp_path / "photo.png")
-    assert torch.equal(crop, images.read_rgb(tmp_path / "photo.png")[:, 8:24, 12:28])

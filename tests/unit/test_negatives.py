@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco.negatives import patch_negatives
+from moco.negatives import NEGATIVES, PUBLISHED_NAMES, patch_negatives
 
 SIZE = 40
 
@@ -71,12 +71,50 @@ def test_a_patch_as_large_as_the_image_gives_the_image():
     assert torch.equal(patch_negatives(images, 16, 16, np.random.default_rng(0))[:, 0], images)
 
 
+def refusal(images, low=4, high=8):
+    with pytest.raises(ValueError) as refused:
+        patch_negatives(images, low, high, np.random.default_rng(0))
+    return str(refused.value)
+
+
 @pytest.mark.parametrize("low, high", [(0, 16), (20, 10), (16, SIZE + 1)])
 def test_patch_sizes_that_do_not_fit_are_refused(low, high):
-    with pytest.raises(ValueError, match="patch sizes"):
-        patch_negatives(labelled_pixels(), low, high, np.random.default_rng(0))
+    assert f"patch sizes {low}..{high} do not fit" in refusal(labelled_pixels(), low, high)
 
 
-def test_images_that_are_not_square_are_refused():
-    with pytest.raises(ValueError, match="square images, got 40×39"):
-        patch_negatives(labelled_pixels()[:, :, :, :-1], 4, 8, np.random.default_rng(0))
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 2, 3, 32, 32), (32, 32), ()])
+def test_images_that_are_no_batch_of_square_ones_are_refused(shape):
+    message = refusal(torch.zeros(shape))
+    assert f"got the shape {shape}" in message and "images.unsqueeze(0)" in message
+    assert "square images, got 40×39" in refusal(labelled_pixels()[:, :, :, :-1])
+
+
+OPTIONS = {"patch_ratio": (4, 12), "num_nonsem": 2, "image_size": SIZE}
+
+
+def test_every_kind_makes_negatives_of_the_query_or_of_its_texture():
+    query, texture = torch.rand(3, 3, SIZE, SIZE), torch.rand(3, 3, SIZE, SIZE)
+    made = NEGATIVES["patch"].make(query, None, np.random.default_rng(5), OPTIONS)
+    assert torch.equal(made, patch_negatives(query, 4, 12, np.random.default_rng(5), count=2))
+    made = NEGATIVES["texture"].make(query, texture, np.random.default_rng(5), OPTIONS)
+    assert torch.equal(made, texture.unsqueeze(1)) and NEGATIVES["texture"].needs_texture
+
+
+@pytest.mark.parametrize(
+    "kind, options, told",
+    [
+        ("patch", {}, ""),
+        ("patch", {"patch_ratio": (12, 4)}, "--patch-ratio 12 4: needs LO <= HI <= 40"),
+        ("patch", {"patch_ratio": (4, 41)}, "--patch-ratio 4 41"),
+        ("texture", {"num_nonsem": 1}, ""),
+        ("texture", {}, "--num-nonsem 2: there is one texture per photo"),
+    ],
+)
+def test_options_that_do_not_suit_a_kind_are_refused(kind, options, told):
+    refused = NEGATIVES[kind].refusal(OPTIONS | options)
+    assert refused.startswith(told) and bool(refused) == bool(told)
+
+
+def test_the_published_names_are_kinds():
+    assert {NEGATIVES[kind] for kind in PUBLISHED_NAMES.values()} == set(NEGATIVES.values())
+    assert PUBLISHED_NAMES == {"nonsem": "patch", "texture_syn": "texture"}
