@@ -259,11 +259,3 @@ def test_a_head_without_class_list_needs_one(linear, tmp_path):
     assert "nowhere.txt: not a readable" in refused(EVALUATE, *settings, "--classes", tmp_path / "nowhere.txt")
     run_script(EVALUATE, *settings, "--classes", classes, "-j", 0)
     assert stored(tmp_path / "r.json")["wnids"] == [DOG, CAT, OTHER]  # sorted
-
-
-def test_a_few_images_are_not_compared(linear, tmp_path):
-    row = f"patch-k16384-a2={linear / 'one.pth.tar'}"
-    options = ["--val", linear / "data", "-j", 0, "--json", tmp_path / "r.json", "--compare", "paper"]
-    out = run_script(EVALUATE, "--pretrained", row, *options).stdout
-    assert "--compare paper: no column is complete" in out and "difference in the paper's std" not in out
-    assert "val is not compared: crops of 32 px, published: 224" in out and "Sketch is not compared: not tested" in out
