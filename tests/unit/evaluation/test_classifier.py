@@ -12,7 +12,7 @@ from moco.distributed import DistContext
 from moco.encoders import build_encoder
 from moco.errors import UsageError
 from moco.evaluation import classifier
-from moco.evaluation.classifier import LinearHeads, exploded, explosion_hint
+from moco.evaluation.classifier import LinearHeads, divergence_hint, diverged_heads
 from moco.training import checkpoint
 
 
@@ -150,7 +150,7 @@ def test_the_best_head_wins_and_one_with_nan_never_does():
     ],
 )
 def test_a_loss_far_above_chance_shows_that_a_head_diverged(classes, losses, heads):
-    assert exploded(losses, classes) == heads
+    assert diverged_heads(losses, classes) == heads
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_a_loss_far_above_chance_shows_that_a_head_diverged(classes, losses, hea
             {3},
             [0.1, 1, 3, 30],
             [0.9, 1.1, 99, 713_068],
-            "loss diverged for --lr 30 (713068; chance is 2.30); --lr 0.1 1 is fine; the best head is kept",
+            "loss diverged for --lr 30 (713068; chance is 2.30); --lr 0.1 1 are fine; the best head is kept",
         ),
     ],
 )
 def test_the_hint_names_learning_rates_that_learn_or_some_to_try(heads, lrs, losses, hint):
-    assert explosion_hint(heads, lrs, losses, 10) == hint
+    assert divergence_hint(heads, lrs, losses, 10) == hint
