@@ -201,3 +201,25 @@ def test_momenta_get_the_memory_layout_of_their_weights():
     checkpoint.load_optimizer(optimizer, {"state": state, "param_groups": [{"lr": 1.0, "params": [0, 1]}]})
     loaded = optimizer.state[layer.weight]["momentum_buffer"]
     assert torch.equal(loaded, buffers[0]) and loaded.stride() == layer.weight.stride() != buffers[0].stride()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpoints_hold_cpu_tensors(tmp_path, monkeypatch, nested):
+    """Wherever the training ran, so that torch.load works without options on a machine without a GPU."""
+    saved = []
+    monkeypatch.setattr(torch, "save", lambda state, file: saved.append(state))
+    layer = torch.nn.Conv2d(2, 2, 3, device="meta").to(memory_format=torch.channels_last)
+
+    class OnGpu(torch.Tensor):
+        """A tensor that says when it is asked for its CPU copy."""
+
+        def cpu(self):
+            return torch.zeros(layer.weight.shape).to(memory_format=torch.channels_last)
+
+    tensor = layer.weight.detach().as_subclass(OnGpu)
+    state = {"optimizer": {"state": {0: {"momentum_buffer": tensor}}, "param_groups": [{"lr": 0.1, "params": (0,)}]}}
+    checkpoint.save(tmp_path / "file.pth.tar", state if nested else {"weight": tensor, "epoch": 3})
+    (written,) = saved
+    found = written["optimizer"]["state"][0]["momentum_buffer"] if nested else written["weight"]
+    assert found.device.type == "cpu" and found.stride() == layer.weight.stride()
+    assert written["optimizer"]["param_groups"] == [{"lr": 0.1, "params": (0,)}] if nested else written["epoch"] == 3
