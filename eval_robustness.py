@@ -26,7 +26,6 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from moco import distributed, options, plot
-from moco.data import images
 from moco.distributed import DistContext
 from moco.errors import UsageError
 from moco.evaluation import classifier, paper, released, report, results, scores, testsets
@@ -71,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--json", default="robustness.json", metavar="FILE",
                         help="results of all models and test sets; what is in it is not repeated")
     output.add_argument("--compare", choices=["paper"], help="compare with the published rows of the same NAME")
-    output.add_argument("--by-class", action="store_true", help="also print the per-class accuracy change of later rows against the first")
+    output.add_argument("--by-class", action="store_true", help="also print accuracy by class, against the first row")
     output.add_argument("--latex", action="store_true", help="also print the table for LaTeX (booktabs)")
     output.add_argument("--plot", metavar="FILE.png", help="accuracy by corruption and severity; needs matplotlib")
     output.add_argument("--verbose", action="store_true", help="print all settings with --dry-run")
@@ -173,8 +172,6 @@ def evaluate(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None
     if distributed.is_main() and len(todo) < len(test_sets):
         done = len(test_sets) - len(todo)
         print(f"{done} of {len(test_sets)} test sets are already in {args.json}; evaluating the rest", file=sys.stderr)
-    if distributed.is_main() and not images.has_fast_jpeg():
-        print(images.NO_FAST_JPEG, file=sys.stderr)
     # In a log every update is a line: one per half minute.
     interval = 0.1 if sys.stderr.isatty() else 30
     total = sum(len(test_set.labels) for test_set in todo)

@@ -12,7 +12,7 @@ from moco.data.folders import ImageFolder
 from moco.distributed import DistContext
 from moco.encoders import autocast, build_encoder
 from moco.errors import RunError, UsageError
-from moco.training import checkpoint, files, metrics
+from moco.training import checkpoint, files
 
 EXPLODED = 2  # times ln(classes), the loss at chance: over an epoch, heads that learn stay below 1.2
 
@@ -157,6 +157,12 @@ def predictions(predict: Callable, batches: Iterable, device: torch.device) -> I
         yield predict(to_input(images, device)), labels.to(device, non_blocking=True)
 
 
+def correct_counts(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int] = (1, 5)) -> torch.Tensor:
+    """How many labels (N,) are among the k largest of logits (N, classes), for each k: (len(ks),) int64."""
+    ranked = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices == labels.view(-1, 1)
+    return torch.stack([ranked[:, :k].sum() for k in ks])
+
+
 def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list[dict]:
     """Exact accuracy over all ranks, every image counted once, of several classifiers at once.
 
@@ -164,7 +170,7 @@ def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list
     """
     counts, seen = None, 0
     for logits, labels in predictions(predict, batches, device):
-        new = torch.stack([metrics.correct_counts(own, labels) for own in logits])  # classifiers×2
+        new = torch.stack([correct_counts(own, labels) for own in logits])  # classifiers×2
         counts, seen = new if counts is None else counts + new, seen + len(labels)
     (classifiers,) = distributed.all_reduce_max(0 if counts is None else len(counts))
     if counts is None:  # more ranks than images

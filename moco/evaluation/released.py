@@ -67,7 +67,9 @@ def download(path: str, drive_id: str, cached: str, by_hand: str) -> None:
     except Exception as error:  # gdown raises whatever its own dependencies raise
         raise UsageError(f"--pretrained {path}: gdown failed ({error}); {by_hand}") from error
     if problem:
-        raise UsageError(f"--pretrained {path}: not a checkpoint, so the download was deleted ({problem}); {by_hand}")
+        raise UsageError(
+            f"--pretrained {path}: what was downloaded is no checkpoint and was deleted ({problem}); {by_hand}"
+        )
 
 
 def why_no_checkpoint(path: str) -> str:

@@ -23,7 +23,7 @@ from moco import distributed
 from moco.distributed import DistContext
 from moco.errors import PeerError, RunError, UsageError, first_line
 from moco.processes import environment
-from moco.processes.environment import Launched, is_local_main
+from moco.processes.environment import Launched, is_local_main, is_main  # noqa: F401 (is_main for the scripts)
 from moco.processes.exits import cli_main, translate_error
 from moco.processes.signals import STOP_SIGNALS, blocked, handle_stop_signals
 

@@ -5,19 +5,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from tqdm import tqdm
 
 from moco import distributed
 from moco.training import files
-
-
-def correct_counts(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int] = (1, 5)) -> torch.Tensor:
-    """How many labels (N,) are among the k largest of logits (N, classes), for each k: (len(ks),) int64."""
-    ranked = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices == labels.view(-1, 1)
-    return torch.stack([ranked[:, :k].sum() for k in ks])
 
 
 class RunningMeans:

@@ -1,0 +1,53 @@
+"""Miniature ImageNets and commands for the tests of preprocess/."""
+
+import os
+
+from helpers import write_photo
+
+SCRIPTS = ("corruptions", "imagenet_100_subset", "imagenet_texture_syn", "shapes", "torchvision_folders")
+CORRUPT, SUBSET, TEXTURE, SHAPES, FOLDERS = (f"preprocess/{name}.py" for name in SCRIPTS)
+
+
+def write_imagenet(root):
+    """Two classes of three photos in subfolders, with files among them that are no photos."""
+    for split in ("train", "val"):
+        for wnid in ("n01", "n02"):
+            for number in range(3):
+                write_photo(root / split / wnid / f"part{number}" / f"{wnid}_{number}.JPEG", seed=number)
+            add_litter(root / split / wnid)
+        add_litter(root / split)
+    (root.parent / "classes.txt").write_text("n02\nn01\n")
+    return root
+
+
+def add_litter(folder):
+    (folder / ".DS_Store").write_bytes(b"litter")
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / "a.JPEG").write_bytes(b"litter")
+    os.mkfifo(folder / "fifo.JPEG")
+
+
+def subset_command(imagenet, *options):
+    return [
+        SUBSET, "--imagenet_path", imagenet, "--imagenet100_path", imagenet.parent / "i100",
+        "--classes", imagenet.parent / "classes.txt", "--workers", 2, *options,
+    ]  # fmt: skip
+
+
+def texture_command(imagenet, *options):
+    return [
+        TEXTURE, "--imagenet_path", imagenet, "--imagenet_t_path", imagenet.parent / "t", "--patch", 24, "--size", 32,
+        "--workers", 2, *options,
+    ]  # fmt: skip
+
+
+def tree(root):
+    """{relative path: bytes} of all files below a folder, but for locks."""
+    paths = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
+def refusal(result):
+    """The one line with which a script refused its input. result: as of run_script."""
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and ".py: error: " in result.stderr, result.stderr
+    return result.stderr

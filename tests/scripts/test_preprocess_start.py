@@ -1,0 +1,39 @@
+"""All scripts of preprocess/: their --help, and where their output goes."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import ENVIRONMENT, REPOSITORY
+from preprocessing import SCRIPTS, subset_command, write_imagenet
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_needs_no_pytorch_fits_the_terminal_and_shows_defaults_that_exist(script, tmp_path):
+    program = f"""
+import runpy, sys
+sys.argv = ["{script}.py", "--help"]
+try:
+    sys.path[0] = "{REPOSITORY}/preprocess"  # as for a script
+    runpy.run_path("{REPOSITORY}/preprocess/{script}.py", run_name="__main__")
+finally:
+    print(*sys.modules, file=sys.stderr)
+"""
+    environment = {**ENVIRONMENT, "COLUMNS": "80"}
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "numpy" in run.stderr.split() and not {"torch", "torchvision"} & set(run.stderr.split())
+    assert max(map(len, run.stdout.splitlines())) <= 80
+    assert "None" not in run.stdout and "\n" + 30 * " " not in run.stdout.partition("options:")[2]
+
+
+@pytest.mark.parametrize("shell", ['"$@" | true', '"$@" >&-'])
+@pytest.mark.parametrize("missing", [[], ["--classes", "nowhere.txt"]])
+def test_a_closed_stdout_is_no_traceback(tmp_path, shell, missing):
+    command = map(str, [*subset_command(write_imagenet(tmp_path / "imagenet")), *missing])
+    pipe = ["bash", "-c", f'{shell}; exit "${{PIPESTATUS[0]}}"', "pipe", sys.executable, *command]
+    run = subprocess.run(pipe, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr
+    assert ("nowhere.txt" in run.stderr) == bool(missing)
+    assert run.returncode in ({2} if missing else {0, 141} if "|" in shell else {0})  # 141: as SIGPIPE ends a program

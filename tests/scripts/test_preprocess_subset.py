@@ -1,0 +1,135 @@
+"""preprocess/imagenet_100_subset.py, run as people run it."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from helpers import run_script, started, write_photo
+from PIL import Image
+from preprocessing import SUBSET, refusal, subset_command, texture_command, tree, write_imagenet
+
+from moco.training.files import lock_folder
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    return write_imagenet(tmp_path / "imagenet")
+
+
+def photos_of(imagenet):
+    return {name: data for name, data in tree(imagenet).items() if "part" in name}
+
+
+@pytest.mark.parametrize("mode", ["symlink", "hardlink", "copy"])
+def test_the_subset_holds_the_listed_classes_and_stays(imagenet, mode):
+    for split in ("train", "val"):
+        write_photo(imagenet / split / "n03" / "other.JPEG")
+    data, command = imagenet.parent / "i100", subset_command(imagenet, "--mode", mode)
+    run = run_script(*command)
+    assert "4 class folders made, 0 were there already" in run.stdout
+    assert f"{data / 'train'}: 2 classes, 6 photos" in run.stdout and "n01 3, n02 3" in run.stdout
+    assert {str(path.relative_to(data)) for path in data.glob("[!.]*/*")} == {
+        f"{split}/{wnid}" for split in ("train", "val") for wnid in ("n01", "n02")
+    }
+    photo = "train/n01/part0/n01_0.JPEG"
+    if mode == "symlink":
+        assert not os.path.isabs(os.readlink(data / "train" / "n01"))
+    else:
+        assert tree(data) == photos_of(imagenet)
+    assert (data / photo).samefile(imagenet / photo) == (mode != "copy")
+    before = {path: path.lstat().st_mtime_ns for path in data.rglob("n*")}
+    assert "0 class folders made, 4 were there already" in run_script(*command).stdout
+    assert {path: path.lstat().st_mtime_ns for path in data.rglob("n*")} == before
+
+
+def test_hard_links_are_made_of_photos_not_of_links(imagenet, tmp_path):
+    photo = imagenet / "train" / "n01" / "part0" / "n01_0.JPEG"
+    photo.rename(tmp_path / "photo.JPEG")
+    photo.symlink_to("../../../../photo.JPEG")  # leads nowhere from elsewhere
+    run_script(*subset_command(imagenet, "--mode", "hardlink"))
+    copy = tmp_path / "i100" / "train" / "n01" / "part0" / "n01_0.JPEG"
+    assert not copy.is_symlink() and copy.samefile(tmp_path / "photo.JPEG")
+
+
+def test_smaller_copies(imagenet):
+    odd = imagenet / "train" / "n01" / "part0"
+    write_photo(odd / "narrow.JPEG", (60, 400))
+    Image.open(odd / "narrow.JPEG").convert("CMYK").save(odd / "cmyk.JPEG", "JPEG")
+    Image.fromarray(np.linspace(0, 65535, 6400).astype(np.uint16).reshape(80, 80)).save(odd / "16.JPEG", "PNG")
+    Image.fromarray(np.linspace(0, 1, 6400, dtype=np.float32).reshape(80, 80)).save(odd / "floats.JPEG", "TIFF")
+    (odd / "n01_0.JPEG").write_bytes(b"broken")
+    for number in range(3):
+        (imagenet / "train" / "n02" / f"part{number}" / f"n02_{number}.JPEG").write_bytes(b"broken")
+    run = run_script(*subset_command(imagenet, "--resize", 48), check=False)
+    assert run.returncode == 1 and "5 broken images were left out" in run.stderr
+    assert "floats.JPEG: ValueError: its samples are floats" in run.stderr
+    assert "3 class folders made" in run.stdout  # none of broken photos
+    made = {path.name: Image.open(path) for path in (imagenet.parent / "i100" / "train").rglob("*.JPEG")}
+    assert made.keys() == {"narrow.JPEG", "cmyk.JPEG", "16.JPEG", "n01_1.JPEG", "n01_2.JPEG"}
+    assert made["narrow.JPEG"].size == (48, 320) and made["n01_1.JPEG"].size == (60, 48)
+    assert all(image.format == "JPEG" and image.mode == "RGB" for image in made.values())
+    assert abs(np.asarray(made["16.JPEG"]).mean() - 127) < 3  # 16 bits are scaled, not clipped to white
+
+
+def test_a_class_that_was_half_made_is_made_anew(imagenet):
+    """A copy that was killed leaves its half outside of the splits, and the next run completes the class."""
+    half = imagenet.parent / "i100" / ".partial" / "train" / "n01"
+    half.mkdir(parents=True)
+    (half / "n01_0.JPEG").write_bytes(b"half")
+    run_script(*subset_command(imagenet, "--mode", "copy"))
+    assert tree(imagenet.parent / "i100") == photos_of(imagenet)
+
+
+def test_missing_classes_are_all_listed_and_nothing_is_made(imagenet):
+    shutil.rmtree(imagenet / "val" / "n01")
+    (imagenet.parent / "classes.txt").write_text("n01\nn02\nn0Z\n")
+    run = run_script(*subset_command(imagenet), check=False)
+    assert run.returncode == 1 and "3 of 6 class folders are missing" in run.stderr
+    assert all(name in run.stderr for name in ("val/n01", "train/n0Z", "val/n0Z"))
+    assert not (imagenet.parent / "i100").exists()
+
+
+def test_the_default_list_is_imagenet_100s(imagenet):
+    command = [SUBSET, "--imagenet_path", imagenet, "--imagenet100_path", imagenet.parent / "i100"]
+    run = run_script(*command, check=False)
+    assert run.returncode == 1 and "200 of 200 class folders are missing" in run.stderr
+    assert "train/n02869837" in run.stderr
+
+
+BAD_TREES = {
+    "loop": (lambda folder: (folder / "n01" / "loop").symlink_to(".."), "count twice"),
+    "dangling": (lambda folder: (folder / "n01" / "more").symlink_to("gone"), "leads nowhere"),
+    "empty class": (lambda folder: shutil.rmtree(folder / "n01") or (folder / "n01").mkdir(), "no image"),
+    "flat": (lambda folder: [shutil.rmtree(path) for path in folder.glob("n*")], "class folders"),
+    "no split": (shutil.rmtree, "no train/ folder"),
+}
+
+
+@pytest.mark.parametrize("tree", BAD_TREES)
+@pytest.mark.parametrize("command", [subset_command, texture_command])
+def test_a_misleading_tree_is_refused_before_any_work(imagenet, tree, command):
+    change, told = BAD_TREES[tree]
+    change(imagenet / "train")
+    assert told in refusal(run_script(*command(imagenet), check=False))
+    assert not (imagenet.parent / "i100").exists() and not (imagenet.parent / "t").exists()
+
+
+def test_an_empty_class_of_an_earlier_run_is_not_done(imagenet):
+    empty = imagenet.parent / "i100" / "train" / "n01"
+    empty.mkdir(parents=True)
+    line = refusal(run_script(*subset_command(imagenet, "--resize", 32), check=False))
+    assert f"{empty} is there already, but holds no image" in line
+
+
+def test_a_second_run_waits_for_the_first_and_says_so(imagenet):
+    (imagenet.parent / "i100").mkdir()
+    lock = lock_folder("", imagenet.parent / "i100")
+    lock.acquire()
+    run = started(*subset_command(imagenet))
+    line = run.stderr.readline()
+    assert "another process is writing" in line and f"process {os.getpid()} on " in line
+    assert not list((imagenet.parent / "i100").glob("[!.]*"))
+    lock.release()
+    run.communicate(timeout=60)
+    assert run.returncode == 0 and len(os.listdir(imagenet.parent / "i100" / "train")) == 2

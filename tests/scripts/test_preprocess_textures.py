@@ -1,0 +1,143 @@
+"""preprocess/imagenet_texture_syn.py, run as people run it."""
+
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from helpers import PRETRAIN, SMALL, run_script, started, write_photo
+from PIL import Image
+from preprocessing import TEXTURE, refusal, subset_command, texture_command, tree, write_imagenet
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    return write_imagenet(tmp_path / "imagenet")
+
+
+def test_from_imagenet_to_training_with_textures(imagenet):
+    """With the kinds of files that real ImageNet holds under the name of JPEGs, and two broken ones."""
+    odd = imagenet / "train" / "n01"
+    photo = Image.open(odd / "part0" / "n01_0.JPEG").resize((120, 110))
+    photo.save(odd / "png.JPEG", "PNG")
+    photo.convert("CMYK").save(odd / "cmyk.JPEG", "JPEG")
+    photo.convert("L").save(odd / "grey.JPEG", "JPEG")
+    (odd / "truncated.JPEG").write_bytes((odd / "cmyk.JPEG").read_bytes()[:900])
+    (odd / "empty.JPEG").write_bytes(b"")
+    run_script(*subset_command(imagenet))
+    data, textures = imagenet.parent / "i100", imagenet.parent / "i100-texture"
+    run = run_script(TEXTURE, "--imagenet_path", data, "--imagenet_t_path", textures, "--workers", 2, check=False)
+    assert run.returncode == 1 and "wrote 9 textures; 6 photos below 96 px were enlarged first" in run.stdout
+    assert "2 broken images were left out:" in run.stderr
+    assert "train/n01/truncated.JPEG" in run.stderr and "train/n01/empty.JPEG" in run.stderr
+    made = list(textures.rglob("*.png"))
+    assert len(made) == 9 and all(Image.open(path).size == (224, 224) for path in made)
+    training = run_script(
+        PRETRAIN, *SMALL, "--epochs", 1, "--robust", "texture_syn", "--ckpt_path", imagenet.parent / "ckpt", textures
+    )
+    assert "photos skipped because they have no texture: 2: " in training.stdout
+    assert (imagenet.parent / "ckpt" / "checkpoint_0000.pth.tar").exists()
+
+
+def test_textures_depend_on_the_seed_and_the_path_alone(imagenet):
+    def made(*runs):
+        for options in runs:
+            run_script(*texture_command(imagenet, "--splits", "train", "val", *options))
+        textures = tree(imagenet.parent / "t")
+        shutil.rmtree(imagenet.parent / "t")
+        return textures
+
+    one = made(("--workers", 1))
+    assert sorted(one) == sorted(name.replace(".JPEG", ".png") for name in tree(imagenet) if "part" in name)
+    assert one == made(()) == made(*(("--shard", part) for part in ("1/3", "3/3", "2/3")))
+    other = made(("--seed", 1))
+    assert one.keys() == other.keys() and all(one[name] != other[name] for name in one)
+
+
+def test_what_is_there_is_kept_unless_asked_for_anew(imagenet):
+    command = texture_command(imagenet, "--limit", 1)  # the first photo of each class
+    run_script(*command)
+    texture = imagenet.parent / "t" / "train" / "n02" / "part0" / "n02_0.png"
+    right = texture.read_bytes()
+    assert len(tree(imagenet.parent / "t")) == 2
+    texture.write_bytes(b"mine")
+    assert "2 of them done" in run_script(*command).stdout and texture.read_bytes() == b"mine"
+    run_script(*command, "--overwrite")
+    assert texture.read_bytes() == right
+
+
+def test_a_preview_writes_nothing_else(imagenet, tmp_path):
+    run_script(*texture_command(imagenet, "--splits", "val", "--preview", tmp_path / "sheet.png"))
+    assert Image.open(tmp_path / "sheet.png").width > 2 * (32 + 24 + 32) and not (tmp_path / "t").exists()
+
+
+def external_program(path, body):
+    path.write_text(f"#!{sys.executable}\nimport sys, time\nfrom PIL import Image\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_authors_program_gets_the_patches_and_a_time_limit(imagenet, tmp_path):
+    # As texture-synthesis is called; it pastes the patches instead.
+    paste = external_program(
+        tmp_path / "my program",
+        """
+assert sys.argv[1:4] == ["--out-size", "32", "--out"] and sys.argv[5] == "generate" and len(sys.argv) == 8
+canvas = Image.new("RGB", (32, 32))
+canvas.paste(Image.open(sys.argv[6]), (0, 0))
+canvas.save(sys.argv[4])""",
+    )
+    run_script(*texture_command(imagenet, "--splits", "val", "--texture-synthesis", paste))
+    texture = np.asarray(Image.open(tmp_path / "t" / "val" / "n01" / "part0" / "n01_0.png"))
+    photo = np.asarray(Image.open(imagenet / "val" / "n01" / "part0" / "n01_0.JPEG"))
+    assert np.array_equal(texture[:24, :24], photo[20:44, 28:52])  # the centre of 80×64 px
+    for body, told in ("time.sleep(60)", "took more than 1 s"), ("sys.exit('out of ideas')", "out of ideas"):
+        program = external_program(tmp_path / "program", body)
+        options = ("--texture-synthesis", program, "--time-limit", 1, "--limit", 1)
+        run = run_script(*texture_command(imagenet, *options), check=False)
+        assert run.returncode == 1 and run.stderr.count(told) == 2 and not tree(tmp_path / "t" / "train")
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["--splits", "test"], "no test/ folder; SRC is the folder above it, and has train, val"),
+        (["--shard", "0/4"], "'0/4' is not a part I/N"),
+        (["--shard", "5/4"], "'5/4'"),
+        (["--workers", "0"], "'0' is not a whole number of 1 or more"),
+        (["--patch", "4"], "--patch 4: too small"),
+        (["--texture-synthesis", "no-such-program"], "no such program"),
+        (["--preview", "sheet.jpg"], "sheet.jpg does not end in .png; try sheet.png"),
+    ],
+)
+def test_bad_options_end_in_one_line(imagenet, tmp_path, options, told):
+    assert told in refusal(run_script(*texture_command(imagenet, *options), check=False))
+    assert not (tmp_path / "t").exists()
+
+
+def test_two_photos_of_one_texture_are_refused(imagenet):
+    write_photo(imagenet / "train" / "n01" / "part0" / "n01_0.png")
+    assert "1 photos have the name of another but" in refusal(run_script(*texture_command(imagenet), check=False))
+
+
+def test_a_narrow_photo_is_a_broken_image(imagenet):
+    Image.new("L", (1, 60000)).save(imagenet / "train" / "n01" / "part0" / "n01_0.JPEG", "PNG")
+    result = run_script(*texture_command(imagenet, "--patch", 96), check=False)
+    assert result.returncode == 1 and "n01_0.JPEG: ValueError: 1x60000 px: too narrow" in result.stderr
+
+
+def test_two_runs_at_once_write_whole_textures(imagenet):
+    runs = [started(*texture_command(imagenet, "--overwrite")) for _ in range(2)]
+    outputs = [run.communicate(timeout=60)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    textures = tree(imagenet.parent / "t")
+    assert len(textures) == 6 and all(name.endswith(".png") for name in textures)
+    for name in textures:
+        Image.open(imagenet.parent / "t" / name).load()
+
+
+def test_folders_that_are_not_utf8_can_be_printed(imagenet, tmp_path):
+    imagenet.rename(tmp_path / "odd\udcff")
+    run_script(*texture_command(tmp_path / "odd\udcff"), env={"LC_ALL": "C.UTF-8"})
+    run = run_script(*subset_command(tmp_path / "odd\udcff", "--imagenet100_path", tmp_path / "i\udcff"))
+    assert "i\\udcff/train: 2 classes, 6 photos" in run.stdout
