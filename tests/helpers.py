@@ -32,7 +32,7 @@ PRETRAIN, PROBE, EVALUATE = "moco-non-sem-neg.py", "main_lincls.py", "eval_robus
 SMALL = shlex.split("-a resnet10 --image-size 32 --patch-ratio 4 12 --batch-size 8 --moco-k 64 -j 1 --seed 1")
 SMALL_PROBE = shlex.split("-a resnet10 --image-size 32 --batch-size 8 -j 1 --seed 1")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-FAULTS = "tests/faults.py"
+FAULTS = "tests/faults/inject.py"
 TORCHRUN_RANK = {  # what torchrun sets for the only rank of a run
     "TORCHELASTIC_RUN_ID": "1",
     "RANK": "0",
@@ -163,16 +163,7 @@ def _script(folder, arguments, env):
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the fork server reads it when it starts
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    [
-        "torch",
-        "torchvision",
-        "torch.optim.swa_utils",
-        "moco.processes.launch",
-        "moco.evaluation.scores",
-        "moco.training.run",
-    ]
-)
+FORKSERVER.set_forkserver_preload([*launch.PRELOADED, "moco.evaluation.scores", "moco.training.run"])
 
 
 def refused(script, *arguments):

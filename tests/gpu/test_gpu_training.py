@@ -125,7 +125,7 @@ def _rank(rank, port, folder, kind, function):
     device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
     ctx = DistContext(rank, 2, rank, 2, device)
     backend = "nccl" if gpus > 1 else "gloo"
-    launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", backend, _save_result, (function, folder))
+    launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", backend, _save_result, function, folder, {})
 
 
 def _save_result(ctx, function, folder):

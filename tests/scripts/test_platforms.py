@@ -32,7 +32,7 @@ def as_on_windows(folder, script, arguments):
     for name in ("fork", "killpg", "setsid", "sched_getaffinity", "O_NOFOLLOW"):
         delattr(os, name)
     sys.meta_path.insert(0, Missing())
-    for name in [each for each in sys.modules if each.partition(".")[0] in ("moco", "files", *NOT_ON_WINDOWS)]:
+    for name in [each for each in sys.modules if each.partition(".")[0] in ("moco", "common", *NOT_ON_WINDOWS)]:
         del sys.modules[name]
     sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "preprocess")]
     sys.argv = [script, *arguments]
