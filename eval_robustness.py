@@ -16,6 +16,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends silently; cli_main restores it
@@ -25,7 +26,6 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from moco import distributed, options, plot
-from moco.data import images
 from moco.distributed import DistContext
 from moco.errors import UsageError
 from moco.evaluation import classifier, paper, released, report, results, scores, testsets
@@ -34,6 +34,17 @@ from moco.processes import launch
 from moco.processes.environment import is_main
 from moco.processes.exits import cli_main
 from moco.training import files
+
+
+class Inputs(NamedTuple):
+    """The models and test sets, and the report that gets their results."""
+
+    models: list[nn.Module]
+    wnids: list[str]  # the class of each output
+    image_size: int
+    test_sets: list[TestSet]
+    result: dict
+    lock: files.FolderLock  # on --json
 
 
 def parse_args() -> argparse.Namespace:
@@ -46,11 +57,8 @@ def parse_args() -> argparse.Namespace:
                        help="class list, one wnid per line, for heads that store none; it is sorted")
     model.add_argument("--list-released", action="store_true", help="print the released checkpoints, then exit")
     data = parser.add_argument_group("test sets, any of them")
-    data.add_argument("--val", metavar="DIR", help="<wnid>/*, or val/<wnid>/*")
-    data.add_argument("--corruption", metavar="DIR", help="[<group>/]<corruption>/<severity>/<wnid>/*")
-    data.add_argument("--sketch", metavar="DIR", help="<wnid>/*")
-    data.add_argument("--stylized", metavar="DIR", help="<wnid>/*, or val/<wnid>/*")
-    data.add_argument("--rendition", metavar="DIR", help="<wnid>/*")
+    for name, suite in testsets.SUITES.items():
+        data.add_argument(f"--{name}", metavar="DIR", dest=name, help=suite.layout)
     data.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=DIR", dest="sets",
                       help="further sets, <wnid>/* or val/<wnid>/*, in a column NAME; shape bias of cue conflicts")
     data.add_argument("--limit", type=options.positive_int, metavar="N", help="only the first N images per class")
@@ -62,7 +70,7 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--json", default="robustness.json", metavar="FILE",
                         help="results of all models and test sets; what is in it is not repeated")
     output.add_argument("--compare", choices=["paper"], help="compare with the published rows of the same NAME")
-    output.add_argument("--by-class", action="store_true", help="also print what later rows do to each class")
+    output.add_argument("--by-class", action="store_true", help="also print accuracy by class, against the first row")
     output.add_argument("--latex", action="store_true", help="also print the table for LaTeX (booktabs)")
     output.add_argument("--plot", metavar="FILE.png", help="accuracy by corruption and severity; needs matplotlib")
     output.add_argument("--verbose", action="store_true", help="print all settings with --dry-run")
@@ -76,10 +84,10 @@ def parse_args() -> argparse.Namespace:
 
 
 def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
-    """Refuse what could only fail later."""
+    """Refuse options that could only fail later."""
     if not args.pretrained:
         raise UsageError("nothing to test: --pretrained names the linear checkpoints")
-    if not args.sets and not any(getattr(args, suite) for suite in testsets.SUITES):
+    if not args.sets and not any(vars(args)[suite] for suite in testsets.SUITES):
         suites = " ".join(f"--{suite} DIR" for suite in testsets.SUITES)
         raise UsageError(f"nothing to test on: use any of {suites} --set NAME=DIR")
     if args.compare:
@@ -153,14 +161,10 @@ def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> 
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(
-    ctx: DistContext,
-    args: argparse.Namespace,
-    inputs: tuple[list[nn.Module], list[str], int, list[TestSet], dict, files.FolderLock],
-) -> None:
+def evaluate(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Score the test sets that the result lacks; rank 0 saves it after each. All ranks must call this."""
-    models, wnids, image_size, test_sets, result, _ = inputs
-    models = [model.to(ctx.device, memory_format=torch.channels_last) for model in models]
+    result, test_sets = inputs.result, inputs.test_sets
+    models = [model.to(ctx.device, memory_format=torch.channels_last) for model in inputs.models]
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     distributed.barrier()  # all ranks have read the file before one writes it
     chosen = {test_set.key: results.unfinished(result, test_set) for test_set in test_sets}
@@ -168,31 +172,25 @@ def evaluate(
     if distributed.is_main() and len(todo) < len(test_sets):
         done = len(test_sets) - len(todo)
         print(f"{done} of {len(test_sets)} test sets are already in {args.json}; evaluating the rest", file=sys.stderr)
-    if distributed.is_main() and not images.has_fast_jpeg():
-        print(images.NO_FAST_JPEG, file=sys.stderr)
     # In a log every update is a line: one per half minute.
     interval = 0.1 if sys.stderr.isatty() else 30
     total = sum(len(test_set.labels) for test_set in todo)
     with tqdm(total=total, unit="image", disable=not distributed.is_main(), mininterval=interval) as bar:
         for test_set, scored in scores.score(
-            todo, models, wnids, image_size, args.batch_size, workers, ctx, bar.update, chosen
+            todo, models, inputs.wnids, inputs.image_size, args.batch_size, workers, ctx, bar.update, chosen
         ):
             bar.set_description(test_set.key, refresh=False)
-            results.add(result, test_set, scored, image_size, wnids)
+            results.add(result, test_set, scored)
             if distributed.is_main():
                 results.save(args.json, result)
-                if warning := report.unusual_preprocessing(result, test_set, image_size):
+                if warning := report.unusual_preprocessing(result, test_set):
                     bar.write(warning, file=sys.stderr)
     if distributed.is_main():
-        finish(args, test_sets, result)
-
-
-def finish(args: argparse.Namespace, test_sets: list[TestSet], result: dict) -> None:
-    # In the order of the suites, also after a resumed evaluation.
-    result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
-    result["table"] = report.by_row(result)
-    results.save(args.json, result)
-    print_report(args, result)
+        # In the order of the suites, also after a resumed evaluation.
+        result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
+        result["table"] = report.by_row(result)
+        results.save(args.json, result)
+        print_report(args, result)
 
 
 def print_report(args: argparse.Namespace, result: Mapping) -> None:
@@ -220,14 +218,14 @@ def main() -> None:
     validate_args(args, rows)
     models, pretraining, wnids, image_size = load_models(rows, args)
     # Listing all test sets first finds a wrong folder before hours of evaluation, and tells the bar its length.
-    directories = {suite: getattr(args, suite) for suite in testsets.SUITES if getattr(args, suite)}
+    directories = {suite: vars(args)[suite] for suite in testsets.SUITES if vars(args)[suite]}
     directories |= {f"{testsets.FURTHER}/{name}": directory for name, directory in sets.items()}
     test_sets = testsets.list_test_sets(directories, wnids, args.limit)
     unknown = testsets.unknown_corruptions(args.corruption) if args.corruption else []
     result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
-    output = files.lock_file("--json", args.json)
+    inputs = Inputs(models, wnids, image_size, test_sets, result, files.lock_file("--json", args.json))
     if is_main() and not args.dry_run:
-        output.acquire()  # before the file is read
+        inputs.lock.acquire()  # before the file is read
     results.reuse_results(args.json, result, test_sets)
     if args.dry_run:
         derived = {
@@ -247,7 +245,7 @@ def main() -> None:
         "images of the test sets": {each.key: len(each.labels) for each in test_sets},
         "test sets in --json": sorted(result["cells"]),
     }
-    launch.launch(evaluate, args, (models, wnids, image_size, test_sets, result, output), agree)
+    launch.launch(evaluate, args, inputs, agree)
     keys = [test_set.key for test_set in test_sets]
     if args.corruption and testsets.missing_corruptions(keys) and not args.allow_partial:
         sys.exit(1)

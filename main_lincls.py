@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from moco import distributed, options
-from moco.data import datasets, folders, images, loader
+from moco.data import datasets, folders, loader
 from moco.data.datasets import ImageList, RetryDataset
 from moco.data.folders import ImageFolder
 from moco.data.loader import GlobalBatchSampler
@@ -42,10 +42,10 @@ from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_d
 from moco.errors import Finished, UsageError
 from moco.evaluation import classifier, released
 from moco.evaluation.classifier import LinearHeads
-from moco.processes import environment, launch
+from moco.processes import launch
 from moco.processes.exits import cli_main
-from moco.training import checkpoint, files, metrics
-from moco.training.run import Run, check_unused
+from moco.training import checkpoint
+from moco.training.run import Run, open_folder
 
 
 class Inputs(NamedTuple):
@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
     pretraining: dict | None  # the options of the pre-training, where known
     saved: dict  # of --resume; {} for a fresh start
     image_size: int
-    lock: files.FolderLock  # on --ckpt_path
+    lock: object  # on --ckpt_path: held while an input of a process
 
 
 def parse_args() -> argparse.Namespace:
@@ -101,10 +101,6 @@ def run_name(pretrained: str) -> str:
     return name.split("_")[-1].split(".")[0] or "random"
 
 
-def latest_name(pretrained: str) -> str:
-    return f"checkpoint_robust_{run_name(pretrained)}.pth.tar"
-
-
 # ---------------------------------------------------------------- checks, before anything is built
 
 
@@ -133,10 +129,9 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
             "images per step": sampler.global_batch_size,
             "steps per epoch": len(sampler),
         }
-    lock = files.lock_folder("--ckpt_path", args.ckpt_path)
-    if environment.is_main() and trains(args) and not args.dry_run:
-        lock.acquire()  # before anything in the folder is read
-    saved = find_saved(args)
+    name = run_name(args.pretrained)
+    own = rf"(checkpoint_robust|model_best)_{re.escape(name)}\.pth\.tar"
+    lock, saved = open_folder(args, own, probe=name, writes=trains(args))
     pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
     args.arch = args.arch or arch_of_files(args, saved, pretrained)
     backbone, origin = find_backbone(args, pretrained) if pretrained else ({}, "random weights")
@@ -153,17 +148,6 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
 
 def trains(args: argparse.Namespace) -> bool:
     return not (args.evaluate or args.features)
-
-
-def find_saved(args: argparse.Namespace) -> dict:
-    """The checkpoint to continue, {} for a fresh start. UsageError if that would replace a probe."""
-    latest, name = latest_name(args.pretrained), run_name(args.pretrained)
-    args.auto_resume = args.resume == "auto" or environment.restarted()
-    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, re.escape(latest), environment.restarted())
-    if trains(args):
-        own = rf"(checkpoint_robust|model_best)_{re.escape(name)}\.pth\.tar"
-        check_unused(args.ckpt_path, args.resume, own, probe=name)
-    return checkpoint.load(args.resume) if args.resume else {}
 
 
 def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder]:
@@ -239,12 +223,16 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     # --- data: all transforms run in the workers
     batch_size = options.per_rank(args.batch_size, ctx.local_world_size)
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
-    train, size = inputs.train, inputs.image_size
-    dataset = RetryDataset(ImageList(train.paths, train.labels, datasets.train_transform(size)), train.labels)
+    train, name = inputs.train, run_name(args.pretrained)
+    transform = datasets.train_transform(inputs.image_size)
+    dataset = RetryDataset(ImageList(train.paths, train.labels, transform), train.labels)
     sampler = GlobalBatchSampler(len(dataset), batch_size, seed, ctx)
     train_loader = loader.train_loader(dataset, sampler, workers, ctx.device)
     val_loader = build_val_loader(ctx, args, inputs)
-    prepare = functools.partial(to_device, device=ctx.device)
+
+    def prepare(batch: tuple, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loader's uint8 images and labels → normalised images and labels on the device."""
+        return classifier.to_input(batch[0], ctx.device), batch[1].to(ctx.device, non_blocking=True)
 
     # --- model and optimizer: a frozen backbone and one head per learning rate
     distributed.seed_everything(seed)
@@ -252,13 +240,12 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
     optimizer = build_optimizer(heads, args)
     ddp_heads = distributed.wrap_ddp(heads, ctx.device)
-    dtype = DTYPES[args.precision]
     best_acc1s = inputs.saved.get("best_acc1s", [float(inputs.saved.get("best_acc1", -1))] * len(heads))
     best = classifier.BestHead(best_acc1s, inputs.saved.get("winner", 0))
     run = Run(
-        ctx, args, seed, latest=latest_name(args.pretrained), sampler=sampler, optimizer=optimizer,
+        ctx, args, seed, latest=f"checkpoint_robust_{name}.pth.tar", sampler=sampler, optimizer=optimizer,
         state=functools.partial(checkpoint_state, args, inputs, backbone, heads, optimizer, best),
-        paths=train.paths, probe=run_name(args.pretrained),
+        paths=train.paths, probe=name,
     )  # fmt: skip
     run.resume(inputs.saved)
     inputs.saved.clear()  # as much memory as all heads and the backbone
@@ -268,12 +255,12 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     diverged: set[int] = set()  # the heads of which a line has said so
     for epoch in range(run.epoch, args.epochs):
         adjust_learning_rate(optimizer, epoch, args)
-        train_one_epoch(backbone, ddp_heads, run.steps(train_loader, prepare, epoch), optimizer, run, dtype)
+        train_one_epoch(backbone, ddp_heads, run.steps(train_loader, prepare, epoch), optimizer, run)
         stats = run.epoch_stats()
         if new := classifier.exploded(stats["loss"], len(train.classes)) - diverged:
             run.print(classifier.explosion_hint(new, args.lr, stats["loss"], len(train.classes)))
             diverged |= new
-        predictor = functools.partial(classifier.predict, backbone, heads, dtype)
+        predictor = functools.partial(classifier.predict, backbone, heads, DTYPES[args.precision])
         with run.evaluation():
             results = classifier.evaluate(predictor, val_loader, ctx.device)
         classifier.check_frozen(backbone, frozen)
@@ -283,25 +270,20 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
             f" %{by_lr(args.lr, results)}"
         )
         stats |= {f"val_{name}": [result[name] for result in results] for name in ("acc1", "acc5")}
-        run.end_epoch(stats, [f"model_best_{run_name(args.pretrained)}.pth.tar"] if is_best else [])
+        run.end_epoch(stats, [f"model_best_{name}.pth.tar"] if is_best else [])
     distributed.barrier()  # wait for rank 0 to finish saving
 
 
 def train_one_epoch(
-    backbone: nn.Module,
-    ddp_heads: nn.Module,
-    batches: Iterable,
-    optimizer: torch.optim.Optimizer,
-    run: Run,
-    dtype: torch.dtype,
+    backbone: nn.Module, ddp_heads: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer, run: Run
 ) -> None:
     for inputs, labels in batches:
-        logits = ddp_heads(classifier.extract_features(backbone, inputs, dtype))
+        logits = ddp_heads(classifier.extract_features(backbone, inputs, DTYPES[run.args.precision]))
         losses = [F.cross_entropy(own, labels) for own in logits]  # their sum: no head sees another's gradient
         optimizer.zero_grad()
         sum(losses).backward()
         optimizer.step()
-        accuracies = [metrics.correct_counts(own, labels, ks=(1,))[0] * (100 / len(labels)) for own in logits]
+        accuracies = [classifier.correct_counts(own, labels, ks=(1,))[0] * (100 / len(labels)) for own in logits]
         run.after_step(loss=torch.stack(losses), acc1=torch.stack(accuracies))
 
 
@@ -342,10 +324,8 @@ def build_heads(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> t
     if "heads" in saved and trains(args):
         heads.load_state_dict(saved["heads"])
     model.fc = nn.Identity()
-    model.to(
-        ctx.device, memory_format=torch.channels_last
-    ).eval()  # in train mode BatchNorm would adapt to the labelled data
-    return model, heads.to(ctx.device)
+    model.eval()  # in train mode BatchNorm would adapt to the labelled data
+    return model.to(ctx.device, memory_format=torch.channels_last), heads.to(ctx.device)
 
 
 def build_optimizer(heads: LinearHeads, args: argparse.Namespace) -> torch.optim.SGD:
@@ -366,12 +346,6 @@ def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, args: arg
         group["lr"] = lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
 
 
-def to_device(batch: tuple, rng: np.random.Generator, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loader's uint8 images and labels → normalised images and labels on the device."""
-    images, labels = batch
-    return classifier.to_input(images, device), labels.to(device, non_blocking=True)
-
-
 # ---------------------------------------------------------------- results, checkpoints, terminal
 
 
@@ -383,8 +357,7 @@ def checkpoint_state(
     optimizer: torch.optim.Optimizer,
     best: classifier.BestHead,
 ) -> dict:
-    """What a linear checkpoint holds besides the state of the run: the last epoch's winner as the published script
-    saves its only head, and all heads."""
+    """The script's part of a checkpoint: all heads, and the last epoch's winner as the published script saves it."""
     winner = dict(zip(checkpoint.FC_KEYS, heads[best.winner].state_dict().values()))
     return {
         "arch": args.arch,
@@ -414,14 +387,6 @@ def accuracy_line(result: Mapping) -> str:
     return f"val: top-1 {result['acc1']:.2f} %  top-5 {result['acc5']:.2f} %  of {result['n']} images"
 
 
-def print_start(args: argparse.Namespace, inputs: Inputs, derived: Mapping) -> None:
-    options.print_config(args, derived, args.verbose)
-    if not args.pretrained and not inputs.saved:
-        print("no --pretrained: the backbone is random (a baseline)")
-    if not images.has_fast_jpeg():
-        print(images.NO_FAST_JPEG, flush=True)
-
-
 def export_backbone(args: argparse.Namespace) -> None:
     """Write the backbone of --pretrained with torchvision's key names; load it with strict=False."""
     if not args.pretrained:
@@ -432,7 +397,7 @@ def export_backbone(args: argparse.Namespace) -> None:
     weights, origin = find_backbone(args, pretrained)
     if args.dry_run:
         return options.print_dry_run(args, {"network": args.arch, "backbone": origin}, "nothing was written")
-    if environment.is_main():
+    if launch.is_main():
         checkpoint.save(args.export_backbone, weights)
         print(f"wrote {args.export_backbone}, a {args.arch}: {origin}")
 
@@ -446,8 +411,10 @@ def main() -> None:
     if args.dry_run:
         return options.print_dry_run(args, derived)
     worker = main_worker if trains(args) else evaluate_only
-    if trains(args) and environment.is_main():
-        print_start(args, inputs, derived)
+    if trains(args) and launch.is_main():
+        options.print_config(args, derived, args.verbose)
+        if not args.pretrained and not inputs.saved:
+            print("no --pretrained: the backbone is random (a baseline)", flush=True)
     agree = options.shared_options(args, ("evaluate", "features")) | {
         "the training images": len(inputs.train.paths) if inputs.train else 0,
         "the validation images": len(inputs.val.paths),

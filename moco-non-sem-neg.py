@@ -28,19 +28,19 @@ import torch.nn.functional as F
 
 from moco import augment, distributed, options, plot, views
 from moco.builder import MoCo
-from moco.data import folders, images, loader
+from moco.data import folders, loader
 from moco.data.datasets import RetryDataset, TwoCrops
 from moco.data.folders import ImageFolder, TrainingImages
 from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_device
 from moco.errors import Finished, UsageError
-from moco.evaluation import knn
+from moco.evaluation import classifier, knn
 from moco.negatives import NEGATIVES, PUBLISHED_NAMES
-from moco.processes import environment, launch
+from moco.processes import launch
 from moco.processes.exits import cli_main
-from moco.training import checkpoint, files, metrics
-from moco.training.run import Run, check_unused
+from moco.training import checkpoint
+from moco.training.run import Run, open_folder
 
 SAVED_OPTIONS = (
     "moco_dim", "moco_k", "moco_m", "moco_t", "mlp", "aug_plus", "robust", "num_nonsem", "alpha",
@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
     train: TrainingImages
     knn: tuple[ImageFolder, ...]  # train/ and val/ with --knn; empty if there is no val/ with the same classes
     saved: dict  # {} for a fresh start
-    lock: files.FolderLock  # on --ckpt_path
+    lock: object  # on --ckpt_path: held while an input of a process
 
 
 def parse_args() -> argparse.Namespace:
@@ -124,10 +124,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     knn_folders = list_knn_folders(args, data) if args.knn else ()
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
-    lock = files.lock_folder("--ckpt_path", args.ckpt_path)
-    if environment.is_main() and not (args.dry_run or args.preview):
-        lock.acquire()  # before anything in the folder is read
-    saved = find_saved(args)
+    lock, saved = open_folder(args, CHECKPOINTS, writes=not args.preview)
     args.arch = args.arch or checkpoint.arch_of(saved, f"--resume {args.resume}") or "resnet50"
     with torch.device("meta"):
         model = build_model(args, torch.float32)
@@ -142,15 +139,6 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         "steps per epoch": len(sampler),
         "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
     }
-
-
-def find_saved(args: argparse.Namespace) -> dict:
-    """The checkpoint to continue, {} for a fresh start. UsageError if that would replace a run."""
-    args.auto_resume = args.resume == "auto" or environment.restarted()
-    args.resume = checkpoint.resume_path(args.resume, args.ckpt_path, CHECKPOINTS, environment.restarted())
-    if not args.preview:
-        check_unused(args.ckpt_path, args.resume, CHECKPOINTS, probe=None)
-    return checkpoint.load(args.resume) if args.resume else {}
 
 
 def check_resume(
@@ -225,7 +213,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     # --- epochs
     for epoch in range(run.epoch, args.epochs):
         adjust_learning_rate(optimizer, epoch, args)
-        train_one_epoch(ddp_model, model, run.steps(train_loader, prepare, epoch), optimizer, scaler, run)
+        train_one_epoch(ddp_model, run.steps(train_loader, prepare, epoch), optimizer, scaler, run)
         stats = run.epoch_stats()
         if knn_loaders and is_due(epoch, args.knn_freq, args.epochs) and not run.stopping:
             with run.evaluation():
@@ -239,13 +227,9 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
 
 
 def train_one_epoch(
-    ddp_model: nn.Module,
-    model: MoCo,
-    batches: Iterable,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    run: Run,
+    ddp_model: nn.Module, batches: Iterable, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, run: Run
 ) -> None:
+    model = getattr(ddp_model, "module", ddp_model)  # a single process has no DistributedDataParallel
     ddp_model.train()
     for query, key, negatives in batches:
         logits, labels = ddp_model(query, key, negatives)
@@ -254,7 +238,7 @@ def train_one_epoch(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        accuracy = metrics.correct_counts(logits, labels, ks=(1,))[0] * (100 / len(labels))
+        accuracy = classifier.correct_counts(logits, labels, ks=(1,))[0] * (100 / len(labels))
         run.after_step(loss=loss, contrast_acc=accuracy, **model.similarities)
 
 
@@ -317,8 +301,6 @@ def print_start(args: argparse.Namespace, inputs: Inputs, derived: dict) -> None
         print(f"--resume {args.resume} has no optimizer: the momenta start at zero")
     if args.patch_size != 32:
         print("--patch-size is ignored; --patch-ratio sets the patch sizes")
-    if not images.has_fast_jpeg():
-        print(images.NO_FAST_JPEG, flush=True)
 
 
 def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
@@ -329,7 +311,7 @@ def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
     sampler = GlobalBatchSampler(len(dataset), min(8, args.batch_size, len(dataset)), seed, DistContext())
     crops, _ = next(iter(loader.train_loader(dataset, sampler, 0, cpu)))
     drawn = make_views(crops, distributed.derive_rng(seed, 0, 0, 0), args, cpu)
-    plot.save_views(args.preview, *drawn, title=f"{args.robust} negative")
+    plot.save_views(args.preview, *drawn, [f"{args.robust} negative {i + 1}" for i in range(args.num_nonsem)])
     print(f"wrote {args.preview}")
 
 
@@ -339,8 +321,8 @@ def main() -> None:
     if args.dry_run:
         return options.print_dry_run(args, derived)
     if args.preview:
-        return save_preview(args, inputs.train) if environment.is_main() else None
-    if environment.is_main():
+        return save_preview(args, inputs.train) if launch.is_main() else None
+    if launch.is_main():
         print_start(args, inputs, derived)
     # A node's --batch-size may differ, the images per step may not.
     agree = options.shared_options(args, [name for name in (*SAVED_OPTIONS, "knn_freq") if name != "batch_size"]) | {

@@ -14,7 +14,7 @@ from PIL import Image
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from moco import augment, distributed, views  # noqa: E402
+from moco import augment, distributed, plot, views  # noqa: E402
 from moco.data import datasets, folders  # noqa: E402
 from moco.negatives import patch_negatives  # noqa: E402
 
@@ -52,14 +52,9 @@ def main() -> None:
     query, key, texture = views.training_views(
         batch, rng, recipe=RECIPE, robust="texture", num_nonsem=1, patch_ratio=PATCHES
     )
-    columns = {
-        "query": query,
-        "key": key,
-        "patch negative": patch_negatives(query, *PATCHES, rng)[:, 0],
-        "texture negative": texture[:, 0],
-    }
     path = REPOSITORY / "docs" / "negatives.png"
-    views.save_grid(str(path), {label: augment.denormalize(images) for label, images in columns.items()})
+    negatives = torch.cat([patch_negatives(query, *PATCHES, rng), texture], dim=1)
+    plot.save_views(str(path), query, key, negatives, ["patch negative", "texture negative"])
     Image.open(path).quantize(256).save(path, optimize=True)  # a third of the size
     print(f"wrote {path}")
 

@@ -1,1 +1,14 @@
-"""Contrastive learning with non-semantic negatives: the modules behind the scripts."""
+"""Contrastive learning with non-semantic negatives (Ge et al., NeurIPS 2021).
+
+MoCo, contrastive_logits and patch_negatives are imported on first use, so that `import moco.errors` needs no PyTorch.
+"""
+
+import importlib
+
+_MODULES = {"MoCo": "builder", "contrastive_logits": "builder", "patch_negatives": "negatives"}
+
+
+def __getattr__(name: str):
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"moco.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

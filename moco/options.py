@@ -75,97 +75,50 @@ def positive_float_or_text(text: str) -> float | str:
         return text
 
 
-# Groups
+# Groups of options
+# fmt: off
 
 
-def add_data_options(parser: argparse.ArgumentParser, workers: int = 32, nargs: str | None = None) -> None:
+def add_data_options(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("data", metavar="DIR", nargs=nargs, help="data set with train/ (and val/), one folder per class")
-    add_workers_option(group, workers)
+    add_workers_option(group)
 
 
-def add_workers_option(group: argparse._ArgumentGroup, workers: int = 32) -> None:
-    group.add_argument(
-        "-j",
-        "--workers",
-        default=workers,
-        type=nonnegative_int,
-        metavar="N",
-        help="data loader workers per node, at most one per core",
-    )
+def add_workers_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("-j", "--workers", default=32, type=nonnegative_int, metavar="N",
+                       help="data loader workers per node, at most one per core")
 
 
 def add_training_options(
-    parser: argparse.ArgumentParser,
-    *,
-    epochs: int,
-    batch_size: int,
-    lr: float | list[float],
-    schedule: list[int],
+    parser: argparse.ArgumentParser, *, epochs: int, batch_size: int, lr: float | list[float], schedule: list[int],
     weight_decay: float,
 ) -> argparse._ArgumentGroup:
     """The optimisation options with these defaults. A list as `lr` makes --lr take several values."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", default=epochs, type=positive_int, metavar="N", help="total number of epochs")
-    group.add_argument(
-        "--start-epoch", default=0, type=nonnegative_int, metavar="N", help="first epoch, for manual restarts"
-    )
-    group.add_argument(
-        "-b",
-        "--batch-size",
-        default=batch_size,
-        type=positive_int,
-        metavar="N",
-        help="images per step on a node, over all its GPUs",
-    )
-    if isinstance(lr, list):
-        group.add_argument(
-            "--lr", "--learning-rate", dest="lr", default=lr, nargs="+", type=positive_float_or_text, metavar="LR",
-            help="initial learning rate; with several, one head is trained for each",
-        )  # fmt: skip
-    else:
-        group.add_argument(
-            "--lr",
-            "--learning-rate",
-            dest="lr",
-            default=lr,
-            type=positive_float,
-            metavar="LR",
-            help="initial learning rate",
-        )
-    group.add_argument(
-        "--schedule",
-        default=schedule,
-        nargs="*",
-        type=nonnegative_int,
-        metavar="EPOCH",
-        help="epochs at which lr drops tenfold",
-    )
+    group.add_argument("--start-epoch", default=0, type=nonnegative_int, metavar="N",
+                       help="first epoch, for manual restarts")
+    group.add_argument("-b", "--batch-size", default=batch_size, type=positive_int, metavar="N",
+                       help="images per step on a node, over all its GPUs")
+    several = isinstance(lr, list)
+    group.add_argument("--lr", "--learning-rate", dest="lr", default=lr, metavar="LR", nargs="+" if several else None,
+                       type=positive_float_or_text if several else positive_float,
+                       help="initial learning rate" + several * "; with several, one head is trained for each")
+    group.add_argument("--schedule", default=schedule, nargs="*", type=nonnegative_int, metavar="EPOCH",
+                       help="epochs at which lr drops tenfold")
     group.add_argument("--momentum", default=0.9, type=unit_float, metavar="M", help="SGD momentum")
-    group.add_argument(
-        "--wd",
-        "--weight-decay",
-        dest="weight_decay",
-        default=weight_decay,
-        type=nonnegative_float,
-        metavar="W",
-        help="weight decay",
-    )
-    group.add_argument(
-        "--seed", default=None, type=seed_int, metavar="N", help="the same seed repeats a run; default: random"
-    )
+    group.add_argument("--wd", "--weight-decay", dest="weight_decay", default=weight_decay, type=nonnegative_float,
+                       metavar="W", help="weight decay")
+    group.add_argument("--seed", default=None, type=seed_int, metavar="N",
+                       help="the same seed repeats a run; default: random")
     return group
 
 
 def add_precision_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--precision",
-        default="fp32",
-        choices=("fp32", "bf16", "fp16"),
-        metavar="P",
-        help="of the encoders: fp32, bf16 or fp16",
-    )
+    group.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), metavar="P",
+                       help="of the encoders: fp32, bf16 or fp16")
     group.add_argument("--strict-fp32", action="store_true", help="fp32 without TF32 on NVIDIA GPUs")
     return group
 
@@ -173,17 +126,14 @@ def add_precision_options(parser: argparse.ArgumentParser) -> argparse._Argument
 def add_output_options(parser: argparse.ArgumentParser, ckpt_path: str) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("checkpoints and reports")
     group.add_argument("--ckpt_path", default=ckpt_path, metavar="CKPT", help="folder for checkpoints and log.jsonl")
-    group.add_argument(
-        "--resume", default="", metavar="FILE|auto", help="checkpoint to resume from; auto: the last in CKPT"
-    )
+    group.add_argument("--resume", default="", metavar="FILE|auto",
+                       help="checkpoint to resume from; auto: the last in CKPT")
     group.add_argument("--save-steps", type=positive_int, metavar="N", help="also save every N steps of an epoch")
     group.add_argument("-p", "--print-freq", default=10, type=positive_int, metavar="N", help="steps between reports")
-    group.add_argument(
-        "--max-bad-images", default=100, type=nonnegative_int, metavar="N", help="stop at more unreadable images"
-    )
-    group.add_argument(
-        "--verbose", action="store_true", help="print all settings, not only those that differ from the defaults"
-    )
+    group.add_argument("--max-bad-images", default=100, type=nonnegative_int, metavar="N",
+                       help="stop at more unreadable images")
+    group.add_argument("--verbose", action="store_true",
+                       help="print all settings, not only those that differ from the defaults")
     add_dry_run_option(group)
     return group
 
@@ -197,15 +147,14 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--multiprocessing-distributed", action="store_true", help="one process per GPU of this node")
     group.add_argument("--world-size", default=-1, type=int, metavar="N", help="number of nodes")
     group.add_argument("--rank", default=-1, type=int, metavar="R", help="this node's number, from 0")
-    group.add_argument(
-        "--dist-url",
-        default="tcp://224.66.41.62:23456",
-        metavar="URL",
-        help="address of node 0; one node chooses a free port",
-    )
+    group.add_argument("--dist-url", default="tcp://224.66.41.62:23456", metavar="URL",
+                       help="address of node 0; one node chooses a free port")
     group.add_argument("--dist-backend", default="nccl", metavar="NAME", help="without a GPU always gloo")
     group.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch
     group.add_argument("--gpu", default=None, type=nonnegative_int, metavar="N", help="the GPU of a single process")
+
+
+# fmt: on
 
 
 SHARED = (  # options of all trainings that their processes must have in common

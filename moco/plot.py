@@ -1,9 +1,10 @@
-"""Pictures of training logs, and of the classes that a row of an evaluation helps and harms. Needs matplotlib.
+"""Pictures: curves of training logs, accuracy by corruption and by class, and the views of a training step.
 
 Loss, similarities, spread and accuracies over the epochs, several runs side by side:
     python -m moco.plot ckpts/*/log.jsonl --out curves.png
 Top-1 of each class, the second row of an evaluation against the first:
     python -m moco.plot robustness.json --out classes.png
+All but the views need matplotlib.
 """
 
 import argparse
@@ -11,13 +12,16 @@ import importlib.util
 import json
 import math
 import os
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from moco import options
-from moco.errors import UsageError, one_line
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torchvision.transforms.functional import to_pil_image
+
+from moco import augment, options
+from moco.errors import UsageError, first_line, one_line
 from moco.evaluation import report, testsets
 from moco.processes.exits import cli_main
 from moco.training import metrics
@@ -28,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG_NAME = "log.jsonl"
-PANELS = {  # title: {key of the log: how it is drawn}
+PANELS = {  # title: {key of the log: line style}
     "loss": {"loss": "-"},
     "cosine": {"q_k": "-", "q_t": "--", "q_queue": ":"},
     "spread": {"spread": "-"},
@@ -42,6 +46,10 @@ PROBE_PANELS = {
 }
 LOG_SCALE_FROM = 100  # times the smallest loss: one head that exploded must not flatten all others
 MARKED = 20  # values up to which each is marked: a single one would be invisible without, and many hide the dashes
+CLASSES = 20  # of the most helped and of the most harmed classes that are named
+HELPED, HARMED = "#0b66b3", "#d9730d"
+TILE = 224  # px; smaller crops are enlarged to about this side in a picture of views
+LABEL_HEIGHT, GAP = 34, 6  # px
 
 
 class Series(NamedTuple):
@@ -91,28 +99,20 @@ def run_names(paths: Sequence[str]) -> list[str]:
 
 def series_of(name: str, records: Sequence[Mapping]) -> list[Series]:
     """The series of a log: one of the pre-training, and one for each head of each probe."""
-    found: dict[str, Series] = {}
-    first_rates: dict[str, list] = {}  # of a probe: a head is known by the learning rate it began with
+    found: dict[tuple, Series] = {}
+    first_lrs: dict[str, list] = {}  # of a probe: a head is known by the learning rate it began with
     for record in records:
-        probe = record.get("probe")
-        if probe is None:
-            _add(found.setdefault(name, Series(name, False, {})), record, 0)
-            continue
-        title = f"{name}, probe {probe}"
-        rates = first_rates.setdefault(title, _as_list(record.get("lr")))
-        for head in range(max(map(len, map(_as_list, record.values())))):
-            rate = rates[head] if head < len(rates) else None
-            label = f"{title}, lr {rate:g}" if _is_number(rate) else f"{title}, head {head}"
-            _add(found.setdefault(f"{title} {head}", Series(label, True, {})), record, head)
+        is_probe = record.get("probe") is not None
+        title = f"{name}, probe {record['probe']}" if is_probe else name
+        lrs = first_lrs.setdefault(title, _as_list(record.get("lr")) if is_probe else [None])
+        for head, lr in enumerate(lrs):
+            label = f"{title}, lr {lr:g}" if _is_number(lr) else title
+            series = found.setdefault((title, head), Series(label, is_probe, {}))
+            for key, value in record.items():
+                values = _as_list(value)
+                if head < len(values) and _is_number(values[head]):  # of two lines of one epoch the later counts
+                    series.values.setdefault(key, {})[record["epoch"]] = values[head]
     return list(found.values())
-
-
-def _add(series: Series, record: Mapping, head: int) -> None:
-    """Add the finite figures of one epoch, of a list the head's; of two lines of one epoch the later counts."""
-    for key, value in record.items():
-        values = _as_list(value)
-        if head < len(values) and _is_number(values[head]):
-            series.values.setdefault(key, {})[record["epoch"]] = values[head]
 
 
 def _as_list(value: object) -> list:
@@ -123,7 +123,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-# Pictures
+# Pictures of training logs
 
 
 def curves(runs: Sequence[Series]) -> "Figure":
@@ -150,7 +150,9 @@ def curves(runs: Sequence[Series]) -> "Figure":
         axis.set_title(title, fontsize=10)
         axis.xaxis.get_major_locator().set_params(integer=True)
         if "loss" in keys:
-            _log_scale_if_exploded(axis)
+            losses = [value for line in axis.lines for value in line.get_ydata() if value > 0]
+            if losses and max(losses) > LOG_SCALE_FROM * min(losses):
+                axis.set_yscale("log")
         if "spread" in keys:
             axis.set_ylim(0, 1.03)  # its own range would make noise look like a collapse
         if len(keys) > 1:
@@ -173,14 +175,8 @@ def _draw_run(axis: "Axes", run: Series, keys: Mapping[str, str], colour: object
             axis.plot(*zip(*values), style, color=colour, marker=marker, markersize=5, linewidth=1.3)
 
 
-def _log_scale_if_exploded(axis: "Axes") -> None:
-    values = [value for line in axis.lines for value in line.get_ydata() if value > 0]
-    if values and max(values) > LOG_SCALE_FROM * min(values):
-        axis.set_yscale("log")
-
-
 def _colours(count: int) -> list:
-    """As many colours, ten of a qualitative map or evenly spaced ones."""
+    """That many colours: ten of a qualitative map, or evenly spaced ones."""
     from matplotlib import colormaps
 
     if count <= 10:
@@ -188,71 +184,7 @@ def _colours(count: int) -> list:
     return [colormaps["turbo"](0.05 + 0.9 * index / (count - 1)) for index in range(count)]
 
 
-# Command
-
-
-def parse_args() -> argparse.Namespace:
-    parser = options.OptionParser("Draw training logs, or the classes that a row of an evaluation helps and harms.")
-    parser.prog = "plot.py"  # as errors begin
-    parser.add_argument(
-        "files", nargs="+", metavar="FILE", help=f"{LOG_NAME} of runs, or one JSON file of eval_robustness.py"
-    )
-    parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture: .png, .pdf or .svg")
-    parser.add_argument("--set", default="val", metavar="SET", help="of an evaluation: val, corruption, sketch, …")
-    parser.add_argument(
-        "--rows",
-        nargs=2,
-        metavar=("BASE", "ROW"),
-        help="of an evaluation: compare ROW with BASE; default: the first two",
-    )
-    return parser.parse_args()
-
-
-def read_evaluation(path: str) -> dict:
-    """What eval_robustness.py --json wrote. Raises UsageError for anything else."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        if {"checkpoints", "cells"} <= content.keys() and content["cells"]:
-            return content
-        reason = "it holds no results of an evaluation"
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        reason = f"it cannot be read as JSON of an evaluation ({error})"
-    raise UsageError(f"{path}: {reason}; name the --json file of eval_robustness.py, or a run's {LOG_NAME}")
-
-
-def draw(args: argparse.Namespace) -> "Figure":
-    if not any(path.endswith(".json") for path in args.files):
-        return curves(read_runs(args.files))
-    if len(args.files) > 1:
-        raise UsageError(f"{args.files[1]}: an evaluation is drawn by itself; one JSON file holds all of its rows")
-    evaluation = read_evaluation(args.files[0])
-    rows = args.rows or list(dict.fromkeys(checkpoint["row"] for checkpoint in evaluation["checkpoints"]))[:2]
-    if len(rows) < 2:
-        raise UsageError(f"{args.files[0]}: it has one row, {rows[0]}; evaluate two rows, --pretrained A=FILE B=FILE")
-    return class_bars(evaluation, args.set, *rows)
-
-
-def main() -> None:
-    args = parse_args()
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("matplotlib is not installed; pip install matplotlib")
-    options.check_file("--out", args.out, endings=(".png", ".pdf", ".svg"))
-    draw(args).savefig(args.out, dpi=120)
-    print(f"wrote {args.out}")
-
-
-if __name__ == "__main__":
-    cli_main(main, again="run the same command again")
-
-
-# ---- evaluation_plots: Pictures of an evaluation: corruptions by severity, and the classes that a row helps and harms. Needs matplotlib.
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-CLASSES = 20  # of the most helped and of the most harmed classes that are named
-HELPED, HARMED = "#0b66b3", "#d9730d"
+# Pictures of evaluations
 
 
 def plain_text(name: str, longest: int = 60) -> str:
@@ -262,27 +194,29 @@ def plain_text(name: str, longest: int = 60) -> str:
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves labels out that begin with _
 
 
-def corruptions(report: Mapping, path: str) -> None:
+def corruptions(evaluation: Mapping, path: str) -> None:
     """Draw accuracy against severity for each corruption, one line per row. Needs matplotlib.
 
     Dashed: the row's accuracy on val, if that was evaluated. Dotted: chance.
     """
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    from matplotlib.figure import Figure
 
-    present = {key.split("/")[1] for key in report["cells"] if key.startswith("corruption/")}
-    names = [name for group in testsets.CORRUPTIONS.values() for name in group if name in present]
+    cells = evaluation["cells"]
+    names = [name for group in testsets.CORRUPTIONS.values() for name in group]
+    names = [name for name in names if report.cells_of(evaluation, f"corruption/{name}")]
     columns = min(5, len(names))
     lines = -(-len(names) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.4 * lines + 0.6), layout="constrained")
     axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    runs = [checkpoint["row"] for checkpoint in report["checkpoints"]]
     for name, axis in zip(names, axes):
-        for index, row in enumerate(dict.fromkeys(runs)):
-            colour = f"C{index}"
-            axis.plot(*zip(*_severity_curve(report, name, runs, row)), marker=".", color=colour, label=plain_text(row))
-            if clean := report["cells"].get("val"):
-                axis.axhline(_mean_top1(clean, runs, row), color=colour, linestyle="--", linewidth=0.9)
-        chance = axis.axhline(100 / len(report["wnids"]), color="gray", linestyle=":", linewidth=1.2)
+        severities = {s: cells[key] for s in testsets.SEVERITIES if (key := f"corruption/{name}/{s}") in cells}
+        for index, (row, runs) in enumerate(report.rows_of(evaluation).items()):
+            top1 = [report.mean_top1(cell, runs) for cell in severities.values()]
+            axis.plot(list(severities), top1, marker=".", color=f"C{index}", label=plain_text(row))
+            if "val" in cells:
+                clean = report.mean_top1(cells["val"], runs)
+                axis.axhline(clean, color=f"C{index}", linestyle="--", linewidth=0.9)
+        chance = axis.axhline(100 / len(evaluation["wnids"]), color="gray", linestyle=":", linewidth=1.2)
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.set_xticks(list(testsets.SEVERITIES))
     for axis in axes[len(names) :]:
@@ -292,20 +226,10 @@ def corruptions(report: Mapping, path: str) -> None:
     figure.supxlabel("severity")
     figure.supylabel("top-1, %")
     handles, labels = axes[0].get_legend_handles_labels()
-    if "val" in report["cells"]:
+    if "val" in cells:
         handles, labels = [*handles, axes[0].plot([], [], "--", color="gray")[0]], [*labels, "on val"]
     figure.legend([*handles, chance], [*labels, "chance"], loc="outside upper center", ncols=min(4, len(handles) + 1))
     figure.savefig(path)
-
-
-def _severity_curve(report: Mapping, corruption: str, runs: Sequence[str], row: str) -> list[tuple[int, float]]:
-    """(severity, mean top-1 of the row's runs) for the severities that were evaluated."""
-    cells = {severity: report["cells"].get(f"corruption/{corruption}/{severity}") for severity in testsets.SEVERITIES}
-    return [(severity, _mean_top1(cell, runs, row)) for severity, cell in cells.items() if cell]
-
-
-def _mean_top1(cell: Mapping, runs: Sequence[str], row: str) -> float:
-    return statistics.fmean(result["top1"] for run, result in zip(runs, cell["results"]) if run == row)
 
 
 def class_bars(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure":
@@ -337,3 +261,81 @@ def class_bars(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure"
         title += f"; drawn: the {CLASSES} at either end"
     axis.set_title(title, fontsize=10)
     return figure
+
+
+# Pictures of training views; without matplotlib
+
+
+def save_views(
+    path: str, query: torch.Tensor, key: torch.Tensor, negatives: torch.Tensor, titles: Sequence[str]
+) -> None:
+    """Write a picture of a step's views, a column each and small images enlarged.
+
+    query, key: normalised images (N, 3, S, S); negatives: (N, n, 3, S, S); titles: n of them, for the negatives.
+    """
+    columns = dict(zip(["query", "key", *titles], [query, key, *negatives.unbind(1)]))
+    side = query.shape[3] * max(1, TILE // query.shape[3])
+    step = side + GAP
+    sheet = Image.new("RGB", (step * len(columns) + GAP, LABEL_HEIGHT + step * len(query)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(min(side, TILE) // 9)
+    for column, (label, images) in enumerate(columns.items()):
+        left = GAP + column * step
+        pen.text((left + 2, 5), label, fill="black", font=font)
+        for row, image in enumerate(augment.denormalize(images).cpu()):
+            sheet.paste(to_pil_image(image).resize((side, side), Image.BICUBIC), (left, LABEL_HEIGHT + row * step))
+    sheet.save(path)
+
+
+# Command
+
+
+def parse_args() -> argparse.Namespace:
+    parser = options.OptionParser("Draw training logs, or the classes that a row of an evaluation helps and harms.")
+    parser.prog = "plot.py"  # as errors begin
+    # fmt: off
+    parser.add_argument("files", nargs="+", metavar="FILE",
+                        help=f"{LOG_NAME} of runs, or one JSON file of eval_robustness.py")
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture: .png, .pdf or .svg")
+    parser.add_argument("--set", default="val", metavar="SET", help="of an evaluation: val, corruption, sketch, …")
+    parser.add_argument("--rows", nargs=2, metavar=("BASE", "ROW"),
+                        help="of an evaluation: compare ROW with BASE; default: the first two")
+    # fmt: on
+    return parser.parse_args()
+
+
+def read_evaluation(path: str) -> dict:
+    """The content of an eval_robustness.py --json file. Raises UsageError for anything else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        if content["checkpoints"] and content["cells"]:
+            return content
+        reason = "it holds no results"
+    except Exception as error:  # whatever fails in reading means: damaged, or not ours
+        reason = f"not JSON of an evaluation ({type(error).__name__}: {first_line(error)})"
+    raise UsageError(f"{path}: {reason}; name the --json file of eval_robustness.py, or a run's {LOG_NAME}")
+
+
+def draw(args: argparse.Namespace) -> "Figure":
+    if not any(path.endswith(".json") for path in args.files):
+        return curves(read_runs(args.files))
+    if len(args.files) > 1:
+        raise UsageError(f"{args.files[1]}: an evaluation is drawn by itself; one JSON file holds all of its rows")
+    evaluation = read_evaluation(args.files[0])
+    rows = args.rows or list(report.rows_of(evaluation))[:2]
+    if len(rows) < 2:
+        raise UsageError(f"{args.files[0]}: it has one row, {rows[0]}; evaluate two rows, --pretrained A=FILE B=FILE")
+    return class_bars(evaluation, args.set, *rows)
+
+
+def main() -> None:
+    args = parse_args()
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("matplotlib is not installed; pip install matplotlib")
+    options.check_file("--out", args.out, endings=(".png", ".pdf", ".svg"))
+    draw(args).savefig(args.out, dpi=120)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    cli_main(main, again="run the same command again")

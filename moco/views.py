@@ -2,15 +2,10 @@
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.functional import to_pil_image
 
 from moco import augment
 from moco.distributed import to_device
 from moco.negatives import NEGATIVES
-
-TILE = 224  # px; smaller crops are enlarged to about this side in a picture
-LABEL_HEIGHT, GAP = 34, 6  # px
 
 
 def training_views(
@@ -32,30 +27,3 @@ def training_views(
     if kind.needs_texture:
         texture = augment.apply(recipe, query_params, crops[:, 2], query_plan)
     return query, key, kind.make(query, texture, rng, options)
-
-
-def save_views(
-    path: str, query: torch.Tensor, key: torch.Tensor, negatives: torch.Tensor, title: str = "negative"
-) -> None:
-    """Write a picture of a step's views: normalised images (N, 3, S, S) and negatives (N, n, 3, S, S)."""
-    count = negatives.shape[1]
-    columns = {"query": query, "key": key}
-    columns |= {f"{title} {i + 1}" if count > 1 else title: negatives[:, i] for i in range(count)}
-    save_grid(path, {label: augment.denormalize(images) for label, images in columns.items()})
-
-
-def save_grid(path: str, columns: dict[str, torch.Tensor]) -> None:
-    """Write a picture with one labelled column per {label: images (N, 3, S, S) in [0, 1]}, small images enlarged."""
-    first = next(iter(columns.values()))
-    scale = max(1, TILE // first.shape[3])
-    side, rows = scale * first.shape[3], len(first)
-    cell = side + GAP
-    sheet = Image.new("RGB", (cell * len(columns) + GAP, LABEL_HEIGHT + rows * (side + GAP)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(min(side, TILE) // 9)
-    for column, (label, images) in enumerate(columns.items()):
-        left = GAP + column * cell
-        pen.text((left + 2, 5), label, fill="black", font=font)
-        for row, image in enumerate(images.cpu()):
-            tile = to_pil_image(image).resize((side, side), Image.BICUBIC)
-            sheet.paste(tile, (left, LABEL_HEIGHT + row * (side + GAP)))
-    sheet.save(path)

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from helpers import write_folder
+from helpers import TORCHRUN_RANK, write_folder
 
 from moco.processes.signals import STOP_SIGNALS
 
@@ -29,6 +29,8 @@ def pytest_cmdline_main(config):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if "faults" in item.path.parts:
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu"):
             if "gpu" not in config.option.markexpr:
                 item.add_marker(pytest.mark.skip(reason="gpu: run with -m gpu"))
@@ -45,6 +47,15 @@ def pytest_collection_modifyitems(config, items):
 def _elsewhere(tmp_path, monkeypatch):
     """Defaults such as ./ckpts/moco must not be those of the repository, where there may be runs."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    """As started by hand: without the variables of torchrun, srun, operators and MPI."""
+    names = {*TORCHRUN_RANK, "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT"}
+    for name in list(os.environ):
+        if name in names or name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_")):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture

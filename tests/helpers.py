@@ -272,7 +272,7 @@ def run_ranks(world, folder, *functions):
 def _rank(rank, world, port, folder, functions):
     torch.set_num_threads(1)
     ctx = DistContext(rank, world, rank, world)
-    launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", "nccl", _save_results, (functions, folder))
+    launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", "nccl", _save_results, functions, folder, {})
 
 
 def _save_results(ctx, functions, folder):

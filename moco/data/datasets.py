@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms as transforms
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from moco.data.images import BadImage, open_rgb, read_rgb
-from moco.data.rgb import check_resizable
 from moco.errors import RunError
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MoCo's pre-training crops
@@ -34,27 +32,12 @@ def eval_transform(size: int) -> Callable[[str], torch.Tensor]:
     shorter = round(size * 256 / 224)
     return transforms.Compose(
         [
-            functools.partial(_open_resizable, shorter=shorter),
+            functools.partial(open_rgb, resizable_to=shorter),
             transforms.Resize(shorter),
             transforms.CenterCrop(size),
             transforms.PILToTensor(),
         ]
     )
-
-
-def _open_resizable(path: str, shorter: int) -> Image.Image:
-    """Read an image that can be resized. Raises BadImage if it is too narrow, too."""
-    image = open_rgb(path)
-    try:
-        check_resizable(image, shorter)
-    except ValueError as error:
-        raise BadImage(str(path), str(error)) from error
-    return image
-
-
-def center_crop_transform(size: int) -> Callable[[str], torch.Tensor]:
-    """Crop the centre without resizing."""
-    return transforms.Compose([open_rgb, transforms.CenterCrop(size), transforms.PILToTensor()])
 
 
 # Data sets
@@ -115,7 +98,7 @@ class RetryDataset(Dataset):
     """
 
     def __init__(self, dataset: Dataset, labels: Sequence[int]):
-        self.dataset, self.labels = dataset, labels
+        self.dataset, self.labels = dataset, np.asarray(labels)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -136,18 +119,9 @@ class RetryDataset(Dataset):
 
     def _candidates(self, index: int, seed: int) -> Iterator[int]:
         yield index
-        order, sorted_labels = self._by_class
-        label = sorted_labels.dtype.type(self.labels[index])  # another type would convert all labels
-        first, end = (int(np.searchsorted(sorted_labels, label, side)) for side in ("left", "right"))
-        chosen = random.Random(seed).sample(range(first, end), min(REPLACEMENTS + 1, end - first))
-        yield from [other for position in chosen if (other := int(order[position])) != index][:REPLACEMENTS]
-
-    @functools.cached_property
-    def _by_class(self) -> tuple[np.ndarray, np.ndarray]:
-        """All indices by class, and their labels: a search through millions of labels per image would take longer."""
-        labels = np.asarray(self.labels, np.int32)
-        order = np.argsort(labels, kind="stable").astype(np.int32)
-        return order, labels[order]
+        same_class = np.flatnonzero(self.labels == self.labels[index])
+        chosen = random.Random(seed).sample(range(len(same_class)), min(REPLACEMENTS + 1, len(same_class)))
+        yield from [other for i in chosen if (other := int(same_class[i])) != index][:REPLACEMENTS]
 
 
 @contextmanager

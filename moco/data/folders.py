@@ -89,7 +89,7 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
     if not is_folder(directory):
         raise UsageError(f"{directory}: no such directory; it must hold one folder of images per class")
     folders, files = scan_folder(directory)
-    classes, beside = sorted(folders), sorted(filter(_is_image, files))
+    classes, beside = sorted(folders), sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS))
     if beside and classes:
         raise UsageError(
             f"{directory}: it has {len(classes)} class folders and, beside them, images: {_count_and_first(beside)};"
@@ -134,12 +134,11 @@ def images_in(class_folder: str | Path, listed: dict[str, str] | None = None) ->
         folder = os.path.join(class_folder, below)
         _list_once(folder, real, listed)
         folders, files = scan_folder(folder)
-        images += [below + name for name in files if _is_image(name)]
+        images += [below + name for name in files if name.lower().endswith(IMG_EXTENSIONS)]
         for name in folders:
-            path = os.path.join(folder, name)
-            # realpath looks at every folder above, so only for links
-            real_path = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
-            waiting.append((f"{below}{name}/", real_path))
+            path = os.path.join(folder, name)  # realpath looks at every folder above, so only for links
+            inner = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
+            waiting.append((f"{below}{name}/", inner))
     return sorted(images)
 
 
@@ -174,10 +173,6 @@ def is_folder(path: str | Path) -> bool:
         if isinstance(error, (FileNotFoundError, NotADirectoryError)) and not os.path.islink(path):
             return False
         raise _unreadable(path, error) from error
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
 
 
 def _list_once(folder: str | Path, real: str, listed: dict[str, str]) -> None:
@@ -292,20 +287,15 @@ def read_class_list(path: str | Path) -> list[str]:
 
     Raises UsageError if it is missing, not text, empty, or names a class twice.
     """
-    if not os.path.isfile(path):
-        raise UsageError(f"--classes {path}: no such file")
     try:
         data = Path(path).read_bytes()
         text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"--classes {path}: not a readable text file ({error})") from error
     wnids = sorted(text.replace("\ufeff", " ").split())  # byte order marks, also of files that were joined
-    odd = [wnid for wnid in wnids if not wnid.isprintable()]
-    repeated = [wnid for wnid, following in zip(wnids, wnids[1:]) if wnid == following]
-    if odd or repeated or not wnids:
-        wrong = f"{odd[0]!a} holds invisible characters" if odd else f"it names {repeated[0]} twice" if repeated else ""
-        raise UsageError(
-            f"--classes {path}: {wrong or 'it is empty'}; it must be UTF-8 and name each class once, one per line, like"
-            f" {os.path.relpath(IMAGENET_100)}"
-        )
+    wrong = [wnid for wnid in wnids if wnids.count(wnid) > 1 or not wnid.isprintable()]
+    if wrong or not wnids:
+        reason = f"{wrong[0]!a} is listed twice or holds invisible characters" if wrong else "it is empty"
+        example = os.path.relpath(IMAGENET_100)
+        raise UsageError(f"--classes {path}: {reason}; it must be UTF-8 and name each class once, like {example}")
     return wnids

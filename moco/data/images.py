@@ -1,6 +1,6 @@
 """Decode image files to RGB: ImageNet has a PNG named .JPEG, CMYK JPEGs and files with broken EXIF data."""
 
-import functools
+import contextlib
 import io
 import time
 import warnings
@@ -12,7 +12,7 @@ import torchvision.io
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from moco.data.rgb import to_rgb
+from moco.data.rgb import check_resizable, to_rgb
 from moco.errors import RunError
 
 RETRY_SECONDS = 0.1  # a file on a network drive may be readable a moment later
@@ -41,39 +41,33 @@ def read_rgb(path: str | Path) -> torch.Tensor:
     return _read(path, _decode)
 
 
-def open_rgb(path: str | Path) -> Image.Image:
-    """Read an image file as `read_rgb` does, but with PIL for every format, as in published evaluations."""
-    return _read(path, lambda image, data: to_rgb(image))
+def open_rgb(path: str | Path, resizable_to: int | None = None) -> Image.Image:
+    """Read an image file as `read_rgb` does, but with PIL for every format, as in published evaluations.
+
+    resizable_to: px; an image too narrow to resize its shorter side to this is a BadImage, too.
+    """
+
+    def decode(image: Image.Image, data: bytes) -> Image.Image:
+        if resizable_to:
+            check_resizable(image, resizable_to)
+        return to_rgb(image)
+
+    return _read(path, decode)
 
 
-@functools.cache
 def has_fast_jpeg() -> bool:
-    """Whether torchvision can decode JPEGs. Its decoder is deprecated and may be missing.
+    """Whether torchvision still has its JPEG decoder, which is deprecated.
 
     Its successor, torchcodec, always applies EXIF rotation, which published ImageNet results do not.
     """
-    sample = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(sample, "JPEG")
-    try:
-        _decode_jpeg(sample.getvalue())
-    except (AttributeError, RuntimeError):  # removed from torchvision, or built without libjpeg
-        return False
-    return True
-
-
-def _decode_jpeg(data: bytes) -> torch.Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        return torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB)
+    return hasattr(torchvision.io, "decode_jpeg")
 
 
 def _decode(image: Image.Image, data: bytes) -> torch.Tensor:
     if image.format == "JPEG" and has_fast_jpeg():
-        try:
-            return _decode_jpeg(data)
-        except RuntimeError:  # CMYK or damaged: PIL converts the former and names the damage of the latter
-            pass
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        with contextlib.suppress(RuntimeError):  # CMYK or damaged: PIL converts the former and names the damage
+            return torchvision.io.decode_jpeg(encoded, mode=torchvision.io.ImageReadMode.RGB)
     return TF.pil_to_tensor(to_rgb(image))
 
 
@@ -90,9 +84,7 @@ def _read(path: str | Path, decode: Callable):
             if data == before:  # damaged, and not just late
                 break
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # PIL warns about broken EXIF data and large images, which are fine here
+                warnings.simplefilter("ignore")  # about broken EXIF data, large images, the JPEG decoder: all fine here
                 with Image.open(io.BytesIO(data)) as image:  # reads the header only: size and format
                     return decode(image, data)
         except Exception as error:  # damaged data make decoders raise nearly anything, struct.error and SyntaxError too

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 
 from moco import distributed
-from moco.data.datasets import RetryDataset
+from moco.data import images
 from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
 from moco.processes import signals
@@ -76,6 +76,7 @@ class WorkerLoader(DataLoader):
                 "timeout": DATA_SECONDS,
             }
         super().__init__(dataset, num_workers=workers, pin_memory=device.type == "cuda", **settings)
+        _tell_slow_decoding()
 
     def __iter__(self) -> Iterator:
         try:
@@ -87,6 +88,12 @@ class WorkerLoader(DataLoader):
                 f"no batch for {self.timeout} s: the data's file system does not answer, or the loading processes were"
                 " stopped; continue with --resume auto once the files can be read"
             ) from error
+
+
+@functools.cache
+def _tell_slow_decoding() -> None:
+    if distributed.is_main() and not images.has_fast_jpeg():
+        print(images.NO_FAST_JPEG, file=sys.stderr, flush=True)
 
 
 class _Worker(ForkProcess):
@@ -114,8 +121,8 @@ def worker_context() -> BaseContext:
     return multiprocessing.get_context("spawn") if sys.platform == "darwin" else _WorkerContext()
 
 
-def train_loader(dataset: RetryDataset, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:
-    """Yields (batch, unreadable): the collated items, and the (path, reason) of the files that could not be read."""
+def train_loader(dataset: Dataset, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:
+    """Yields (batch, unreadable) of a RetryDataset: the collated items, and (path, reason) of the files it replaced."""
     return WorkerLoader(dataset, workers, device, batch_sampler=sampler, collate_fn=_collate)
 
 

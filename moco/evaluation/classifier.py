@@ -11,10 +11,10 @@ from moco import augment, distributed
 from moco.data.folders import ImageFolder
 from moco.distributed import DistContext
 from moco.encoders import autocast, build_encoder
-from moco.errors import RunError, UsageError, first_line
-from moco.training import checkpoint, files, metrics
+from moco.errors import RunError, UsageError
+from moco.training import checkpoint, files
 
-EXPLODED = 2  # times ln(classes), the loss of guessing: over an epoch, heads that learn stay below 1.2
+EXPLODED = 2  # times ln(classes), the loss at chance: over an epoch, heads that learn stay below 1.2
 
 
 # Models
@@ -23,7 +23,7 @@ EXPLODED = 2  # times ln(classes), the loss of guessing: over an epoch, heads th
 def build_probe(arch: str, classes: int, backbone: Mapping[str, torch.Tensor]) -> nn.Module:
     """`arch` with these backbone weights, frozen, and a new head of `classes` outputs: N(0, 0.01), bias 0.
 
-    backbone: the weights that backbones.find_backbone returns; {} for random ones.
+    backbone: the weights that checkpoint.find_backbone returns; {} for random ones.
     """
     model = build_encoder(arch, classes)
     if backbone:
@@ -59,22 +59,13 @@ def check_linear(saved: Mapping, source: str) -> None:
     checkpoint.check_values(saved, source)
     with torch.device("meta"):
         model = build_encoder(saved["arch"], outputs)
-    state = checkpoint.strip_prefix(saved["state_dict"])
-    checkpoint.check_exactly(model, state, source)
-    checkpoint.check_finite(state, source)
-    checkpoint.check_heads(saved, source, model.fc)
-    if len(saved.get("wnids", [])) > outputs:
-        raise UsageError(f"{source}: it names {len(saved['wnids'])} classes, but its head has {outputs} outputs")
-
-
-def check_image_size(model: nn.Module, arch: str, image_size: int) -> None:
-    """Raise UsageError if the model, on the meta device, does not accept images of that size."""
-    try:
-        model(torch.empty(1, 3, image_size, image_size, device="meta"))
-    except (RuntimeError, ValueError) as error:  # only shapes can be wrong here
-        raise UsageError(
-            f"--image-size {image_size} does not suit --arch {arch} ({first_line(error)}); 224 px does"
-        ) from error
+    checkpoint.check_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), source)
+    with checkpoint.reading(source):
+        if "heads" in saved:  # they may hold NaN: of learning rates that were too large
+            heads = LinearHeads(nn.Linear(model.fc.in_features, outputs) for _ in saved["lrs"])
+            heads.load_state_dict(saved["heads"])
+        if len(saved.get("wnids", [])) > outputs:
+            raise ValueError(f"it names {len(saved['wnids'])} classes, but its head has {outputs} outputs")
 
 
 def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
@@ -97,7 +88,7 @@ def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
 
 
 def check_frozen(backbone: nn.Module, frozen: Mapping[str, torch.Tensor]) -> None:
-    """A guard against bugs: raise RuntimeError if the backbone's weights or statistics are no longer `frozen`."""
+    """Guard against bugs: raise RuntimeError if the backbone's weights or statistics are no longer `frozen`."""
     own = backbone.state_dict()
     changed = [name for name, value in frozen.items() if not torch.equal(own[name], value)]
     if changed:
@@ -122,20 +113,20 @@ class BestHead:
 
 
 def exploded(losses: Sequence[float], classes: int) -> set[int]:
-    """The indices of the heads whose mean loss over an epoch shows that the learning rate is too large for them."""
-    return {head for head, loss in enumerate(losses) if not loss <= EXPLODED * math.log(classes)}  # NaN is one, too
+    """The indices of the heads whose mean loss over an epoch is so far above chance, or NaN, that --lr is too large."""
+    return {head for head, loss in enumerate(losses) if not loss <= EXPLODED * math.log(classes)}
 
 
 def explosion_hint(heads: Iterable[int], lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
-    """A line that names the learning rates of these exploded heads, and some to try if no other head learns."""
+    """A line that names the learning rates of these heads, and some to try if no other head learns."""
     heads = sorted(heads)
     least = min(lrs[head] for head in heads)
     advice = f"try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features"
-    sound = [f"{lr:g}" for head, lr in enumerate(lrs) if head not in exploded(losses, classes)]
+    sound = " ".join(f"{lr:g}" for head, lr in enumerate(lrs) if head not in exploded(losses, classes))
     return (
-        f"the loss exploded with --lr {' '.join(f'{lrs[head]:g}' for head in heads)}: it is"
-        f" {' '.join(f'{losses[head]:.6g}' for head in heads)}, where guessing has {math.log(classes):.2f};"
-        f" {'not so with --lr ' + ' '.join(sound) if sound else advice}; the best head is kept"
+        f"loss diverged for --lr {' '.join(f'{lrs[head]:g}' for head in heads)}"
+        f" ({' '.join(f'{losses[head]:.6g}' for head in heads)}; chance is {math.log(classes):.2f});"
+        f" {f'--lr {sound} is fine' if sound else advice}; the best head is kept"
     )
 
 
@@ -166,6 +157,12 @@ def predictions(predict: Callable, batches: Iterable, device: torch.device) -> I
         yield predict(to_input(images, device)), labels.to(device, non_blocking=True)
 
 
+def correct_counts(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int] = (1, 5)) -> torch.Tensor:
+    """How many labels (N,) are among the k largest of logits (N, classes), for each k: (len(ks),) int64."""
+    ranked = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices == labels.view(-1, 1)
+    return torch.stack([ranked[:, :k].sum() for k in ks])
+
+
 def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list[dict]:
     """Exact accuracy over all ranks, every image counted once, of several classifiers at once.
 
@@ -173,7 +170,7 @@ def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list
     """
     counts, seen = None, 0
     for logits, labels in predictions(predict, batches, device):
-        new = torch.stack([metrics.correct_counts(own, labels) for own in logits])  # classifiers×2
+        new = torch.stack([correct_counts(own, labels) for own in logits])  # classifiers×2
         counts, seen = new if counts is None else counts + new, seen + len(labels)
     (classifiers,) = distributed.all_reduce_max(0 if counts is None else len(counts))
     if counts is None:  # more ranks than images
@@ -185,7 +182,7 @@ def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list
     ]
 
 
-# ---- features: Features of a split in a file, for an analysis of one's own.
+# Features of a split in a file
 
 
 def gather_in_order(rows: torch.Tensor, total: int, ctx: DistContext) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""Images with two cues, a shape and a texture: what file names tell of them, and the sixteen published categories.
+"""Cue-conflict images (Geirhos et al., ICLR 2019): their two classes from the file name, and the 16-category mapping.
 
-The cue-conflict images of Geirhos et al. (ImageNet-trained CNNs are biased towards texture, ICLR 2019) lie in folders
-of sixteen categories. A classifier of ImageNet's classes decides for the category whose classes have the highest mean
-probability; data/sixteen_categories.csv says which classes those are, 207 of the 1000.
+The published images lie in folders of sixteen categories. A classifier of ImageNet's classes decides for the category
+whose classes have the highest mean probability; sixteen_categories.csv lists those classes, 207 of the 1000.
 """
 
 import csv
@@ -46,22 +45,16 @@ def category_logits(logits: torch.Tensor, categories: Iterable[Sequence[int]]) -
     return torch.stack([logits[:, list(own)].logsumexp(1) - math.log(len(own)) for own in categories], dim=1)
 
 
-def textures(paths: Sequence[str], shapes: Iterable[str], known: Collection[str]) -> list[str] | None:
+def textures(paths: Iterable[str], shapes: Iterable[str], known: Collection[str]) -> list[str] | None:
     """The texture class of each image, from its file name; None unless all names tell one of the `known` classes.
 
     Either all are named <texture class>-*, or all <shape class><number>-<texture class><number>. shapes: the class of
     each image, by its folder.
     """
-    shapes = list(shapes)
+    images = [(os.path.splitext(os.path.basename(path))[0], shape) for path, shape in zip(paths, shapes)]
     for rule in (_texture_first, _shape_first):
-        found = []
-        for path, shape in zip(paths, shapes):  # most sets end at their first name
-            texture = rule(os.path.splitext(os.path.basename(path))[0], shape)
-            if texture not in known:
-                break
-            found.append(texture)
-        else:
-            return found
+        if all(rule(*image) in known for image in images):  # most sets end at their first name
+            return [rule(*image) for image in images]
     return None
 
 

@@ -53,27 +53,27 @@ def download(path: str, drive_id: str, cached: str, by_hand: str) -> None:
     """Download a checkpoint, whole or not at all. Raises UsageError if that fails or it is something else."""
     try:
         import gdown
-    except ImportError:
-        raise UsageError(f"--pretrained {path}: pip install gdown, or {by_hand}") from None
-    try:
+
         os.makedirs(os.path.dirname(cached), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(cached)) as folder:
             partial = os.path.join(folder, os.path.basename(cached))
             if not gdown.download(id=drive_id, output=partial):
-                raise UsageError(f"--pretrained {path}: gdown failed; {by_hand}")
-            if problem := why_no_checkpoint(partial):
-                raise UsageError(
-                    f"--pretrained {path}: what was downloaded is no checkpoint and was deleted ({problem}); {by_hand}"
-                )
-            os.replace(partial, cached)
-    except UsageError:
-        raise
+                raise OSError("no file came")
+            problem = why_no_checkpoint(partial)
+            if not problem:
+                os.replace(partial, cached)
+    except ImportError:
+        raise UsageError(f"--pretrained {path}: pip install gdown, or {by_hand}") from None
     except Exception as error:  # gdown raises whatever its own dependencies raise
         raise UsageError(f"--pretrained {path}: gdown failed ({error}); {by_hand}") from error
+    if problem:
+        raise UsageError(
+            f"--pretrained {path}: what was downloaded is no checkpoint and was deleted ({problem}); {by_hand}"
+        )
 
 
 def why_no_checkpoint(path: str) -> str:
-    """Why a file is not a whole checkpoint with weights, such as a web page or a truncated file; "" if it is one."""
+    """The reason if a file is not a whole checkpoint with weights, but a web page, say; "" if it is one."""
     try:
         with open(path, "rb") as file:
             if file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):

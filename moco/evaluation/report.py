@@ -1,4 +1,4 @@
-"""What an evaluation prints and draws: the Markdown table, the comparison with the paper, a plot."""
+"""The tables of an evaluation in Markdown and LaTeX, per-class accuracy changes, and notes on the columns."""
 
 import re
 import statistics
@@ -7,17 +7,10 @@ from typing import NamedTuple
 
 from moco.errors import UsageError
 from moco.evaluation import scores, testsets
-from moco.evaluation.testsets import TestSet
+from moco.evaluation.testsets import SUITES, TestSet
 
-TITLES = {
-    "val": "val",
-    "corruption": "Corruption",
-    "sketch": "Sketch",
-    "stylized": "Stylized",
-    "rendition": "Rendition",
-}
 SHARED = ", shared classes"  # a second column: decisions among the classes of the set only
-CUES = ("Shape bias", "Shape accuracy", "Texture accuracy")
+CUES = {"Shape bias": "shape_bias", "Shape accuracy": "shape_decisions", "Texture accuracy": "texture_decisions"}
 EXTRA, MCE = "Corruption, extra four", "mCE"
 SETTINGS = ("model", "K", "alpha")  # the first columns
 LATEX = str.maketrans(
@@ -29,27 +22,44 @@ LATEX = str.maketrans(
 # Figures
 
 
+def titles(report: Mapping) -> dict[str, str]:
+    """{suite or set/<name>: title} of the test sets in a report, in the order of the columns."""
+    suites = {suite: SUITES[suite].title for suite in SUITES if cells_of(report, suite)}
+    prefix = f"{testsets.FURTHER}/"
+    return suites | {key: key.removeprefix(prefix) for key in report["cells"] if key.startswith(prefix)}
+
+
+def cells_of(report: Mapping, suite: str) -> list[dict]:
+    """The cells of a suite, or the one of this key."""
+    return [cell for key, cell in report["cells"].items() if key == suite or key.startswith(f"{suite}/")]
+
+
+def rows_of(report: Mapping) -> dict[str, list[int]]:
+    """{row: indices of its runs}."""
+    rows: dict[str, list[int]] = {}
+    for run, checkpoint in enumerate(report["checkpoints"]):
+        rows.setdefault(checkpoint["row"], []).append(run)
+    return rows
+
+
 def figures(report: Mapping, run: int) -> dict[str, float]:
     """{column: figure} of the run-th checkpoint: the published table's columns, then the others, further sets last."""
     results = {key: cell["results"][run] for key, cell in report["cells"].items()}
     top1 = {key: result["top1"] for key, result in results.items() if key.startswith("corruption/")}
     corruption = scores.corruption_figures(top1, len(report["wnids"]))
-    table = {}
-    for suite, title in TITLES.items():
-        if suite in results:
-            table[title] = results[suite]["top1"]
-        elif suite == "corruption" and title in corruption:
-            table[title] = corruption.pop(title)
-    if "rendition" in results:
-        table[TITLES["rendition"] + SHARED] = results["rendition"]["top1_shared_classes"]
-    table |= corruption
-    for suite, title in TITLES.items():
-        if suite in results:
-            table |= _cue_figures(results[suite], "" if suite == "stylized" else f"{title}: ")
-    for key, name in further_sets(report).items():
-        table |= {name: results[key]["top1"], name + SHARED: results[key]["top1_shared_classes"]}
-        table |= _cue_figures(results[key], f"{name}: ")
-    return table
+    table, shared, cues, further = {}, {}, {}, {}
+    for key, title in titles(report).items():
+        if key == "corruption":
+            table |= {title: corruption.pop(title)} if title in corruption else {}
+        elif key in SUITES:
+            table[title] = results[key]["top1"]
+            if SUITES[key].shared_classes:
+                shared[title + SHARED] = results[key]["top1_shared_classes"]
+            cues |= _cue_figures(results[key], "" if key == "stylized" else f"{title}: ")
+        else:
+            further |= {title: results[key]["top1"], title + SHARED: results[key]["top1_shared_classes"]}
+            further |= _cue_figures(results[key], f"{title}: ")
+    return table | shared | corruption | cues | further
 
 
 def _cue_figures(result: Mapping, prefix: str) -> dict[str, float]:
@@ -57,25 +67,13 @@ def _cue_figures(result: Mapping, prefix: str) -> dict[str, float]:
     if result.get("shape_bias") is None:
         return {}
     n = result.get("conflicts", result["n"])
-    return {
-        prefix + CUES[0]: result["shape_bias"],
-        **{
-            prefix + title: 100 * result[decisions] / n
-            for title, decisions in zip(CUES[1:], ("shape_decisions", "texture_decisions"))
-            if decisions in result
-        },
-    }
-
-
-def further_sets(report: Mapping) -> dict[str, str]:
-    """{key: name} of the sets that are no column of the published table."""
-    prefix = f"{testsets.FURTHER}/"
-    return {key: key.removeprefix(prefix) for key in report["cells"] if key.startswith(prefix)}
+    scales = {title: 1 if key == "shape_bias" else 100 / n for title, key in CUES.items()}
+    return {prefix + title: scales[title] * result[key] for title, key in CUES.items() if key in result}
 
 
 def check_set_name(name: str, others: Iterable[str]) -> None:
     """Raise UsageError unless `name` can be a column of the table beside the built-in ones and `others`."""
-    built_in = [*TITLES, *TITLES.values(), *CUES, EXTRA, MCE, *SETTINGS]
+    built_in = [*SUITES, *(suite.title for suite in SUITES.values()), *CUES, EXTRA, MCE, *SETTINGS]
     same = next((each for each in [*others, *built_in] if each.casefold() == name.casefold()), None)
     if same is not None:
         kind = "a further set" if same in others else "a column of the table"
@@ -88,105 +86,20 @@ def check_set_name(name: str, others: Iterable[str]) -> None:
 
 def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
     """{row: {column: a figure per run}}, without a shared-classes column that repeats the set's own in every row."""
-    rows = {}
+    rows: dict[str, dict[str, list[float]]] = {}
     for run, checkpoint in enumerate(report["checkpoints"]):
         for column, figure in figures(report, run).items():
             rows.setdefault(checkpoint["row"], {}).setdefault(column, []).append(figure)
-    for column in [column for column in next(iter(rows.values()), {}) if column.endswith(SHARED)]:
-        if all(row.get(column) == row.get(column.removesuffix(SHARED)) for row in rows.values()):
-            for row in rows.values():
-                row.pop(column, None)
-    return rows
+    pairs = {column: column.removesuffix(SHARED) for row in rows.values() for column in row if column.endswith(SHARED)}
+    repeated = [
+        column for column, own in pairs.items() if all(row.get(column) == row.get(own) for row in rows.values())
+    ]
+    return {name: {column: row[column] for column in row if column not in repeated} for name, row in rows.items()}
 
 
 def missing(report: Mapping) -> list[str]:
     """The standard corruptions and severities that a report on corruptions lacks."""
-    keys = [key for key in report["cells"] if key.startswith("corruption/")]
-    return testsets.missing_corruptions(keys) if keys else []
-
-
-def mean_std(runs: Sequence[float]) -> str:
-    """The mean and, with several runs, their sample standard deviation."""
-    mean = f"{statistics.fmean(runs):.2f}"
-    return f"{mean}±{statistics.stdev(runs):.2f}" if len(runs) > 1 else mean
-
-
-def setting(report: Mapping, row: str, name: str) -> str:
-    """A pre-training option of a row's runs; "–" if there is none or the files do not store it."""
-    values = {checkpoint[name] for checkpoint in report["checkpoints"] if checkpoint["row"] == row}
-    return ", ".join(f"{value:g}" for value in sorted(values - {None})) or "–"
-
-
-# Text
-
-
-def table(report: Mapping, width: int | None = None) -> str:
-    """A Markdown table of top-1 in percent, one row per row name.
-
-    width: of the terminal. If the table is wider, models become columns, in as many tables as it takes.
-    """
-    return "\n".join(markdown(part) for part in _fit(_grid(report), width))
-
-
-def _grid(report: Mapping) -> list[list[str]]:
-    """The cells of the table, line by line, its header first."""
-    rows = by_row(report)
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    titles = [_title(report, column) for column in columns]
-    return [[*SETTINGS, *titles]] + [
-        [
-            name,
-            setting(report, name, "moco_k"),
-            setting(report, name, "alpha"),
-            *(mean_std(row[column]) if column in row else "–" for column in columns),
-        ]
-        for name, row in rows.items()
-    ]
-
-
-def latex(report: Mapping) -> str:
-    """The table for LaTeX, with booktabs; the best accuracy of each column is bold if there are several rows."""
-    header, *rows = _grid(report)
-    best = [_best(title, [row[index] for row in rows]) for index, title in enumerate(header)]
-    lines = [
-        [rf"\textbf{{{_escape(cell)}}}" if cell in cells else _escape(cell) for cell, cells in zip(row, best)]
-        for row in rows
-    ]
-    return "\n".join(
-        [
-            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}  % \usepackage{{booktabs}}",
-            r"\toprule",
-            " & ".join(map(_escape, header)) + r" \\",
-            r"\midrule",
-            *(" & ".join(line) + r" \\" for line in lines),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-    )
-
-
-def _best(title: str, cells: Sequence[str]) -> list[str]:
-    """Those of a column's cells that are bold, by the mean as printed; [] where none is better than another."""
-    means = {cell: float(cell.split("±")[0]) for cell in cells if cell != "–" and title not in SETTINGS}
-    if len(means) < 2 or any(cue in title for cue in CUES):
-        return []
-    best = min(means.values()) if title == MCE else max(means.values())
-    return [cell for cell, mean in means.items() if mean == best]
-
-
-def _escape(text: str) -> str:
-    return text.translate(LATEX)
-
-
-def _title(report: Mapping, column: str) -> str:
-    marks = []
-    if column == TITLES["corruption"]:
-        marks = ["partial"] * bool(missing(report)) + ["resized"] * bool(resized(report))
-    for key, name in further_sets(report).items():
-        categories = report["cells"][key].get("categories")
-        if categories and (column == name or column.startswith(f"{name}: ")):
-            marks = [f"{len(categories)} of 16 categories"]
-    return f"{column} ({', '.join(marks)})" if marks else column
+    return testsets.missing_corruptions(report["cells"]) if cells_of(report, "corruption") else []
 
 
 def resized(report: Mapping) -> list[str]:
@@ -198,25 +111,103 @@ def resized(report: Mapping) -> list[str]:
     ]
 
 
-def _fit(grid: list[list[str]], width: int | None) -> list[list[list[str]]]:
-    """The grid as it is if its lines fit the width; else its transpose, cut into pieces that fit."""
-    if width is None or max(map(len, markdown(grid).splitlines())) <= width:
-        return [grid]
-    header, *models = grid
-    parts = [[model] for model in models[:1]]
-    for model in models[1:]:
-        candidate = [list(column) for column in zip(header, *parts[-1], model)]
-        if max(map(len, markdown(candidate).splitlines())) <= width:
+def mean_std(runs: Sequence[float]) -> str:
+    """The mean and, with several runs, their sample standard deviation."""
+    mean = f"{statistics.fmean(runs):.2f}"
+    return f"{mean}±{statistics.stdev(runs):.2f}" if len(runs) > 1 else mean
+
+
+def mean_top1(cell: Mapping, runs: Iterable[int]) -> float:
+    """The mean top-1 of these runs on a test set."""
+    return statistics.fmean(cell["results"][run]["top1"] for run in runs)
+
+
+def setting(report: Mapping, runs: Iterable[int], name: str) -> str:
+    """A pre-training option of a row's runs; "–" if there is none or the files do not store it."""
+    values = {report["checkpoints"][run][name] for run in runs}
+    return ", ".join(f"{value:g}" for value in sorted(values - {None})) or "–"
+
+
+# Tables
+
+
+def markdown(grid: Iterable[Sequence[str]]) -> str:
+    """A Markdown table of these lines of cells, the header first."""
+    header, *rows = grid
+    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+
+
+def table(report: Mapping, width: int | None = None) -> str:
+    """A Markdown table of top-1 in percent, one row per row name.
+
+    width: of the terminal. If the table is wider, models become columns, in as many tables as it takes.
+    """
+    grid = _grid(report)
+    if width is None or _fits(grid, width):
+        return markdown(grid)
+    header, first, *others = grid
+    parts = [[first]]
+    for model in others:
+        if _fits(zip(header, *parts[-1], model), width):
             parts[-1].append(model)
         else:
             parts.append([model])
-    return [[list(column) for column in zip(header, *part)] for part in parts]
+    return "\n".join(markdown(zip(header, *part)) for part in parts)
 
 
-def markdown(grid: list[list[str]]) -> str:
-    """A Markdown table of these lines of cells, the header first."""
-    lines = [f"| {' | '.join(row)} |" for row in grid]
-    return "\n".join([lines[0], "|" + "---|" * len(grid[0]), *lines[1:]])
+def _fits(grid: Iterable[Sequence[str]], width: int) -> bool:
+    return max(map(len, markdown(grid).splitlines())) <= width
+
+
+def _grid(report: Mapping) -> list[list[str]]:
+    """The cells of the table, line by line, its header first."""
+    rows = by_row(report)
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    grid = [[*SETTINGS, *(_header(report, column) for column in columns)]]
+    for name, runs in rows_of(report).items():
+        figures = (mean_std(rows[name][column]) if column in rows[name] else "–" for column in columns)
+        grid.append([name, setting(report, runs, "moco_k"), setting(report, runs, "alpha"), *figures])
+    return grid
+
+
+def _header(report: Mapping, column: str) -> str:
+    marks = []
+    if column == SUITES["corruption"].title:
+        marks = ["partial"] * bool(missing(report)) + ["resized"] * bool(resized(report))
+    for key, title in titles(report).items():
+        if column == title or column.startswith(f"{title}: "):
+            categories = report["cells"].get(key, {}).get("categories")
+            marks += [f"{len(categories)} of 16 categories"] if categories else []
+    return f"{column} ({', '.join(marks)})" if marks else column
+
+
+def latex(report: Mapping) -> str:
+    """The table for LaTeX, with booktabs; the best accuracy of each column is bold if there are several rows."""
+    header, *rows = _grid(report)
+    best = [_best(title, column) for title, column in zip(header, zip(*rows))]
+    lines = [" & ".join(map(_escape, header)) + r" \\", r"\midrule"]
+    for row in rows:
+        cells = zip(map(_escape, row), row, best)
+        lines.append(" & ".join(rf"\textbf{{{text}}}" if cell in own else text for text, cell, own in cells) + r" \\")
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}  % \usepackage{{booktabs}}"
+    return "\n".join([begin, r"\toprule", *lines, r"\bottomrule", r"\end{tabular}"])
+
+
+def _best(title: str, cells: Sequence[str]) -> list[str]:
+    """The cells of a column that are bold, by the mean as printed; [] where none is better than another."""
+    means = {cell: float(cell.split("±")[0]) for cell in cells if cell != "–" and title not in SETTINGS}
+    if len(means) < 2 or any(cue in title for cue in CUES):
+        return []
+    best = min(means.values()) if title == MCE else max(means.values())
+    return [cell for cell, mean in means.items() if mean == best]
+
+
+def _escape(text: str) -> str:
+    return text.translate(LATEX)
+
+
+# Lines below the table
 
 
 def differences(report: Mapping) -> list[str]:
@@ -235,18 +226,12 @@ def differences(report: Mapping) -> list[str]:
 
 def notes(report: Mapping) -> list[str]:
     """A line per column: its images and preprocessing, and what is unexpected or missing."""
-    titles = TITLES | further_sets(report)
-    lines = [_note(report, suite, title) for suite, title in titles.items() if cells_of(report, suite)]
+    lines = [_note(report, suite, title) for suite, title in titles(report).items()]
     if report.get("not_evaluated"):
         lines.append(not_evaluated(report["not_evaluated"]))
     if report["limit"]:
         lines.append(f"partial evaluation: only the first {report['limit']} images of each class (--limit)")
     return lines
-
-
-def cells_of(report: Mapping, suite: str) -> list[dict]:
-    """The test sets of a suite, or the one of this key, as they stand in the report."""
-    return [cell for key, cell in report["cells"].items() if key == suite or key.startswith(f"{suite}/")]
 
 
 def _note(report: Mapping, suite: str, title: str) -> str:
@@ -262,19 +247,19 @@ def _note(report: Mapping, suite: str, title: str) -> str:
                 f"; RESIZED: images of {len(resized(report))} of these do not have the crop's"
                 f" {report['image_size']} px, so the figure is not comparable with ImageNet-C's"
             )
-    if suite == "stylized" and "Resize" not in preprocessing:
+    elif suite in SUITES and SUITES[suite].kind == "stylized" and "Resize" not in preprocessing:
         line += " (not resized: the images have the crop's size already)"
     if categories := cells[0].get("categories"):
         line += f", decided between {len(categories)} of 16 categories ({', '.join(categories)}) by mean probability"
     if suite != "corruption" and (conflicts := cells[0]["results"][0].get("conflicts", cells[0]["n"])) < cells[0]["n"]:
-        line += f"; {CUES[0]} over the {conflicts} of these images whose cues are two different classes of the head"
+        line += f"; Shape bias over the {conflicts} of these images whose cues are two different classes of the head"
     odd = next((cell["warning"] for cell in cells if cell["warning"]), "")
     return line + (f"; unexpected: {odd}" if odd and not report["limit"] else "")
 
 
-def unusual_preprocessing(report: Mapping, test_set: TestSet, image_size: int) -> str:
+def unusual_preprocessing(report: Mapping, test_set: TestSet) -> str:
     """A line on a finished set whose images do not have the published size; "" if they do."""
-    used, usual = report["cells"][test_set.key]["preprocessing"], test_set.preprocessing(image_size)
+    used, usual = report["cells"][test_set.key]["preprocessing"], test_set.preprocessing(report["image_size"])
     return "" if used == usual else f"{test_set.key}: images of another size than the published {usual} takes: {used}"
 
 
@@ -283,7 +268,7 @@ def not_evaluated(folders: Sequence[str], count: int = 20) -> str:
     return f"not evaluated, since ImageNet-C has no such corruption or severity: {', '.join(folders[:count])}{more}"
 
 
-# ---- by_class: What a row does to each class, against another row.
+# Classes
 
 
 class ClassDifference(NamedTuple):
@@ -306,74 +291,60 @@ def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[
     suite: "val", "corruption", …, a further set's name, or the key of one test set; of the corruptions, the standard
     ones count, each with the same weight. Raises UsageError if the report has no such row or suite.
     """
-    runs = [checkpoint["row"] for checkpoint in report["checkpoints"]]
+    rows = rows_of(report)
     for name in (base, row):
-        if name not in runs:
-            raise UsageError(f"no row {name}; the rows are {', '.join(dict.fromkeys(runs))}")
+        if name not in rows:
+            raise UsageError(f"no row {name}; the rows are {', '.join(rows)}")
     cells = _class_cells(report, suite)
+    if not cells:
+        raise UsageError(f"no test set {suite}; there are {', '.join(_names(report).values())}")
     changes = []
     for wnid in dict.fromkeys(wnid for cell in cells for wnid in cell["results"][0]["classes"]):
-        counts = [[result["classes"][wnid] for result in cell["results"]] for cell in cells if _has(cell, wnid)]
+        classes = [[result["classes"].get(wnid) for result in cell["results"]] for cell in cells]
+        counts = [runs for runs in classes if runs[0]]  # the test sets that have this class
         means = [
-            statistics.fmean(
-                count["correct"] / count["n"] for cell in counts for run, count in zip(runs, cell) if run == name
-            )
+            statistics.fmean(runs[run]["correct"] / runs[run]["n"] for runs in counts for run in rows[name])
             for name in (base, row)
         ]
-        n = max(cell[0]["n"] for cell in counts)
+        n = max(runs[0]["n"] for runs in counts)
         error = 100 * (sum(mean * (1 - mean) for mean in means) / n) ** 0.5
         changes.append(ClassDifference(wnid, n, *(100 * mean for mean in means), error))
     return sorted(changes, key=lambda each: (-each.change, each.wnid))
 
 
+def _names(report: Mapping) -> dict[str, str]:
+    """{suite or set/<name>: its name for `class_differences`}."""
+    return {key: key if key in SUITES else title for key, title in titles(report).items()}
+
+
 def _class_cells(report: Mapping, suite: str) -> list[dict]:
-    """The cells whose classes count for a suite. Raises UsageError if there are none."""
-    further = further_sets(report)
-    keys = [key for key in report["cells"] if suite in (key, further.get(key)) or key.startswith(suite + "/")]
+    """The cells whose classes count for a suite, a further set's name, or a key; [] if there are none."""
     if suite == "corruption":
-        keys = [key for key in keys if key.split("/")[1] in testsets.STANDARD]
-    if not keys:
-        suites = dict.fromkeys(
-            further.get(key, "corruption" if key.startswith("corruption/") else key) for key in report["cells"]
-        )
-        raise UsageError(f"no test set {suite}; there are {', '.join(suites)}")
-    return [report["cells"][key] for key in keys]
-
-
-def _has(cell: Mapping, wnid: str) -> bool:
-    return wnid in cell["results"][0]["classes"]
+        return [cell for name in testsets.STANDARD for cell in cells_of(report, f"corruption/{name}")]
+    return cells_of(report, next((key for key, name in _names(report).items() if name == suite), suite))
 
 
 def by_class_table(report: Mapping) -> str:
-    """Markdown tables of what each later row does to each class, against the first row.
+    """Markdown tables of the per-class accuracy change of each row against the first row.
 
     A column per test set: top-1 in percent of the first row → that of the other, and the difference in points. Classes
     are sorted by the difference in the first column. A set of categories has a table of its own.
     """
-    base, *others = dict.fromkeys(checkpoint["row"] for checkpoint in report["checkpoints"])
-    titles = {suite: title for suite, title in (TITLES | further_sets(report)).items() if _counted(report, suite)}
-    alone = [suite for suite in titles if report["cells"].get(suite, {}).get("categories")]
-    together = [suite for suite in titles if suite not in alone]
-    tables = []
+    base, *others = rows_of(report)
+    shown = [suite for suite in titles(report) if _class_cells(report, suite)]
+    alone = [suite for suite in shown if report["cells"].get(suite, {}).get("categories")]
+    groups = [[suite for suite in shown if suite not in alone], *([suite] for suite in alone)]
+    lines = []
     for row in others:
-        for suites in filter(None, [together, *([suite] for suite in alone)]):
-            found = {titles[suite]: class_differences(report, suite, base, row) for suite in suites}
-            tables += [_by_class_caption(base, row, found), markdown(_by_class_grid(found))]
-    return "\n".join(tables)
-
-
-def _counted(report: Mapping, suite: str) -> bool:
-    """Whether a suite has a mean: the extra corruptions alone have none."""
-    if suite == "corruption":
-        return any(key.split("/")[1] in testsets.STANDARD for key in report["cells"] if key.startswith("corruption/"))
-    return suite in report["cells"]
-
-
-def _by_class_caption(base: str, row: str, found: Mapping[str, Sequence[ClassDifference]]) -> str:
-    errors = (f"{title} {max(each.error for each in classes):.1f}" for title, classes in found.items())
-    return (
-        f"{row} against {base}, by class; one standard error of a difference is up to, in points: {', '.join(errors)}"
-    )
+        for suites in filter(None, groups):
+            found = {titles(report)[suite]: class_differences(report, suite, base, row) for suite in suites}
+            errors = (f"{title} {max(each.error for each in classes):.1f}" for title, classes in found.items())
+            lines.append(
+                f"{row} against {base}, by class; one standard error of a difference is up to, in points:"
+                f" {', '.join(errors)}"
+            )
+            lines.append(markdown(_by_class_grid(found)))
+    return "\n".join(lines)
 
 
 def _by_class_grid(found: Mapping[str, Sequence[ClassDifference]]) -> list[list[str]]:
@@ -382,7 +353,4 @@ def _by_class_grid(found: Mapping[str, Sequence[ClassDifference]]) -> list[list[
         for title, classes in found.items()
     }
     names = dict.fromkeys(name for column in columns.values() for name in column)
-    return [
-        ["class", *columns],
-        *([name, *(column.get(name, "–") for column in columns.values())] for name in names),
-    ]
+    return [["class", *columns], *([name, *(column.get(name, "–") for column in columns.values())] for name in names)]

@@ -1,4 +1,4 @@
-"""Scores of linear classifiers on the test sets, and their averages.
+"""Scores of linear classifiers on the test sets, and the means over the corruptions.
 
 Corruption and mCE: Hendrycks & Dietterich, ICLR 2019. Shape bias: Geirhos et al., ICLR 2019.
 """
@@ -12,17 +12,9 @@ import torch.nn as nn
 from moco import distributed
 from moco.data import loader
 from moco.distributed import DistContext
-from moco.evaluation import cues
+from moco.evaluation import cues, testsets
 from moco.evaluation.classifier import predictions
-from moco.evaluation.testsets import (
-    CORRUPTIONS,
-    STANDARD,
-    PreprocessedImages,
-    TestSet,
-    describe_preprocessing,
-    missing_corruptions,
-    presets,
-)
+from moco.evaluation.testsets import TestSet
 
 ALEXNET_ERRORS = {  # mean top-1 error over the severities, percent: the authors' divisors of mCE
     "gaussian_noise": 88.6428,
@@ -58,57 +50,52 @@ def score(
 
     models: in eval mode, on the context's device; wnids: the class of output 0, 1, …; outputs beyond them count as
     wrong; chosen: {key of a test set: indices of the models to score on it}, all by default. A result has the top-1 in
-    percent over all outputs and over the classes present in the set, n, counts per class, and what was done to the
-    images. If file names tell conflicting cues, it also has their number, the decisions for shape and for texture in
-    these images, and the shape bias: the percentage of shape among the decisions for either cue. Each image is read
-    once, by one rank; all ranks must call this and get the same results.
+    percent over all outputs and over the classes present in the set, n, counts per class, and the preprocessing. If
+    file names tell conflicting cues, it also has their number, the decisions for shape and for texture in these images,
+    and the shape bias: the percentage of shape among the decisions for either cue. Each image is read once, by one
+    rank; all ranks must call this and get the same results.
     """
     if not test_sets:
         return
     current: list[nn.Module] = []  # the models of the set that is being read
+    sets = [testsets.PreprocessedImages(each, image_size) for each in test_sets]
     batches = predictions(
         lambda images: [model(images) for model in current],
-        loader.eval_loader(
-            [PreprocessedImages(each, image_size) for each in test_sets],
-            batch_size,
-            workers,
-            ctx,
-        ),
+        loader.eval_loader(sets, batch_size, workers, ctx),
         ctx.device,
     )
     for test_set in test_sets:
         current[:] = models if chosen is None else [models[index] for index in chosen[test_set.key]]
-        present = torch.tensor(sorted(set(test_set.labels.tolist())), device=ctx.device)
-        # Two decisions of each model, and the preset, of each image.
-        rows = torch.zeros(2 * len(current) + 1, len(test_set.labels), dtype=torch.long, device=ctx.device)
-        mine = rows[:, ctx.rank :: ctx.world_size]  # as eval_loader distributes them
+        labels = torch.as_tensor(test_set.labels).long()
+        present = labels.unique().to(ctx.device)
+        # Each image's preset, and two decisions of each model: over all outputs, and over the classes present.
+        rows = torch.zeros(2 * len(current) + 1, len(labels), dtype=torch.long, device=ctx.device)
+        own = rows[:, ctx.rank :: ctx.world_size]  # as eval_loader distributes them
         done = 0
-        while done < mine.shape[1]:
+        while done < own.shape[1]:
             logits, used = next(batches)
             if test_set.categories:
                 logits = [cues.category_logits(values, test_set.categories.values()) for values in logits]
             decided = [row for values in logits for row in (values.argmax(1), present[values[:, present].argmax(1)])]
-            mine[:, done : done + len(used)] = torch.stack([*decided, used])
+            own[:, done : done + len(used)] = torch.stack([*decided, used])
             done += len(used)
             on_batch(len(used) * ctx.world_size)
         *decisions, used = distributed.all_reduce(rows).cpu()
-        labels = torch.tensor(test_set.labels)
-        textures = None if test_set.textures is None else torch.tensor(test_set.textures)
+        counts = used.bincount(minlength=len(testsets.presets(image_size))).tolist()
+        preprocessing = {"preprocessing": testsets.describe_preprocessing(counts, image_size)}
         names = list(test_set.categories or wnids)
-        counts = used.bincount(minlength=len(presets(image_size))).tolist()
-        results = [_result(*pair, labels, textures, names) for pair in zip(decisions[::2], decisions[1::2])]
-        yield test_set, [result | {"preprocessing": describe_preprocessing(counts, image_size)} for result in results]
+        pairs = zip(decisions[::2], decisions[1::2])
+        yield test_set, [_result(*pair, labels, test_set.textures, names) | preprocessing for pair in pairs]
 
 
 def _result(
     decided: torch.Tensor,
     decided_shared: torch.Tensor,
     labels: torch.Tensor,
-    textures: torch.Tensor | None,
+    textures: Sequence[int] | None,
     names: Sequence[str],
 ) -> dict:
-    n = len(labels)
-    hits = decided == labels
+    n, hits = len(labels), decided == labels
     counts = labels.bincount(minlength=len(names)).tolist()
     correct = labels[hits].bincount(minlength=len(names)).tolist()
     result = {
@@ -117,13 +104,11 @@ def _result(
         "n": n,
         "classes": {name: {"n": m, "correct": c} for name, m, c in zip(names, counts, correct) if m},
     }
-    if textures is not None:
-        result |= _cue_figures(decided, labels, textures)
-    return result
+    return result if textures is None else result | _cue_figures(decided, labels, torch.as_tensor(textures))
 
 
 def _cue_figures(decided: torch.Tensor, labels: torch.Tensor, textures: torch.Tensor) -> dict:
-    """What was decided on the images whose cues are two different classes of the head; {} if there are none."""
+    """Decisions for shape and texture where these are two different classes of the head; {} if there are none."""
     conflict = (textures >= 0) & (textures != labels)
     if not conflict.any():
         return {}
@@ -142,17 +127,18 @@ def corruption_figures(top1: Mapping[str, float], classes: int) -> dict[str, flo
     Corruption is over the standard corruptions; the four extra ones have a figure of their own, and so has mCE if
     nothing is missing and there are 1000 classes.
     """
-
-    def of(names):
-        return [value for key, value in top1.items() if key.split("/")[1] in names]
-
-    figures = {}
-    if of(STANDARD):
-        figures["Corruption"] = statistics.fmean(of(STANDARD))
-    if of(CORRUPTIONS["extra"]):
-        figures["Corruption, extra four"] = statistics.fmean(of(CORRUPTIONS["extra"]))
-    if classes == 1000 and not missing_corruptions(top1):
-        figures["mCE"] = statistics.fmean(
-            100 * (100 - statistics.fmean(of([name]))) / error for name, error in ALEXNET_ERRORS.items()
+    means = {
+        title: statistics.fmean(values)
+        for title, names in {
+            "Corruption": testsets.STANDARD,
+            "Corruption, extra four": testsets.CORRUPTIONS["extra"],
+        }.items()
+        if (values := [value for key, value in top1.items() if key.split("/")[1] in names])
+    }
+    if classes == 1000 and not testsets.missing_corruptions(top1):
+        means["mCE"] = statistics.fmean(
+            100 * (100 - top1[f"corruption/{name}/{severity}"]) / error
+            for name, error in ALEXNET_ERRORS.items()
+            for severity in testsets.SEVERITIES
         )
-    return figures
+    return means

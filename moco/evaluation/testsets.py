@@ -1,4 +1,4 @@
-"""The test sets: folders, classes by wnid, and what is done to their images.
+"""The test sets: one record per built-in set, their folders, their classes by wnid, and their preprocessing.
 
 ImageNet-C: Hendrycks & Dietterich, ICLR 2019. ImageNet-Sketch: Wang et al., NeurIPS 2019. Stylized-ImageNet: Geirhos et
 al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021. Any other set of images in class folders has a name of its own.
@@ -20,8 +20,39 @@ from moco.data.images import open_rgb
 from moco.errors import UsageError
 from moco.evaluation import cues
 
-SUITES = ("val", "corruption", "sketch", "stylized", "rendition")
-FURTHER = "set"  # the suite of a further set; its key is set/<name>
+
+class Suite(NamedTuple):
+    """A built-in test set. An entry of SUITES is an option, a column and, if published.csv has it, compared."""
+
+    title: str  # of its column
+    layout: str = "<wnid>/*"  # of its folder, for --help; val/<wnid>/* is read as well
+    kind: str = "photos"  # or made by a program at the size of the crop: "stylized", "corrupted"
+    counts: range | None = None  # images per class in the published set
+    shared_classes: bool = False  # it lacks classes of the head: a second column decides between its own
+    paper_classes: int = 100  # behind the published figure
+    paper_note: str = ""  # on the published figure
+
+    def odd_counts(self, counts: Mapping[str, int]) -> str:
+        """The classes of {class: images} with another number than the published set, as text; "" if there are none."""
+        odd = [f"{name} {n}" for name, n in counts.items() if self.counts and n not in self.counts]
+        usual = " to ".join(map(str, sorted({self.counts[0], self.counts[-1]}))) if odd else ""
+        return f"{len(odd)} of {len(counts)} classes do not have {usual} images ({', '.join(odd[:3])})" if odd else ""
+
+
+EITHER = "<wnid>/*, or val/<wnid>/*"
+SUITES = {
+    "val": Suite("val", EITHER, counts=range(50, 51)),
+    "corruption": Suite(
+        "Corruption", "[<group>/]<corruption>/<severity>/<wnid>/*", kind="corrupted", counts=range(50, 51)
+    ),
+    "sketch": Suite("Sketch", counts=range(40, 52)),  # duplicates were removed
+    "stylized": Suite(
+        "Stylized", EITHER, kind="stylized", counts=range(50, 51),
+        paper_note="the paper does not say which preprocessing it used",
+    ),
+    "rendition": Suite("Rendition", counts=range(40, 500), shared_classes=True, paper_classes=19),
+}  # fmt: skip
+FURTHER = "set"  # the key of a further set is set/<name>
 CORRUPTIONS = {
     "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
     "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
@@ -31,13 +62,6 @@ CORRUPTIONS = {
 }
 STANDARD = [name for group in ("noise", "blur", "weather", "digital") for name in CORRUPTIONS[group]]
 SEVERITIES = range(1, 6)
-# Images per class in the published sets; ImageNet-Sketch had duplicates removed.
-EXPECTED_COUNTS = {
-    "val": range(50, 51),
-    "corruption": range(50, 51),
-    "sketch": range(40, 52),
-    "stylized": range(50, 51),
-}
 
 
 class TestSet(NamedTuple):
@@ -48,45 +72,38 @@ class TestSet(NamedTuple):
     key: str  # "val", "corruption/fog/3", "set/imagenet-a"
     folder: str
     paths: Sequence[str]
-    labels: Sequence[int]  # places in the list of the head's classes, or in `categories`
-    textures: list[int] | None = None  # as labels, -1: another class; None: file names do not tell
+    labels: Sequence[int]  # indices in the list of the head's classes, or in `categories`
+    textures: list[int] | None = None  # like labels, -1 for another class; None: not in the file names
     categories: Mapping[str, list[int]] | None = None  # {category: outputs}, if the folders are categories of classes
 
     @property
-    def suite(self) -> str:
-        return self.key.split("/")[0]
+    def suite(self) -> Suite:
+        return SUITES.get(self.key.split("/")[0], Suite(self.key.removeprefix(f"{FURTHER}/"), shared_classes=True))
 
     @property
-    def protocol(self) -> str:
-        """The suite whose preprocessing applies."""
-        return "stylized" if self.categories else self.suite
+    def kind(self) -> str:
+        return "stylized" if self.categories else self.suite.kind
 
     def preprocessing(self, size: int) -> str:
-        """What is done to images of the published size, for crops of `size` px."""
-        name, _ = presets(size)[preset_index(self.protocol, size if self.protocol in GENERATED else 2 * size, size)]
+        """The preprocessing of images of the published size, for crops of `size` px."""
+        name, _ = presets(size)[preset_index(self.kind, 2 * size if self.kind == "photos" else size, size)]
         return name
 
     def preprocessing_of_images(self, size: int) -> str:
-        """What is done to the first image of each class, read from their headers."""
+        """The preprocessing of the first image of each class, whose sizes are read from the headers."""
         first = dict(zip(reversed(self.labels), reversed(self.paths))).values()
-        used = [preset_index(self.protocol, side, size) for side in map(_shorter_side, first) if side]
+        used = [preset_index(self.kind, side, size) for side in map(_shorter_side, first) if side]
         return describe_preprocessing([used.count(index) for index in range(len(presets(size)))], size)
 
     def warning(self, wnids: Sequence[str]) -> str:
-        """How the images per class differ from the published set, if the classes are ImageNet's; "" if they do not."""
-        expected = EXPECTED_COUNTS.get(self.suite)
-        if expected is None or not all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids):
+        """`Suite.odd_counts` of this set if all classes are ImageNet's; "" if not."""
+        if not all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids):
             return ""
-        counts = torch.tensor(self.labels).bincount(minlength=len(wnids)).tolist()
-        odd = [f"{wnid} {n}" for wnid, n in zip(wnids, counts) if n not in expected]
-        usual = f"{expected[0]} to {expected[-1]}" if len(expected) > 1 else expected[0]
-        return f"{len(odd)} of {len(wnids)} classes do not have {usual} images ({', '.join(odd[:3])})" if odd else ""
+        counts = dict(zip(wnids, np.bincount(self.labels, minlength=len(wnids)).tolist()))
+        return self.suite.odd_counts({w: n for w, n in counts.items() if n or not self.suite.shared_classes})
 
 
-# Preprocessing: what is done to an image follows from the test set and the image's own size
-
-
-GENERATED = ("corruption", "stylized")  # made by a program, which wrote images of the crop's size
+# Preprocessing: it follows from the kind of test set and from each image's own size
 
 
 def presets(size: int) -> list[tuple[str, Callable[[Image.Image], torch.Tensor]]]:
@@ -100,20 +117,20 @@ def presets(size: int) -> list[tuple[str, Callable[[Image.Image], torch.Tensor]]
     ]
 
 
-def preset_index(protocol: str, side: int, size: int) -> int:
-    """Which of `presets` an image gets whose shorter side has `side` px.
+def preset_index(kind: str, side: int, size: int) -> int:
+    """Which of `presets` applies to an image whose shorter side is `side` px.
 
-    Generated images of the crop's size are not resized: it would cut off a part of what was made to be seen whole.
+    Generated images of the crop's size are not resized: that would cut off a part of what was made to be seen whole.
     Larger ones are treated like photos, as is done with one's own corruptions of photos. Smaller corrupted ones, as in
     Tiny-ImageNet-C, are enlarged to the crop; a crop alone would pad them with black.
     """
-    if protocol in GENERATED and side == size:
+    if kind != "photos" and side == size:
         return 0
-    return 2 if protocol == "corruption" and side < size else 1
+    return 2 if kind == "corrupted" and side < size else 1
 
 
 def describe_preprocessing(counts: Sequence[int], size: int) -> str:
-    """What was done to the images of a set, of which so many got each preset."""
+    """The preprocessing of a set as text. counts: how many images got each preset."""
     used = [(name, count) for (name, _), count in zip(presets(size), counts) if count]
     return used[0][0] if len(used) == 1 else "; ".join(f"{name} of {count} images" for name, count in used)
 
@@ -132,15 +149,26 @@ class PreprocessedImages(datasets.ImageList):
 
     def __init__(self, test_set: TestSet, size: int):
         super().__init__(test_set.paths, test_set.labels, open_rgb)
-        self.protocol, self.size, self.presets = test_set.protocol, size, [preset for _, preset in presets(size)]
+        self.kind, self.size, self.presets = test_set.kind, size, [preset for _, preset in presets(size)]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         image, _ = super().__getitem__(index)
-        preset = preset_index(self.protocol, min(image.size), self.size)
+        preset = preset_index(self.kind, min(image.size), self.size)
         return self.presets[preset](image), preset
 
 
 # Folders
+
+
+def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: int | None = None) -> list[TestSet]:
+    """All test sets of {suite or set/<name>: directory}.
+
+    Raises UsageError if a directory does not hold what its suite needs.
+    """
+    parts = {}
+    for key, directory in directories.items():
+        parts |= corruption_folders(directory) if key == "corruption" else {key: class_root(directory)}
+    return [list_test_set(key, folder, wnids, limit) for key, folder in parts.items()]
 
 
 def class_root(directory: str) -> str:
@@ -150,30 +178,27 @@ def class_root(directory: str) -> str:
 
 
 def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | None = None) -> TestSet:
-    """The images whose class folder is one of `wnids`, labelled with its place in that list.
+    """The images whose class folder is one of `wnids`, labelled with its index in that list.
 
-    The folders of a further set may also be the sixteen categories of cue-conflict images: a label is then a place
-    among those of which the head has a class. limit: only the first so many of each class. Classes are matched by
+    The folders of a further set may also be the sixteen categories of cue-conflict images: a label is then an index
+    among those that the head has classes of. limit: only the first so many of each class. Classes are matched by
     folder name, never by order. Raises UsageError if none matches.
     """
     folder = folders.list_images(directory)
     by_category = set(folder.classes) <= cues.sixteen_categories().keys() and not set(folder.classes) & set(wnids)
     categories = cues.outputs_by_category(wnids) if by_category and key.startswith(f"{FURTHER}/") else None
     names = list(wnids if categories is None else categories)
-    place_of = {name: place for place, name in enumerate(names)}
-    taken, kept, labels = [0] * len(folder.classes), [], []
-    for index, label in enumerate(folder.labels):
-        name = folder.classes[label]
-        if name in place_of and (limit is None or taken[label] < limit):
-            taken[label] += 1
-            kept.append(index)
-            labels.append(place_of[name])
-    if not kept or categories is not None and len(categories) < 2:
+    index_of = {name: index for index, name in enumerate(names)}
+    folder_labels = np.asarray(folder.labels)
+    labels = np.array([index_of.get(name, -1) for name in folder.classes])[folder_labels]
+    starts = np.searchsorted(folder_labels, folder_labels)  # images are sorted by class
+    kept = np.flatnonzero((labels >= 0) & (np.arange(len(labels)) - starts < (limit or len(labels))))
+    if not len(kept) or categories is not None and len(categories) < 2:
         raise UsageError(_no_class(directory, folder.classes, wnids, by_category, categories))
-    paths = folder.paths[kept]
+    paths, labels = folder.paths[kept], labels[kept].astype(np.int32)
     textures = cues.textures(paths, (names[label] for label in labels), {*names, *folder.classes})
-    places = textures and [place_of.get(texture, -1) for texture in textures]
-    return TestSet(key, directory, paths, np.asarray(labels, np.int32), places, categories)
+    indices = textures and [index_of.get(texture, -1) for texture in textures]
+    return TestSet(key, directory, paths, labels, indices, categories)
 
 
 def _no_class(
@@ -181,8 +206,9 @@ def _no_class(
 ) -> str:
     if categories is not None:
         return (
-            f"{directory}: its folders are categories of ImageNet's classes, and the head's ({wnids[0]}, …) are in"
-            f" {', '.join(categories) or 'none'} of them; it takes two to decide between"
+            f"{directory}: its folders are categories of ImageNet's classes, and the head's classes ({wnids[0]}, …)"
+            f" cover {'only ' + next(iter(categories)) if categories else 'none of them'}; at least two categories are"
+            " needed"
         )
     hint = "; images in these categories are a further set: --set cue-conflict=DIR" if by_category else ""
     return (
@@ -191,8 +217,8 @@ def _no_class(
     )
 
 
-def corruption_folders(directory: str) -> dict[tuple[str, int], str]:
-    """{(corruption, severity): folder} of an ImageNet-C folder, in either layout of the official archives.
+def corruption_folders(directory: str) -> dict[str, str]:
+    """{"corruption/fog/3": folder} of an ImageNet-C folder, in either layout of the official archives.
 
     Raises UsageError if it holds no corruption at all, or two folders of one.
     """
@@ -203,7 +229,7 @@ def corruption_folders(directory: str) -> dict[tuple[str, int], str]:
                 for parent in (directory, os.path.join(directory, group)):
                     folder = os.path.join(parent, name, str(severity))
                     if folders.is_folder(folder):
-                        other = found.setdefault((name, severity), folder)
+                        other = found.setdefault(f"corruption/{name}/{severity}", folder)
                         if not os.path.samefile(folder, other):
                             raise UsageError(f"{directory}: {folder} and {other} are the same test set; remove one")
     if not found:
@@ -212,53 +238,27 @@ def corruption_folders(directory: str) -> dict[tuple[str, int], str]:
 
 
 def unknown_corruptions(directory: str) -> list[str]:
-    """What lies in an ImageNet-C folder where corruptions and severities are, and is neither: it is not evaluated."""
-    known = {name for names in CORRUPTIONS.values() for name in names}
-    severities = {str(severity) for severity in SEVERITIES}
-    unknown = []
-    for group in ("", *CORRUPTIONS):
-        parent = os.path.join(directory, group)
-        names = [name for name in _folders(parent) if group or name not in CORRUPTIONS]
-        unknown += [os.path.join(group, name) for name in names if name not in known]
-        for name in known.intersection(names):
-            odd = [each for each in _folders(os.path.join(parent, name)) if each not in severities]
-            unknown += [os.path.join(group, name, each) for each in odd]
-    return sorted(unknown)
+    """The folders of an ImageNet-C folder that lie where corruptions and severities do, and are neither."""
+    groups = ("", *CORRUPTIONS)
+    known = [os.path.join(group, name) for group in groups for names in CORRUPTIONS.values() for name in names]
+    expected = {*CORRUPTIONS, *known, *(os.path.join(name, str(severity)) for name in known for severity in SEVERITIES)}
+    found = [os.path.join(parent, name) for parent in (*groups, *known) for name in _folders(directory, parent)]
+    return sorted(set(found) - expected)
 
 
-def _folders(directory: str) -> list[str]:
-    """The names of the visible folders in a directory, if it can be read."""
+def _folders(directory: str, parent: str) -> list[str]:
+    """The names of the visible folders in directory/parent, if it can be read."""
     try:
-        return [each.name for each in os.scandir(directory) if each.is_dir() and not each.name.startswith(".")]
+        entries = os.scandir(os.path.join(directory, parent))
+        return [each.name for each in entries if each.is_dir() and not each.name.startswith(".")]
     except OSError:
         return []
 
 
-def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: int | None = None) -> list[TestSet]:
-    """All test sets of {suite or set/<name>: directory}.
-
-    Raises UsageError if a directory does not hold what its suite needs.
-    """
-    test_sets = []
-    for suite, directory in directories.items():
-        parts = {suite: class_root(directory)}
-        if suite == "corruption":
-            parts = {
-                f"corruption/{name}/{severity}": folder
-                for (name, severity), folder in corruption_folders(directory).items()
-            }
-        test_sets += [list_test_set(key, folder, wnids, limit) for key, folder in parts.items()]
-    return test_sets
-
-
 def missing_corruptions(keys: Collection[str]) -> list[str]:
     """The standard corruptions and severities that are not among the keys, as "fog/3"; all 75 make the mean."""
-    return [
-        f"{name}/{severity}"
-        for name in STANDARD
-        for severity in SEVERITIES
-        if f"corruption/{name}/{severity}" not in keys
-    ]
+    parts = [f"{name}/{severity}" for name in STANDARD for severity in SEVERITIES]
+    return [part for part in parts if f"corruption/{part}" not in keys]
 
 
 # Classes of a head
@@ -273,33 +273,24 @@ def head_classes(
     """
     if saved.get("wnids"):
         return saved["wnids"]
+    of_val = folders.list_images(class_root(val)).classes if val else []
     if classes:
         wnids = folders.read_class_list(classes)
         if len(wnids) > outputs:
             raise UsageError(f"--classes {classes}: {len(wnids)} classes, but the head of {path} has {outputs} outputs")
-        if val:
-            _check_listed(classes, wnids, val)
+        if val and (absent := sorted(set(wnids) - set(of_val))):  # a misspelt name can shift the labels of the others
+            raise UsageError(
+                f"--classes {classes}: {len(absent)} of its {len(wnids)} classes, for example {absent[0]}, are not in"
+                f" --val {class_root(val)}; correct the list, or leave out --val to test on other sets"
+            )
         return wnids
-    if val:
-        of_val = folders.list_images(class_root(val)).classes
-        if len(of_val) == outputs:
-            return of_val
+    if len(of_val) == outputs:
+        return of_val
     imagenet_100 = folders.read_class_list(folders.IMAGENET_100)
     if outputs == len(imagenet_100) and (not val or set(imagenet_100) <= set(of_val)):
         return imagenet_100
     raise UsageError(
         f"--pretrained {path}: it stores no class list for its {outputs} outputs, and none fits; name a file of them"
-        f" with --classes (ImageNet-100's: {os.path.relpath(folders.IMAGENET_100)}), or give as --val the data the head was"
-        f" trained on, if it has {outputs} classes, or train the head with main_lincls.py, which stores them"
+        f" with --classes (ImageNet-100's: {os.path.relpath(folders.IMAGENET_100)}), or give as --val the data the head"
+        f" was trained on, if it has {outputs} classes, or train the head with main_lincls.py, which stores them"
     )
-
-
-def _check_listed(classes: str, wnids: Sequence[str], val: str) -> None:
-    """Raise UsageError if --val lacks a class of --classes: a misspelt name can shift the labels of the others."""
-    root = class_root(val)
-    absent = sorted(set(wnids) - set(folders.list_images(root).classes))
-    if absent:
-        raise UsageError(
-            f"--classes {classes}: {len(absent)} of its {len(wnids)} classes, for example {absent[0]}, are not in"
-            f" --val {root}; correct the list, or leave out --val to test on other sets"
-        )

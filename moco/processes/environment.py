@@ -46,11 +46,11 @@ def launched() -> Launched | None:
     if under_torchrun():
         ranks = (int(os.environ[name]) for name in TORCHRUN_RANKS[:4])
         return Launched("torchrun", *ranks, os.environ.get("MASTER_ADDR", ""), int(os.environ["MASTER_PORT"]))
-    if "RANK" in os.environ and _number("WORLD_SIZE", 1) > 1:
+    if "RANK" in os.environ and number("WORLD_SIZE", 1) > 1:
         found = _from_rank_variables()
-    elif _in_slurm_step() and _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1)) > 1:
+    elif _in_slurm_step() and number("SLURM_STEP_NUM_TASKS") > 1:
         found = _from_slurm()
-    elif (size := max(_number(name, 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))) > 1:
+    elif (size := max(number(name, 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))) > 1:
         raise ValueError(f"mpirun started {size} processes without RANK and WORLD_SIZE: use torchrun or srun")
     else:
         return None
@@ -64,38 +64,31 @@ def launched() -> Launched | None:
 
 def _from_rank_variables() -> Launched:
     """PyTorch's convention, as Kubernetes operators follow it; a node's share defaults to Slurm's, or one process."""
-    step = _in_slurm_step()
-    local_rank = _number("LOCAL_RANK", _number("SLURM_LOCALID") if step else 0)
-    local_world_size = _number("LOCAL_WORLD_SIZE", _slurm_tasks_per_node() if step else 1)
-    rank, world_size, port = (_number(name) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    if not os.environ.get("MASTER_ADDR"):
-        raise ValueError("RANK and WORLD_SIZE are set, but MASTER_ADDR is not: set it to the host of rank 0")
-    host = os.environ["MASTER_ADDR"]
-    return Launched("RANK and WORLD_SIZE", rank, world_size, local_rank, local_world_size, host, port)
+    local_rank, local_world_size = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
+    if _in_slurm_step():
+        local_rank = number("LOCAL_RANK", number("SLURM_LOCALID"))
+        local_world_size = number("LOCAL_WORLD_SIZE", _slurm_tasks_per_node())
+    ranks = number("RANK"), number("WORLD_SIZE"), local_rank, local_world_size
+    return Launched("RANK and WORLD_SIZE", *ranks, text("MASTER_ADDR"), number("MASTER_PORT"))
 
 
 def _from_slurm() -> Launched:
     """A task of `srun python …`. MASTER_ADDR and MASTER_PORT may name another address of rank 0."""
-    world_size = _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1))
-    local_world_size = _slurm_tasks_per_node()
-    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-    host = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if local_world_size == world_size else _first_host(nodes))
-    job, step = _number("SLURM_JOB_ID", 0), _number("SLURM_STEP_ID", 0)
-    port = _number("MASTER_PORT", PORTS[(7 * job + step) % len(PORTS)])  # all tasks of a step compute the same
-    rank, local_rank = _number("SLURM_PROCID"), _number("SLURM_LOCALID")
-    return Launched("srun", rank, world_size, local_rank, local_world_size, host, port)
+    world_size, local_world_size = number("SLURM_STEP_NUM_TASKS"), _slurm_tasks_per_node()
+    own = "127.0.0.1" if local_world_size == world_size else ""
+    host = os.environ.get("MASTER_ADDR") or own or _first_host(text("SLURM_STEP_NODELIST"))
+    port = PORTS[(7 * number("SLURM_JOB_ID", 0) + number("SLURM_STEP_ID")) % len(PORTS)]  # the same in all tasks
+    ranks = number("SLURM_PROCID"), world_size, number("SLURM_LOCALID"), local_world_size
+    return Launched("srun", *ranks, host, number("MASTER_PORT", port))
 
 
 def _in_slurm_step() -> bool:
     """Whether srun started this process. Batch scripts and shells have a rank, too, and are alone."""
-    if not {"SLURM_PROCID", "SLURM_LOCALID"} <= os.environ.keys() or _number("SLURM_STEP_ID", 0) >= SHELL_STEPS:
-        return False
-    return "SLURM_STEP_ID" in os.environ or "SLURM_JOB_ID" not in os.environ or os.environ["SLURM_PROCID"] != "0"
+    return "SLURM_PROCID" in os.environ and number("SLURM_STEP_ID", SHELL_STEPS) < SHELL_STEPS
 
 
 def _slurm_tasks_per_node() -> int:
-    counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE") or os.environ.get("SLURM_TASKS_PER_NODE")
-    counts = counts or os.environ.get("SLURM_NTASKS", "1")
+    counts = text("SLURM_STEP_TASKS_PER_NODE")
     if equal := re.fullmatch(r"(\d+)(\(x\d+\))?", counts):
         return int(equal[1])
     raise ValueError(f"srun: SLURM_STEP_TASKS_PER_NODE={counts}: start equally many tasks per node (--ntasks-per-node)")
@@ -108,9 +101,25 @@ def _first_host(nodes: str) -> str:
         return shown.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise ValueError(
-            f"srun: scontrol cannot list the hosts of SLURM_STEP_NODELIST={nodes} ({error}); set MASTER_ADDR to the"
-            " first of them"
+            f"srun: scontrol cannot list the hosts {nodes} ({error}); set MASTER_ADDR to the first of them"
         ) from error
+
+
+def number(name: str, default: int | None = None) -> int:
+    """An environment variable as a number. ValueError if it is none, or not set without a default."""
+    value = os.environ.get(name, "")
+    if not value and default is not None:
+        return default
+    if not value.isdecimal():
+        raise ValueError(f"the environment has {name}={value or 'nothing'}: it must be a whole number, 0 or more")
+    return int(value)
+
+
+def text(name: str) -> str:
+    """An environment variable. ValueError if it is not set."""
+    if not os.environ.get(name):
+        raise ValueError(f"{name} is not set in the environment, which the other processes' variables need")
+    return os.environ[name]
 
 
 def set_spawned_rank(local_rank: int) -> None:
@@ -134,12 +143,3 @@ def _is_first(rank: str) -> bool:
     except ValueError:  # reported by each, since none knows which it is
         return True
     return found is None or getattr(found, rank) == 0
-
-
-def _number(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "")
-    if not text and default is not None:
-        return default
-    if not text.isdecimal():
-        raise ValueError(f"the environment has {name}={text or 'nothing'}: it must be a whole number, 0 or more")
-    return int(text)

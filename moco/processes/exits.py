@@ -8,7 +8,6 @@ import contextlib
 import multiprocessing
 import os
 import re
-import select
 import signal
 import sys
 import threading
@@ -16,67 +15,42 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-from moco.errors import Finished, PeerError, RunError, UsageError, first_line, one_line
+from moco.errors import Finished, PeerError, RunError, UsageError, one_line
 from moco.processes.environment import is_local_main, is_main
-from moco.processes.signals import end_with_torchrun
+from moco.processes.signals import end_with_parent
 
 LOADERS_END_SECONDS = 5  # for the loading processes, when a script ends
-SHARED_MEMORY_FULL = (
-    "the data loading processes have no shared memory left: /dev/shm is full; make it larger (docker: --shm-size),"
-    " use a smaller -j, or -j 0"
-)
-# What errors of PyTorch mean, by their text, since it has few types for them. The first that fits counts.
+# What errors of PyTorch and the system mean, by name or text, since PyTorch has few types. The first that fits counts.
 TRANSLATIONS = (
     (
         "connectFullMesh failed|Unable to find address for",
         RunError,
-        "the processes cannot connect to each other over gloo ({}): set GLOO_SOCKET_IFNAME on every node to the network"
-        " interface that leads to the others (listed by: ip -brief address), or see that no node's own name stands for"
-        " 127.0.1.1 in /etc/hosts; NCCL_SOCKET_IFNAME is the same for NCCL",
+        "the processes cannot connect to each other over gloo ({reason}): set GLOO_SOCKET_IFNAME, and for NCCL"
+        " NCCL_SOCKET_IFNAME, on every node to the network interface that leads to the others (ip -brief address)",
     ),
     (
-        "gloo.*(closed by peer|reset by peer|Broken pipe|Connection refused)",
+        "gloo.*(closed by peer|reset by peer|Broken pipe|Connection refused|[Tt]imed out|Timeout waiting)",
         PeerError,
-        "another process of this run has ended; see its message, then {again}",
+        "another process of this run has ended or does not answer ({reason}); see the first message of the others, then"
+        " {again}",
     ),
     (
-        "(gloo|NCCL).*([Tt]imed out|Timeout waiting)",
-        PeerError,
-        "another process of this run does not answer: it has stopped, or its machine or the network is gone; {again}",
-    ),
-    (
-        r"Duplicate GPU detected *: *(?P<found>rank \d+ and rank \d+)",
+        "NCCL|^Dist",
         RunError,
-        "{} use the same GPU; give each process its own: with Slurm --gpus-per-task=1, with torchrun no more processes"
-        " than GPUs, and no CUDA_VISIBLE_DEVICES that names one GPU for all",
+        "the processes can no longer reach each other ({reason}); see the first message of the others, then {again}",
     ),
     (
-        "^Dist[A-Za-z]*Error: ",
+        "DataLoader worker|unable to .*shared memory|^(Connection|EOF)",
         RunError,
-        "the processes can no longer reach each other ({}); look for the first message of the others, then {again}",
+        "a data loading process has ended ({reason}); if memory ran out, use a smaller -j or --batch-size; if /dev/shm"
+        " is full, make it larger (docker: --shm-size) or use -j 0; then {again}",
     ),
     (
-        "DataLoader timed out",
+        "can't allocate memory|^(OutOf)?Memory",
         RunError,
-        "no batch for ten minutes: the data's file system does not answer, or the loading processes were stopped;"
-        " {again} once the data can be read",
+        "out of memory ({reason}); use a smaller --batch-size or --moco-k, or --precision bf16",
     ),
-    (
-        "(DataLoader worker|shared memory).*(Bus error|shared memory|No space left|unable to (write|resize))",
-        RunError,
-        SHARED_MEMORY_FULL + "; {again}",
-    ),
-    (
-        "DataLoader worker.*(is killed by signal|exited unexpectedly)|^(Connection[A-Za-z]*|EOF)Error: ",
-        RunError,
-        "a data loading process was killed from outside; if memory ran out, use a smaller -j or --batch-size; {again}",
-    ),
-    (
-        "can't allocate memory|^(OutOfMemory|Memory)Error: ",
-        RunError,
-        "out of memory ({}); use a smaller --batch-size or --moco-k, or --precision bf16",
-    ),
-    ("^OSError: ", RunError, "{}; see that the disk is there and not full, then {again}"),
+    ("^OSError", RunError, "{reason}; see that the disk is there and not full, then {again}"),
 )
 
 
@@ -86,16 +60,16 @@ def cli_main(main: Callable[[], int | None], again: str = "continue with --resum
     again: what the user does after an interruption that is not the input's fault.
     """
     _repair_streams()
-    end_with_torchrun()
+    end_with_parent()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts changed it while they imported
     try:
         code = main() or 0
         sys.stdout.flush()
     except BaseException as error:
+        _kill_loading()
         code = _exit_code(error, again)
         if code is None:
-            _kill_loading()  # Python would wait for a stopped one
             raise
     _end_loading(code)
     if code:
@@ -104,11 +78,9 @@ def cli_main(main: Callable[[], int | None], again: str = "continue with --resum
 
 def _exit_code(error: BaseException, again: str) -> int | str | None:
     """The exit code for what ended a script, once its one line is printed; None if it may be a bug of ours."""
-    # PyTorch reports a dead loading process from its SIGCHLD handler, which could fire again during this one.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    if isinstance(error, BrokenPipeError) and (broken := [each for each in (sys.stdout, sys.stderr) if _unread(each)]):
-        for stream in broken:
-            _discard(stream)
+    if isinstance(error, BrokenPipeError):  # the reader of stdout has ended, as in `… | head -1`
+        _discard(sys.stdout)
+        _discard(sys.stderr)
         return 128 + signal.SIGPIPE  # silent, like a program that SIGPIPE ends
     if isinstance(error, Finished) and is_main():
         print(error)
@@ -135,13 +107,12 @@ def _exit_code(error: BaseException, again: str) -> int | str | None:
 
 def translate_error(error: BaseException, again: str = "continue with --resume auto") -> RunError | None:
     """The RunError for an error raised by PyTorch or the system; None if it may be a bug of ours."""
-    names = [kind.__name__ for kind in type(error).__mro__]
-    texts = [str(error), *(f"{name}: {error}" for name in names)]
+    names = [base.__name__ for base in type(error).__mro__]
+    text = " ".join(str(error).split())
+    reason = (text if len(text) < 300 else f"{text[:150]} … {text[-150:]}") or names[0]
     for pattern, kind, message in TRANSLATIONS:
-        for text in texts:
-            if found := re.search(pattern, text, re.DOTALL):
-                reason = found.groupdict().get("found") or first_line(error)[-200:] or names[0]
-                return kind(message.format(reason, again=again))
+        if any(re.search(pattern, each) for each in (text, *names)):
+            return kind(message.format(reason=reason, again=again))
     return None
 
 
@@ -162,16 +133,6 @@ def _repair_streams() -> None:
         elif hasattr(getattr(sys, name), "reconfigure"):
             with contextlib.suppress(OSError):  # it writes what the stream still holds
                 getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def _unread(stream) -> bool:
-    """Whether the stream is a pipe whose reader has ended, as in `… | head -1`."""
-    try:
-        polled = select.poll()
-        polled.register(stream.fileno(), 0)
-        return any(event & (select.POLLERR | select.POLLHUP) for _, event in polled.poll(0))
-    except (OSError, ValueError):  # no descriptor behind it
-        return False
 
 
 def _discard(stream) -> None:
@@ -195,7 +156,7 @@ def _end_loading(code: int | str) -> None:
 
 def _kill_loading() -> list[multiprocessing.Process]:
     loading = [process for process in multiprocessing.active_children() if process.daemon]
-    if loading and threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error for each
     for process in loading:
         process.kill()

@@ -23,9 +23,9 @@ from moco import distributed
 from moco.distributed import DistContext
 from moco.errors import PeerError, RunError, UsageError, first_line
 from moco.processes import environment
-from moco.processes.environment import Launched, is_local_main
+from moco.processes.environment import Launched, is_local_main, is_main  # noqa: F401 (is_main for the scripts)
 from moco.processes.exits import cli_main, translate_error
-from moco.processes.signals import STOP_SIGNALS, blocked, end_with_program, handle_stop_signals
+from moco.processes.signals import STOP_SIGNALS, blocked, handle_stop_signals
 
 MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch no longer supports multicast
 OPTIONS = {  # of options.add_launch_options; a script may have only some of them
@@ -113,15 +113,12 @@ def _launch_options(args: argparse.Namespace) -> argparse.Namespace:
     """The options of OPTIONS, with what --dist-url env:// leaves to the environment if no launcher applies."""
     options = argparse.Namespace(**{name: getattr(args, name, default) for name, default in OPTIONS.items()})
     if options.dist_url == "env://" and not _by_launcher(options):
-        names = [name for name in ("WORLD_SIZE", "RANK") if getattr(options, name.lower()) == -1]
-        found = {name: os.environ.get(name, "") for name in [*names, "MASTER_PORT"]}
-        host = os.environ.get("MASTER_ADDR")
-        bad = [name for name, value in found.items() if not value.isdecimal()] + ([] if host else ["MASTER_ADDR"])
-        if bad:
-            raise UsageError(f"--dist-url env://: {' and '.join(bad)} is not set in the environment, or no number")
-        for name in names:
-            setattr(options, name.lower(), int(found[name]))
-        options.dist_url = _tcp_url(host, int(found["MASTER_PORT"]))
+        try:
+            options.world_size = environment.number("WORLD_SIZE") if options.world_size == -1 else options.world_size
+            options.rank = environment.number("RANK") if options.rank == -1 else options.rank
+            options.dist_url = _tcp_url(environment.text("MASTER_ADDR"), environment.number("MASTER_PORT"))
+        except ValueError as error:
+            raise UsageError(f"--dist-url env://: {error}") from error
     return options
 
 
@@ -201,7 +198,6 @@ def _rank(local_rank: int, first_rank: int, count: int, world_size: int, job: tu
     os.setpgrp()  # a terminal's signals arrive once, through the program
     handle_stop_signals(signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    end_with_program()
     environment.set_spawned_rank(local_rank)  # one process per node prints errors
     ctx = DistContext(first_rank + local_rank, world_size, local_rank, count, device_of(local_rank))
     try:
@@ -266,15 +262,13 @@ def check_agreement(agree: Mapping[str, object]) -> None:
     everyone = distributed.gather_lists([(socket.gethostname(), mine)])
     differing = []
     for name in dict.fromkeys(name for _, own in everyone for name in own):
-        ranks: dict[str, list[int]] = {}
-        for rank, (_, own) in enumerate(everyone):
-            ranks.setdefault(own.get(name, "not given"), []).append(rank)
-        start = max(0, len(os.path.commonprefix(list(ranks))) - 20)  # of long values, the part that differs
-        where = [
-            f"{value if len(value) < 80 else f'…{value[start:][:60]}…'} on rank {owners[0]} ({everyone[owners[0]][0]})"
-            for value, owners in ranks.items()
-        ]
-        differing += [f"{name} is {', but '.join(where[:4])}"] if len(where) > 1 else []
+        first = {}  # value → the first rank that has it
+        for rank, (host, own) in enumerate(everyone):
+            first.setdefault(own.get(name, "not given"), f"rank {rank} ({host})")
+        if len(first) > 1:
+            equal = max(0, len(os.path.commonprefix(list(first))) - 20)  # of a long value, print what differs
+            values = {value if len(value) < 80 else f"…{value[equal:][:60]}…": rank for value, rank in first.items()}
+            differing.append(f"{name} is {', but '.join(f'{value} on {rank}' for value, rank in values.items())}")
     if differing:
         raise UsageError(
             f"the processes of this run do not agree: {'; '.join(differing)}; start all of them with the same options,"

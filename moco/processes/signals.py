@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import functools
-import multiprocessing.connection
+import multiprocessing
 import multiprocessing.util
 import os
 import signal
@@ -23,7 +23,7 @@ if sys.platform == "win32":  # it lacks what this module is about, and all scrip
 
 # SIGUSR1 is what Slurm is asked to send; SIGHUP comes from a terminal that is closed, unless nohup has it ignored.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-PARENT_SECONDS = 1  # how often a rank checks that torchrun is alive
+PARENT_SECONDS = 1  # how often a rank checks that its parent is alive
 PR_SET_PDEATHSIG = 1  # of prctl
 
 
@@ -49,26 +49,18 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_torchrun() -> None:
-    """Get SIGTERM once torchrun has ended, even if it was killed; nothing without torchrun.
+def end_with_parent() -> None:
+    """Get SIGTERM once torchrun, or the program that started this process, has ended, even if it was killed.
 
-    A rank that outlives torchrun would write beside the resumed run.
+    A rank that outlives them would write beside the resumed run.
     """
-    if under_torchrun():
-        threading.Thread(target=_terminate_after, args=(os.getppid(),), daemon=True).start()
+    if under_torchrun() or multiprocessing.parent_process():
+        threading.Thread(target=_watch, args=(os.getppid(), multiprocessing.parent_process()), daemon=True).start()
 
 
-def end_with_program() -> None:
-    """Get SIGTERM once the program that started this process through multiprocessing has ended, even if killed."""
-    threading.Thread(target=_terminate_after, args=(0,), daemon=True).start()
-
-
-def _terminate_after(torchrun: int) -> None:
-    if torchrun:
-        while os.getppid() == torchrun:
-            time.sleep(PARENT_SECONDS)
-    else:
-        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+def _watch(torchrun: int, program) -> None:
+    while program.is_alive() if program else os.getppid() == torchrun:
+        time.sleep(PARENT_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from moco.encoders import ARCHS
-from moco.errors import Finished, RunError, UsageError, first_line
+from moco.errors import Finished, UsageError, first_line
 from moco.training import files, metrics
 
 PREFIX = "module."
@@ -27,20 +27,15 @@ COUNTER = "num_batches_tracked"
 
 
 def save(path: str, state: Mapping) -> None:
-    """Write `state` to `path` so that neither a reader nor a crash ever leaves half a file. RunError if it cannot."""
-    try:
-        with files.atomic_write(path, "wb") as file:
+    """Write `state` to `path` so that neither a reader nor a crash ever finds half a file. Raises OSError."""
+    with files.atomic_write(path, "wb") as file:
+        try:
             torch.save(_on_cpu(state), file)
-    except (OSError, RuntimeError) as error:  # PyTorch's zip writer turns an OSError into a RuntimeError
-        if "DataLoader worker" in str(error):  # a loading process died just now: not about this file
-            raise
-        cause = error
-        while cause.__context__:
-            cause = cause.__context__
-        raise RunError(
-            f"{path} could not be written ({first_line(cause)}); earlier checkpoints are intact; free some space, then"
-            " continue with --resume auto"
-        ) from error
+        except RuntimeError as error:  # PyTorch's zip writer hides the OSError behind it
+            cause: BaseException = error
+            while cause.__context__:
+                cause = cause.__context__
+            raise (cause if isinstance(cause, OSError) else error) from None
 
 
 def _on_cpu(value):
@@ -98,23 +93,13 @@ def load(path: str, option: str = "--resume") -> dict:
 
 
 def _why_not_loaded(path: str, error: Exception) -> str:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(4)
-    except OSError:
-        return f"it cannot be read ({error})"
-    if start != b"PK\3\4"[: len(start)] and start[:1] != b"\x80":
-        return "it is another kind of file; use one that ends in .pth or .pth.tar"
     code = re.search(r"GLOBAL (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and code:
         return (
             f"loading it would run code ({code[1]}), so it is not loaded; if you trust it, save its tensors alone:"
             " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
         )
-    return f"it is damaged or truncated ({first_line(error)}); copy or download it again, or use an earlier one"
-
-
-# Contents
+    return f"it is damaged, truncated or another kind of file ({first_line(error)}); copy or download it again"
 
 
 def add_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -218,8 +203,12 @@ def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Se
         **{name: known[name] for name in ("aug_plus", "image_size", "robust") if name in known},
     }
     check_same(source, {f"--{name.replace('_', '-')}": (there, options[name]) for name, there in saved_with.items()})
-    if (there := saved.get("classes", classes)) != classes:
-        check_same(source, {"classes": tuple(f"{len(names)}: {', '.join(names[:5])}, …" for names in (there, classes))})
+    there = saved.get("classes", classes)
+    if there != classes:
+        other = next(iter(sorted(set(there) ^ set(classes))), "their order")
+        raise UsageError(
+            f"{source}: it was saved with {len(there)} classes, this run has {len(classes)} ({other} differs)"
+        )
 
 
 def check_data_order(saved: Mapping, source: str, seed: int | None, images: int, images_per_step: int) -> None:
@@ -248,20 +237,22 @@ def check_exactly(
     """Raise UsageError for any entry that is missing (except the allowed ones and the batch counts, which PyTorch once
     did not have), unexpected, of another shape, not finite, or not an ordinary tensor of the same kind of number."""
     own = module.state_dict()
-    missing = [name for name in own if name not in {*state_dict, *allowed_missing} and not name.endswith(COUNTER)]
-    unexpected = [name for name in state_dict if name not in own]
     both = [(name, own[name], state_dict[name]) for name in own if name in state_dict]
-    misshapen = [name for name, mine, other in both if mine.shape != other.shape]
-    odd = [
-        name
-        for name, mine, other in both
-        if not _is_dense(other) or mine.is_floating_point() != other.is_floating_point()
-    ]
     for fault, names in (
-        ("lacks", missing),
-        ("has the unknown", unexpected),
-        ("has another shape for", misshapen),
-        ("has another kind of tensor for", odd),
+        (
+            "lacks",
+            [name for name in own if name not in {*state_dict, *allowed_missing} and not name.endswith(COUNTER)],
+        ),
+        ("has the unknown", [name for name in state_dict if name not in own]),
+        ("has another shape for", [name for name, mine, other in both if mine.shape != other.shape]),
+        (
+            "has another kind of tensor for",
+            [
+                n
+                for n, mine, other in both
+                if not _is_dense(other) or mine.is_floating_point() != other.is_floating_point()
+            ],
+        ),
     ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""

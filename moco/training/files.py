@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and the lock on an output folder; imports nothing heavy."""
 
+import atexit
 import contextlib
 import errno
 import functools
@@ -41,9 +42,11 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True)
             if durable:
                 os.fsync(file.fileno())
             os.replace(file.name, path)
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(OSError):
                 os.remove(file.name)
+            if isinstance(error, OSError):
+                error.filename = path  # writing to an open file does not say which one
             raise
 
 
@@ -87,8 +90,11 @@ class FolderLock:
         """
         if self.path in _held:
             return
+        folder = os.path.dirname(self.path)
+        if not os.path.isdir(folder):
+            atexit.register(_remove_unused, self.path)
         try:
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             locked = _lock(descriptor)
         except OSError as error:
@@ -127,6 +133,15 @@ class FolderLock:
         """Passed to a process that is being started, it goes along with its descriptor, and with it the lock."""
         shared = reduction.DupFd(_held[self.path]) if self.path in _held else None
         return _received, (self.name, self.path, shared)
+
+
+def _remove_unused(path: str) -> None:
+    """Remove a lock file and its folder if nothing else is in it: a run that was refused leaves nothing behind."""
+    folder, name = os.path.split(path)
+    with contextlib.suppress(OSError):
+        if os.listdir(folder) == [name]:
+            os.remove(path)
+            os.rmdir(folder)
 
 
 def _received(name: str, path: str, shared) -> FolderLock:

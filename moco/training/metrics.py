@@ -5,20 +5,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from tqdm import tqdm
 
 from moco import distributed
-from moco.errors import RunError
 from moco.training import files
-
-
-def correct_counts(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int] = (1, 5)) -> torch.Tensor:
-    """How many labels (N,) are among the k largest of logits (N, classes), for each k: (len(ks),) int64."""
-    ranked = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices == labels.view(-1, 1)
-    return torch.stack([ranked[:, :k].sum() for k in ks])
 
 
 class RunningMeans:
@@ -76,8 +69,8 @@ class RunningMeans:
 
 
 def append_jsonl(path: str, record: Mapping) -> None:
-    """Append one line to the log, durably. Floats keep six significant digits. Raises RunError if that fails."""
-    with _log_errors(path), open(path, "a") as file:
+    """Append one line to the log, durably. Floats keep six significant digits."""
+    with open(path, "a") as file:
         file.write(json.dumps(_rounded(dict(record))) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -110,27 +103,18 @@ def _rounded(value):
 def truncate_jsonl(path: str, epoch: int, probe: str | None = None) -> int:
     """Drop the lines of `epoch` and later epochs, which a resumed run writes again; return how many were damaged.
 
-    probe: None for pre-training; a probe in the same folder has lines with its own value of that key. Raises RunError.
+    probe: None for pre-training; a probe in the same folder has lines with its own value of that key.
     """
     records, damaged = read_jsonl(path)
     kept = [record for record in records if record.get("probe") != probe or record["epoch"] < epoch]
     if len(kept) < len(records) or damaged:
-        with _log_errors(path), files.atomic_write(path) as file:
+        with files.atomic_write(path) as file:
             file.writelines(json.dumps(record) + "\n" for record in kept)
     return damaged
 
 
-@contextlib.contextmanager
-def _log_errors(path: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(
-            f"{path} could not be written ({error}); free some space, then continue with --resume auto"
-        ) from error
+# Progress
 
-
-# ---- progress: One epoch's progress: a bar on a terminal, a line every `print_freq` steps in a log.
 
 # The figures come first and the bar takes what is left, so that 80 columns cut off the bar and not the figures.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}|"

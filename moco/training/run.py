@@ -15,9 +15,10 @@ from moco import distributed
 from moco.data.loader import GlobalBatchSampler, prefetch
 from moco.distributed import DistContext
 from moco.errors import RunError, UsageError, one_line
+from moco.processes import environment
 from moco.processes.exits import exit_now
 from moco.processes.signals import StopSignal, StopWaiting
-from moco.training import checkpoint, metrics
+from moco.training import checkpoint, files, metrics
 
 LOG = "log.jsonl"
 
@@ -146,14 +147,7 @@ class Run:
             with self.stop.interruptible():
                 yield
         except StopWaiting:
-            if distributed.is_main():
-                with contextlib.suppress(BrokenPipeError):
-                    print(
-                        f"stopped by {signal.Signals(self.stop.signum).name} in the evaluation after epoch"
-                        f" {self.epoch}, saved before it; continue with --resume auto",
-                        flush=True,
-                    )
-            exit_now(128 + self.stop.signum)
+            exit_on_signal(self.stop.signum, f"in the evaluation after epoch {self.epoch}", in_step=False)
 
     def after_step(self, **values: torch.Tensor) -> None:
         """Count the step and its figures, `loss` among them; report, save or end the run where that is due."""
@@ -295,28 +289,41 @@ class UnreadableFiles:
         distributed.barrier()
 
 
-def exit_on_signal(signum: int, where: str) -> NoReturn:
-    """End all processes with exit code 128 + signum, as shells expect, once rank 0 has saved."""
-    distributed.barrier()
+def exit_on_signal(signum: int, where: str, in_step: bool = True) -> NoReturn:
+    """End with exit code 128 + signum, as shells expect; in_step: all ranks do, once rank 0 has saved."""
+    if in_step:
+        distributed.barrier()
     if distributed.is_main():
         with contextlib.suppress(BrokenPipeError):
             print(f"stopped by {signal.Signals(signum).name} {where}, saved; continue with --resume auto", flush=True)
-    sys.exit(128 + signum)
+    if in_step:
+        sys.exit(128 + signum)
+    exit_now(128 + signum)  # other ranks may wait for this one
 
 
-def check_unused(folder: str, resume: str, checkpoints: str, probe: str | None) -> None:
-    """Raise UsageError if the folder holds another run, which this one would overwrite.
+def open_folder(
+    args: argparse.Namespace, pattern: str, probe: str | None = None, writes: bool = True
+) -> tuple[files.FolderLock, dict]:
+    """Lock --ckpt_path, then load the checkpoint of --resume, {} for a fresh start. Sets args.resume and auto_resume.
 
-    resume: the checkpoint to continue, '' if none; one in this folder is this run's own. checkpoints: a regular
-    expression for the names of the run's files; probe: the key of its lines in the log, None for pre-training.
+    pattern: a regular expression for the names of the run's files, of which --resume auto takes the last; probe: the
+    key of its lines in the log, None for pre-training. writes: whether files will be written there (--dry-run aside,
+    which locks nothing). Raises UsageError if another process has the folder, or if it holds another run, which this
+    one would overwrite.
     """
-    if resume and os.path.realpath(os.path.dirname(resume)) == os.path.realpath(folder):
-        return
-    found = checkpoint.matching(folder, checkpoints)
-    lines = [record for record in metrics.read_jsonl(os.path.join(folder, LOG))[0] if record.get("probe") == probe]
-    if found or lines:
-        what = found[-1] if found else f"{len(lines)} epochs in {LOG}"
-        raise UsageError(
-            f"--ckpt_path {folder}: it holds another run ({what}); continue that with --resume auto, or choose another"
-            " folder"
-        )
+    folder, restarted = args.ckpt_path, environment.restarted()
+    lock = files.lock_folder("--ckpt_path", folder)
+    if writes and not args.dry_run and environment.is_main():
+        lock.acquire()
+    args.auto_resume = args.resume == "auto" or restarted
+    args.resume = checkpoint.resume_path(args.resume, folder, pattern, restarted)
+    if writes and not (args.resume and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)):
+        found = checkpoint.matching(folder, pattern)
+        lines = [record for record in metrics.read_jsonl(os.path.join(folder, LOG))[0] if record.get("probe") == probe]
+        if found or lines:
+            what = found[-1] if found else f"{len(lines)} epochs in {LOG}"
+            raise UsageError(
+                f"--ckpt_path {folder}: it holds another run ({what}); continue that with --resume auto, or choose"
+                " another folder"
+            )
+    return lock, checkpoint.load(args.resume) if args.resume else {}

@@ -1,0 +1,41 @@
+"""Made-up reports of an evaluation, for tests of what is done with them."""
+
+from pathlib import Path
+
+from moco.evaluation import results
+from moco.evaluation.testsets import TestSet
+
+WNIDS = ["n01", "n02"]
+
+
+def result(top1, classes=None, **more):
+    """A result; classes: {class: (correct, images)}."""
+    classes = {name: {"n": n, "correct": correct} for name, (correct, n) in (classes or {}).items()}
+    n = sum(each["n"] for each in classes.values()) or 4
+    return {"top1": top1, "top1_shared_classes": top1, "n": n, "classes": classes} | more
+
+
+def a_test_set(key="val", n=4, folder=None, categories=None):
+    labels = [index * len(WNIDS) // n for index in range(n)]
+    folder = folder or f"/data/{key}"
+    paths = [f"{folder}/{WNIDS[label]}/{index}.png" for index, label in enumerate(labels)]
+    return TestSet(key, folder, paths, labels, None, categories)
+
+
+def report_of(cells, runs=("mine",), wnids=WNIDS, image_size=28, limit=None, weights="weights", options=None):
+    """A report on checkpoints in the current folder, one per run, named by its row.
+
+    cells: {key of a test set: the result of each run, or its top-1}; options: {row: pre-training options}.
+    """
+    rows = {}
+    for index, row in enumerate(runs):
+        path = Path(f"{index}.pth")
+        path.write_text(f"{weights} of run {runs[:index].count(row)} of {row}")
+        rows.setdefault(row, []).append(str(path))
+    known = [(options or {}).get(row, {}) for row, paths in rows.items() for _ in paths]
+    made = results.new(rows, known, wnids, image_size, limit)
+    for key, values in cells.items():
+        values = [value if isinstance(value, dict) else result(value) for value in values]
+        categories = {"cat": [0], "dog": [1]} if key == "set/cues" else None
+        results.add(made, a_test_set(key, values[0]["n"], categories=categories), values)
+    return made

@@ -1,0 +1,182 @@
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as transforms
+from helpers import write_photo
+from PIL import Image
+
+from moco.data import datasets, folders, images
+from moco.data.images import BadImage
+from moco.errors import RunError
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(images, "RETRY_SECONDS", 0)
+
+
+def test_crops_follow_from_the_seed_alone(data):
+    paths, labels, _ = folders.list_images(data / "train")
+    views = datasets.RetryDataset(datasets.TwoCrops(paths, 32), labels)
+    torch.manual_seed(1)
+    first, unreadable = views[3, 42]
+    state = torch.get_rng_state()
+    again, _ = views[3, 42]
+    assert unreadable == []
+    assert first.shape == (2, 3, 32, 32) and first.dtype == torch.uint8
+    assert torch.equal(first, again)
+    assert torch.equal(state, torch.get_rng_state())  # and leave the process's randomness alone
+    assert not torch.equal(first, views[3, 43][0]) and not torch.equal(first[0], first[1])
+
+
+def test_crops_equal_torchvisions_random_resized_crop(tmp_path):
+    write_photo(tmp_path / "photo.png", size=(90, 70))
+    views, _ = datasets.RetryDataset(datasets.TwoCrops([tmp_path / "photo.png"], 32), [0])[0, 5]
+    photo = images.read_rgb(tmp_path / "photo.png")
+    torch.default_generator.manual_seed(5)
+    crop = transforms.RandomResizedCrop(32, scale=(0.2, 1.0), antialias=True)
+    boxes = [crop.get_params(photo, crop.scale, crop.ratio) for _ in range(2)]
+    for view, box in zip(views, boxes):
+        exact = transforms.functional.resized_crop(photo.float(), *box, [32, 32], antialias=True)
+        torch.testing.assert_close(view.float(), exact, atol=1, rtol=0)  # levels of 255
+
+
+def test_texture_is_cropped_at_the_querys_relative_place(tmp_path):
+    """A texture that is the photo at another size gives the query's crop."""
+    ramp = np.linspace(0, 255, 160)
+    photo = np.stack(
+        [np.broadcast_to(ramp, (120, 160)), np.broadcast_to(ramp[:120, None], (120, 160)), np.full((120, 160), 99)],
+        axis=2,
+    ).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    Image.fromarray(photo).resize((224, 224), Image.BICUBIC).save(tmp_path / "texture.png")
+    views = datasets.RetryDataset(datasets.TwoCrops([tmp_path / "photo.png"], 32, [tmp_path / "texture.png"]), [0])
+    for seed in range(20):
+        query, key, texture = views[0, seed][0].int()
+        assert (query - texture).abs().max() <= 6
+    assert (query - key).abs().max() > 20
+
+
+def test_relative_box_stays_inside():
+    assert datasets._rescale((0, 0, 375, 500), (375, 500), (224, 224)) == (0, 0, 224, 224)
+    for box in ((374, 499, 1, 1), (100, 200, 275, 300)):
+        top, left, height, width = datasets._rescale(box, (375, 500), (224, 224))
+        assert min(top, left) >= 0 and min(height, width) >= 1 and top + height <= 224 and left + width <= 224
+
+
+def views_of(path):
+    return datasets.RetryDataset(datasets.TwoCrops([path], 32), [0])[0, 1]
+
+
+def test_tiny_and_huge_images_give_crops(tmp_path):
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "tiny.JPEG")
+    Image.new("L", (10_000, 9_500), 77).save(tmp_path / "huge.JPEG")  # more than PIL warns of
+    for name, level in (("tiny", 10), ("huge", 77)):
+        views, unreadable = views_of(tmp_path / f"{name}.JPEG")
+        assert views.shape == (2, 3, 32, 32) and (views[:, 0].int() - level).abs().max() < 4 and not unreadable
+    assert datasets.eval_transform(32)(tmp_path / "tiny.JPEG").shape == (3, 32, 32)
+
+
+def photos_with_unreadable(tmp_path, count=12, broken=(2,)):
+    paths = [tmp_path / f"{i}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(path)
+        if i in broken:
+            path.write_bytes(b"broken")
+    return paths
+
+
+def test_an_unreadable_image_is_replaced_by_one_of_its_class(tmp_path):
+    paths = photos_with_unreadable(tmp_path, broken=(2,))
+    dataset = datasets.RetryDataset(datasets.ImageList(paths, [0, 1] * 6, images.read_rgb), [0, 1] * 6)
+    seen = set()
+    for seed in range(40):
+        (image, label), unreadable = dataset[2, seed]
+        (again, _), _ = dataset[2, seed]
+        assert torch.equal(image, again) and label == 0
+        assert unreadable == [(str(paths[2]), unreadable[0][1])]
+        seen.add(image[0, 0, 0].item() // 20)
+    assert seen == {0, 4, 6, 8, 10}  # of class 0, all but the broken one
+    assert dataset[3, 0][1] == []
+
+
+def test_a_class_that_cannot_be_read_at_all_ends_the_run(tmp_path):
+    paths = photos_with_unreadable(tmp_path, broken=range(12))
+    dataset = datasets.RetryDataset(datasets.ImageList(paths, [0] * 12, images.read_rgb), [0] * 12)
+    with pytest.raises(RunError, match="2.png .*, and 10 others of its class cannot be read"):
+        dataset[2, 0]
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Item i is i; those of `bad` cannot be read."""
+
+    def __init__(self, count, bad):
+        self.count, self.bad, self.tried = count, bad, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.tried.append(index)
+        if index in self.bad:
+            raise BadImage(f"{index}.png", "bad")
+        return index
+
+
+def test_ten_others_of_the_class_are_tried_each_once():
+    labels = [0] * 5 + [1] * 3 + [2] * 30
+    random.Random(0).shuffle(labels)
+    for index, label in enumerate(labels):
+        for _ in range(2):
+            numbers = Numbers(38, range(38))
+            with pytest.raises(RunError, match="others of its class cannot be read"):
+                datasets.RetryDataset(numbers, labels)[index, index]
+            first, *others = numbers.tried
+            assert first == index not in others and len(others) == len(set(others)) == min(10, labels.count(label) - 1)
+            assert {labels[other] for other in others} == {label}
+
+
+@pytest.mark.parametrize("classes", [1, 1000])
+def test_a_replacement_among_a_million_is_chosen_at_once(classes):
+    labels = np.repeat(np.arange(classes, dtype=np.int32), 1_000_000 // classes)
+    dataset = datasets.RetryDataset(Numbers(1_000_000, range(0, 1_000_000, 100)), labels)
+    start = time.perf_counter()
+    for index in range(0, 10_000, 100):
+        assert dataset[index, index][0] % 100
+    assert time.perf_counter() - start < 1  # 0.1: decoding takes longer
+
+
+def test_a_test_set_must_be_read_whole(tmp_path):
+    paths = photos_with_unreadable(tmp_path)
+    labelled = datasets.ImageList(paths, range(12), images.read_rgb)
+    assert labelled[3][1] == 3
+    with pytest.raises(RunError, match="2.png: UnidentifiedImageError.*; replace this file"):
+        labelled[2]
+
+
+def test_the_evaluation_transform_is_torchvisions_preset(tmp_path):
+    write_photo(tmp_path / "photo.JPEG", size=(400, 300))
+    image, label = datasets.ImageList([tmp_path / "photo.JPEG"], [7], datasets.eval_transform(224))[0]
+    preset = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
+    assert torch.equal(image, preset(Image.open(tmp_path / "photo.JPEG"))) and label == 7
+
+
+def test_narrow_images_are_resized_or_refused(tmp_path):
+    Image.new("L", (2000, 2), 70).save(tmp_path / "long.png")
+    pixels = datasets.eval_transform(32)(str(tmp_path / "long.png"))
+    assert pixels.shape == (3, 32, 32) and (pixels == 70).all()
+    Image.new("L", (3, 40000)).save(tmp_path / "narrow.png")
+    with pytest.raises(RunError, match="narrow.png: .*3x40000 px: too narrow .* to 256 px; replace this file"):
+        datasets.eval_transform(224)(str(tmp_path / "narrow.png"))
+
+
+def test_the_training_transform_crops_and_flips(tmp_path):
+    write_photo(tmp_path / "photo.png", size=(80, 60))
+    transform = datasets.train_transform(16)
+    torch.manual_seed(0)
+    crops = [transform(tmp_path / "photo.png") for _ in range(3)]
+    assert all(crop.shape == (3, 16, 16) and crop.dtype == torch.uint8 for crop in crops)
+    assert not torch.equal(crops[0], crops[1]) and not torch.equal(crops[1], crops[2])

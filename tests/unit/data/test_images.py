@@ -1,0 +1,246 @@
+"""Every file that calls itself an image is read as RGB or is a BadImage; nothing else happens."""
+
+import io
+import random
+import struct
+import time
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_photo
+from PIL import Image
+
+from moco.data import datasets, images
+from moco.data.images import BadImage
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(images, "RETRY_SECONDS", 0)
+
+
+def colours(size=(33, 21)):
+    coarse = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.BICUBIC)
+
+
+def encoded(image, kind, **options):
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+EXIF = Image.Exif()
+EXIF[0x0112] = 6  # orientation: rotate by 90°
+ROTATED = EXIF.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "CMYK", "P", "PA", "LA", "RGBA"])
+@pytest.mark.parametrize("suffix", [".JPEG", ".png"])
+def test_every_kind_of_image_becomes_rgb_whatever_its_name(tmp_path, mode, suffix):
+    image = colours().convert(mode)
+    path = tmp_path / f"photo{suffix}"
+    image.save(path, format={"CMYK": "JPEG", "PA": "TIFF"}.get(mode, "PNG"))  # as in ImageNet: a PNG named .JPEG
+    rgb = images.read_rgb(path)
+    assert rgb.shape == (3, 21, 33) and rgb.dtype == torch.uint8
+    expected = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)
+    assert (rgb.int() - expected.int()).abs().float().mean() < 1
+    assert np.array_equal(np.array(images.open_rgb(path)), np.array(Image.open(path).convert("RGB")))
+
+
+def test_jpegs_decode_as_in_pil(tmp_path):
+    write_photo(tmp_path / "photo.JPEG", size=(200, 150))
+    expected = np.array(Image.open(tmp_path / "photo.JPEG").convert("RGB"))
+    decoded = images.read_rgb(tmp_path / "photo.JPEG").permute(1, 2, 0).numpy()
+    assert np.abs(decoded.astype(int) - expected).max() <= 4
+
+
+def test_torchvisions_decoder_is_used_while_it_exists(tmp_path, monkeypatch):
+    assert images.has_fast_jpeg()
+    write_photo(tmp_path / "photo.JPEG")
+    monkeypatch.setattr(images.torchvision.io, "decode_jpeg", lambda data, mode: torch.full((3, 1, 1), 7))
+    assert images.read_rgb(tmp_path / "photo.JPEG").flatten().tolist() == [7, 7, 7]
+
+
+def test_without_torchvisions_decoder_pil_reads_jpegs(tmp_path, monkeypatch):
+    for name, options in (("photo", {}), ("gray", {}), ("turned", {"exif": ROTATED})):
+        image = colours((200, 150)).convert("L") if name == "gray" else colours((200, 150))
+        (tmp_path / name).write_bytes(encoded(image, "JPEG", **options))
+    paths = sorted(tmp_path.iterdir())
+    fast = [images.read_rgb(path) for path in paths]
+    monkeypatch.delattr(images.torchvision.io, "decode_jpeg")
+    assert not images.has_fast_jpeg()
+    for path, expected in zip(paths, fast):
+        slow = images.read_rgb(path)
+        assert slow.shape == (3, 150, 200) and slow.dtype == torch.uint8  # EXIF orientation is ignored by both
+        assert (slow.int() - expected.int()).abs().max() <= 4
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_frame_is_read(tmp_path, kind):
+    first, second = (Image.new("RGB", (9, 7), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "film", kind, save_all=True, append_images=[second])
+    rgb = images.read_rgb(tmp_path / "film")
+    assert rgb.shape == (3, 7, 9) and (rgb[0] > 240).all() and (rgb[2] < 15).all()
+
+
+def test_broken_exif_and_transparent_palettes_do_not_warn(tmp_path, recwarn):
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\xff\xff" + b"\x12\x01\x03\x00" * 3  # 65535 entries, and cut short
+    (tmp_path / "exif").write_bytes(encoded(colours(), "JPEG", exif=exif))
+    (tmp_path / "palette").write_bytes(encoded(colours().quantize(8), "PNG", transparency=b"\x00\x80\xff"))
+    for name in ("exif", "palette"):
+        assert images.read_rgb(tmp_path / name).shape == (3, 21, 33)
+        assert images.open_rgb(tmp_path / name).size == (33, 21)
+    assert not recwarn.list
+
+
+def png_of(side):
+    """A PNG of side × side black pixels, a few kB for hundreds of megabytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(bytes(side * (1 + side // 8))))
+        + chunk(b"IEND", b"")
+    )
+
+
+def jpeg_of(side):
+    """A JPEG whose header promises side × side pixels."""
+    data = bytearray(encoded(Image.new("L", (16, 16)), "JPEG"))
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", side, side)
+    return bytes(data)
+
+
+PHOTO = encoded(colours((200, 150)), "JPEG")
+BROKEN = {
+    "empty": b"",
+    "text": b"this is no image\n",
+    "html": b"<html>404</html>",
+    "truncated jpeg": PHOTO[: len(PHOTO) // 2],
+    "truncated png": encoded(colours(), "PNG")[:150],
+    "jpeg header only": PHOTO[:20],
+    "decompression bomb, png": png_of(20_000),
+    "decompression bomb, jpeg": jpeg_of(20_000),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_what_is_no_image_is_a_bad_image(tmp_path, fault):
+    (tmp_path / "photo.JPEG").write_bytes(BROKEN[fault])
+    for read in (images.read_rgb, images.open_rgb):
+        with pytest.raises(BadImage, match="photo.JPEG") as bad:
+            read(tmp_path / "photo.JPEG")
+        assert bad.value.args[0] == str(tmp_path / "photo.JPEG") and "\n" not in str(bad.value)
+        assert "bomb" not in fault or "DecompressionBomb" in bad.value.args[1]
+
+
+@pytest.mark.parametrize("path", ["nowhere.JPEG", "."])
+def test_a_missing_file_and_a_folder_are_bad_images(tmp_path, path):
+    with pytest.raises(BadImage):
+        images.read_rgb(tmp_path / path)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Call this to set what happens while a file's second attempt is waited for."""
+    monkeypatch.setattr(images, "_vain_waits", 0)
+
+    def set_event(event):
+        monkeypatch.setattr(images, "time", SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: event()))
+
+    return set_event
+
+
+def test_a_file_that_comes_late_is_read(tmp_path, meanwhile):
+    write_photo(tmp_path / "elsewhere.JPEG")
+    meanwhile(lambda: (tmp_path / "elsewhere.JPEG").rename(tmp_path / "late.JPEG"))
+    assert images.read_rgb(tmp_path / "late.JPEG").shape == (3, 64, 80)
+
+
+def test_a_file_that_is_completed_meanwhile_is_read(tmp_path, meanwhile):
+    path = tmp_path / "x.JPEG"
+    write_photo(path, size=(40, 32))
+    whole = path.read_bytes()
+    meanwhile(lambda: path.write_bytes(whole))
+    for _ in range(20):  # waiting that helps is not limited
+        path.write_bytes(whole[:200])
+        assert images.read_rgb(path).shape == (3, 32, 40)
+
+
+@pytest.mark.parametrize("kind", ["damaged", "missing"])
+def test_many_bad_files_do_not_cost_a_wait_each(tmp_path, monkeypatch, kind):
+    """Ten bad files a second: half a percent of the time is waited."""
+    clock, waited = [0.0], []
+
+    def sleep(duration):
+        waited.append(duration)
+        clock[0] += duration
+
+    # Not in the module `time` itself: other threads use it.
+    monkeypatch.setattr(images, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    monkeypatch.setattr(images, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(images, "_started", 0.0)
+    monkeypatch.setattr(images, "_vain_waits", 0)
+    path = tmp_path / "x.JPEG"
+    if kind == "damaged":
+        path.write_bytes(b"broken")
+    for _ in range(2000):
+        with pytest.raises(BadImage):
+            images.read_rgb(path)
+        clock[0] += 0.1
+    assert 0.9 < sum(waited) < 0.2 + 0.005 * clock[0] and set(waited) == {0.1}
+
+
+def test_data_known_to_be_damaged_are_not_decoded_again(tmp_path, monkeypatch):
+    opened, original = [], images.Image.open
+    monkeypatch.setattr(images.Image, "open", lambda file: opened.append(1) or original(file))
+    (tmp_path / "x.JPEG").write_bytes(b"broken")
+    with pytest.raises(BadImage, match="x.JPEG: UnidentifiedImageError"):
+        images.read_rgb(tmp_path / "x.JPEG")
+    assert len(opened) == 1
+
+
+def damaged(number):
+    """Random bytes, or a JPEG or PNG with some of its bits flipped; a function of the number."""
+    rng = random.Random(number)
+    if number % 5 == 0:
+        start = rng.choice([b"", b"\xff\xd8\xff\xe0", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"II*\x00", b"RIFF\0\0\0\0WEBP"])
+        return start + rng.randbytes(rng.randrange(2000))
+    data = bytearray(SOURCES[number % len(SOURCES)])
+    for _ in range(rng.choice([1, 1, 2, 5, 50])):
+        at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(700, len(data)))  # headers, too
+        data[at] ^= 1 << rng.randrange(8)
+    return bytes(data)
+
+
+SOURCES = [
+    PHOTO,
+    encoded(colours((60, 50)), "JPEG", progressive=True),
+    encoded(colours((60, 50)).convert("CMYK"), "JPEG"),
+    encoded(colours((60, 50)), "PNG"),
+    encoded(colours((60, 50)).quantize(16), "PNG"),
+    encoded(colours((60, 50)), "JPEG", subsampling=0, restart_marker_blocks=2),
+]
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_damaged_files_never_crash_the_reading_process(tmp_path, count):
+    """Each is an image or a BadImage, and nothing is written to the terminal; any other exception fails here."""
+    path, read, bad = tmp_path / "photo.JPEG", 0, 0
+    for number in range(count):
+        path.write_bytes(damaged(number))
+        try:
+            views, _ = datasets.TwoCrops([path], 32)[0], images.open_rgb(path)
+            assert views.shape == (2, 3, 32, 32)
+            read += 1
+        except BadImage:
+            bad += 1
+    assert read > count / 10 and bad > count / 10

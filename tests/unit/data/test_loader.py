@@ -1,0 +1,223 @@
+"""Global batches, every image once in evaluation, loading processes, and prefetching on a simulated GPU."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from moco.data import datasets, folders, loader
+from moco.data.images import BadImage
+from moco.distributed import DistContext
+from moco.errors import RunError, UsageError
+from moco.processes import signals
+
+
+def test_any_number_of_ranks_sees_the_same_global_batches():
+    alone = loader.GlobalBatchSampler(30, 8, seed=3, ctx=DistContext())
+    ranks = [loader.GlobalBatchSampler(30, 2, seed=3, ctx=DistContext(rank, 4)) for rank in range(4)]
+    for epoch in (0, 1):
+        for batches in [alone, *ranks]:
+            batches.epoch = epoch
+        assert list(alone) == [sum(parts, []) for parts in zip(*ranks)]
+        assert len(list(alone)) == len(alone) == 3
+        indices = [index for batch in alone for index, _ in batch]
+        assert len(set(indices)) == 24
+    first = list(alone)
+    alone.epoch = 0
+    assert list(alone) != first
+
+
+def test_a_resumed_epoch_continues_with_the_same_batches():
+    sampler = loader.GlobalBatchSampler(30, 8, seed=3, ctx=DistContext())
+    sampler.epoch = 2
+    whole = list(sampler)
+    sampler.first_step = 1
+    assert list(sampler) == whole[1:] and len(whole) == 3
+
+
+def test_the_global_batch_of_a_step_is_that_of_all_ranks():
+    ranks = [loader.GlobalBatchSampler(30, 4, seed=3, ctx=DistContext(rank, 2)) for rank in range(2)]
+    for sampler in ranks:
+        sampler.epoch = 1
+    indices = [index for sampler in ranks for index, _ in list(sampler)[2]]
+    assert ranks[1].global_batch(2) == indices
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there may be cores
+def test_number_of_workers_does_not_change_the_batches(data):
+    paths, labels, _ = folders.list_images(data / "train")
+    dataset = datasets.RetryDataset(datasets.TwoCrops(paths, 16), labels)
+    batches = loader.GlobalBatchSampler(16, 4, seed=0, ctx=DistContext())
+    alone, *others = (
+        list(loader.train_loader(dataset, batches, workers, torch.device("cpu"))) for workers in (0, 1, 4)
+    )
+    assert len(alone) == 4
+    assert all(torch.equal(a, b) for other in others for (a, _), (b, _) in zip(alone, other, strict=True))
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(UsageError, match="10 training images do not fill one batch of 16"):
+        loader.GlobalBatchSampler(10, 8, seed=0, ctx=DistContext(world_size=2))
+
+
+def test_evaluation_sees_every_image_once_over_all_ranks(data):
+    paths, labels, _ = folders.list_images(data / "train")
+    dataset = datasets.ImageList(paths[:13], range(13), datasets.eval_transform(16))
+    seen = []
+    for rank in range(4):
+        batches = loader.eval_loader(dataset, 3, 0, DistContext(rank, 4))
+        seen += [label.item() for _, part in batches for label in part]
+    assert sorted(seen) == list(range(13))
+
+
+# Loading processes
+
+
+class Described(torch.utils.data.Dataset):
+    """Each item is its index and the process that reads it."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return index, os.getpid(), os.getppid()
+
+
+@pytest.fixture
+def forkserver():
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_workers_are_forked_whatever_the_default_and_persist(forkserver):
+    """New ones, forked while a thread of the last pass is ending, can hang in CPython."""
+    batches = loader.eval_loader([Described(), Described()], 4, 1, DistContext())
+    passes = [list(batches) for _ in range(3)]
+    assert all(set(parents.tolist()) == {os.getpid()} for batches in passes for _, _, parents in batches)
+    assert len({process for batches in passes for _, processes, _ in batches for process in processes.tolist()}) == 1
+    # no batch of two sets
+    assert [indices.tolist() for indices, _, _ in passes[0]] == [[0, 1, 2, 3], [4, 5]] * 2
+
+
+def test_signals_are_blocked_while_a_worker_starts():
+    def body(connection):
+        connection.send((signal.pthread_sigmask(signal.SIG_BLOCK, []), os.getppid()))
+        signals.leave_signals_to_trainer()(0)
+        connection.send(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+    ours, theirs = multiprocessing.Pipe()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    process = loader.worker_context().Process(target=body, args=(theirs,))
+    process.start()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    blocked, parent = ours.recv()
+    assert set(signals.STOP_SIGNALS) <= blocked and parent == os.getpid()
+    assert ours.recv() == before
+    process.join()
+
+
+class Hanging(torch.utils.data.Dataset):
+    """The third item never comes."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        time.sleep(60 if index == 2 else 0)
+        return index
+
+
+def test_a_batch_that_never_comes_is_an_error(monkeypatch):
+    monkeypatch.setattr(loader, "DATA_SECONDS", 0.3)
+    hanging = loader.eval_loader(Hanging(), 1, 1, DistContext())
+    batches = iter(hanging)
+    assert [next(batches).item() for _ in range(2)] == [0, 1]
+    with pytest.raises(RunError, match="no batch for 0.3 s: the data's file system does not answer"):
+        next(batches)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_test_image_is_named_whatever_process_reads_it(tmp_path, workers):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    dataset = datasets.ImageList([str(tmp_path / "x.png")], [0], datasets.eval_transform(16))
+    with pytest.raises(BadImage, match="x.png: UnidentifiedImageError: .*; replace this file"):
+        list(loader.eval_loader(dataset, 1, workers, DistContext()))
+
+
+# Prefetching
+
+
+def test_prefetching_yields_the_prepared_batches_in_order():
+    batches = [("a", []), ("b", [("x.png", "empty")])]
+    prepared = loader.prefetch(batches, lambda batch, step: (batch, step), torch.device("cpu"), first_step=5)
+    assert list(prepared) == [(("a", 5), []), (("b", 6), [("x.png", "empty")])]
+
+
+class Stream:
+    made = 0
+
+    def __init__(self, device):
+        Stream.made += 1
+        self.device, self.waited = device, 0
+
+    def wait_stream(self, other):
+        self.waited += 1
+
+
+class Prepared:
+    """A tensor that notes which streams use it."""
+
+    def __init__(self, stream):
+        self.made_on, self.used_on = stream, []
+
+    def record_stream(self, stream):
+        self.used_on.append(stream)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """{what happens: on which stream}"""
+    current = {"stream": "training"}
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, current["stream"] = current["stream"], stream
+        yield
+        current["stream"] = before
+
+    training = Stream("cuda")
+    Stream.made = 0
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: training)
+    loader._side_stream.cache_clear()
+    yield current, training
+    loader._side_stream.cache_clear()
+
+
+def test_all_epochs_share_one_side_stream_per_device(gpu):
+    current, training = gpu
+    for device in (torch.device("cuda", 0), torch.device("cuda", 0), torch.device("cuda", 1)):
+        for _ in range(3):
+            batches = loader.prefetch([("a", []), ("b", [])], lambda *_: [Prepared(current["stream"])], device)
+            for (tensor,), _ in batches:
+                assert tensor.made_on is loader._side_stream(device) and tensor.used_on == [training]
+                assert current["stream"] == "training"  # while the step runs
+    assert Stream.made == 2 and training.waited == 18  # before each step
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
+def test_without_cuda_no_stream_is_touched(monkeypatch, device):
+    for name in ("Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, None)
+    batches = loader.prefetch([("a", [])], lambda batch, step: (batch, step), torch.device(device))
+    assert list(batches) == [(("a", 0), [])]

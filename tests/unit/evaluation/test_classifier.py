@@ -1,0 +1,190 @@
+"""Frozen backbones, heads on their features, accuracy, and heads whose learning rate is too large."""
+
+import math
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from helpers import write_folder
+
+from moco.data import datasets, folders, loader
+from moco.distributed import DistContext
+from moco.encoders import build_encoder
+from moco.errors import UsageError
+from moco.evaluation import classifier
+from moco.evaluation.classifier import LinearHeads, exploded, explosion_hint
+from moco.training import checkpoint
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    state = build_encoder("resnet10", 5).state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("fc.")}
+
+
+def test_probe_has_the_given_backbone_frozen_and_a_new_head(backbone):
+    torch.manual_seed(1)
+    model = classifier.build_probe("resnet10", 400, backbone)
+    classifier.check_frozen(model, backbone)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
+    assert model.fc.weight.shape == (400, 256) and not model.fc.bias.any()
+    assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["stem.0.0.weight", "stages.1.bn1.running_mean", "stem.0.1.num_batches_tracked"])
+def test_a_changed_weight_or_statistic_is_noticed(backbone, name):
+    model = classifier.build_probe("resnet10", 4, backbone)
+    model.state_dict()[name].add_(1)
+    with pytest.raises(RuntimeError, match=f"backbone changed during training: {name}$"):
+        classifier.check_frozen(model, backbone)
+
+
+def test_a_backbone_of_another_architecture_is_refused(backbone):
+    with pytest.raises(UsageError, match="does not fit"):
+        classifier.build_probe("resnet18", 4, backbone)
+
+
+def linear_checkpoint(width, **extra):
+    return {
+        "arch": "resnet10",
+        "state_dict": checkpoint.add_prefix(build_encoder("resnet10", width).state_dict()),
+        **extra,
+    }
+
+
+def test_a_head_is_scored_only_on_its_own_classes():
+    data = ["a", "b", "c"]
+    classifier.check_classes(linear_checkpoint(3, wnids=data), data, "file")
+    classifier.check_classes(linear_checkpoint(1000), data, "file")  # published: 1000 outputs, classes unsaid
+    for saved, fault in (
+        (linear_checkpoint(3, wnids=["a", "b", "x"]), "3 classes that differ from the 3"),
+        (linear_checkpoint(1000, wnids=["a", "b"]), "2 classes that differ from the 3"),
+        (linear_checkpoint(2), "2 outputs, the data 3 classes"),
+        ({"arch": "resnet10", "state_dict": {"queue": torch.ones(1)}}, "no linear head"),
+    ):
+        with pytest.raises(UsageError, match=fault):
+            classifier.check_classes(saved, data, "file")
+
+
+def test_heads_that_do_not_fit_are_refused():
+    saved = linear_checkpoint(3, lrs=[1.0, 30.0], heads=LinearHeads(nn.Linear(256, 3) for _ in range(2)).state_dict())
+    classifier.check_linear(saved, "file")
+    saved["heads"]["1.bias"][0] = math.nan  # a learning rate that was too large
+    classifier.check_linear(saved, "file")
+    for change in {"heads": {}}, {"heads": [1]}, {"lrs": [1.0]}, {"heads": saved["heads"] | {"0.bias": torch.ones(1)}}:
+        with pytest.raises(UsageError, match="^file: "):
+            classifier.check_linear(saved | change, "file")
+    with pytest.raises(UsageError, match="4 classes, but its head has 3 outputs"):
+        classifier.check_linear(saved | {"wnids": list("abcd")}, "file")
+
+
+def test_a_linear_checkpoint_loads_with_a_head_of_its_width(tmp_path):
+    saved = linear_checkpoint(1000, best_acc1=torch.tensor(77.0))
+    torch.save(saved, tmp_path / "model_best_0199.pth.tar")
+    model, loaded = classifier.load_classifier(tmp_path / "model_best_0199.pth.tar")
+    assert model.fc.out_features == 1000 and not model.training and loaded["best_acc1"] == 77
+    assert torch.equal(model.fc.weight, saved["state_dict"]["module.fc.weight"])
+
+
+class ByBrightness(nn.Module):
+    """Predicts class 1 for bright images, else class 0."""
+
+    def forward(self, images):
+        bright = images.mean(dim=(1, 2, 3)) > 0
+        return torch.stack([~bright, bright, torch.zeros_like(bright)], dim=1).float()
+
+
+def test_evaluate_counts_every_image_once(tmp_path):
+    paths, labels, _ = folders.list_images(write_folder(tmp_path) / "train")
+    dataset = datasets.ImageList(paths, labels, datasets.eval_transform(16))
+    batches = loader.eval_loader(dataset, 5, 0, DistContext())
+    model = ByBrightness()
+    (result,) = classifier.evaluate(lambda images: [model(images)], batches, torch.device("cpu"))
+    bright = [classifier.to_input(dataset[i][0][None], torch.device("cpu")).mean().item() > 0 for i in range(16)]
+    correct = sum(guess == label for guess, label in zip(bright, labels))
+    assert result == {"acc1": 100 * correct / 16, "acc5": 100.0, "n": 16}
+
+
+def test_heads_side_by_side_give_each_heads_logits():
+    heads = LinearHeads(nn.Linear(3, 2) for _ in range(3))
+    features = torch.randn(4, 3)
+    logits = heads(features)
+    assert logits.shape == (3, 4, 2)
+    assert all(torch.equal(own, head(features)) for own, head in zip(logits, heads))
+
+
+def test_the_best_head_wins_and_one_with_nan_never_does():
+    heads = LinearHeads(nn.Linear(3, 2) for _ in range(3))
+    best = classifier.BestHead([0.0, 0.0, 0.0], winner=0)
+
+    def update(*acc1s):
+        return best.update(heads, [{"acc1": acc1} for acc1 in acc1s])
+
+    assert update(10.0, 30.0, 20.0) and best.winner == 1 and best.acc1s == [10.0, 30.0, 20.0]
+    assert not update(25.0, 20.0, 20.0) and best.winner == 0 and best.acc1s == [25.0, 30.0, 20.0]
+    assert not update(0.0, 0.0, 30.0) and best.winner == 2  # as good as the best, and not better
+    heads[1].weight.data[0, 0] = math.nan
+    assert not update(5.0, 99.0, 0.0) and best.winner == 0 and best.acc1s == [25.0, 30.0, 30.0]
+
+
+# Learning rates that are too large
+
+
+@pytest.mark.parametrize(
+    "classes, losses, heads",
+    [
+        # FashionMNIST, mean losses of the first epoch with --lr 0.01 0.03 0.1 0.3 1 3 10 30
+        (10, [1.001, 0.992, 1.086, 1.682, 5.421, 16.891, 57.711, 169.737], {4, 5, 6, 7}),
+        (10, [2.077, 1.923, 1.759, 1.661, 4.584, 19.570, 71.898, 250.750], {5, 6, 7}),  # a random backbone
+        (10, [2.49], set()),  # the quick start's slowest row
+        (2, [math.nan, 0.771, math.inf, 713_068], {0, 2, 3}),
+        (1000, [6.9, 12.0], set()),
+        (1, [0.0], set()),
+    ],
+)
+def test_a_loss_far_above_chance_shows_that_a_head_diverged(classes, losses, heads):
+    assert exploded(losses, classes) == heads
+
+
+@pytest.mark.parametrize(
+    "heads, lrs, losses, hint",
+    [
+        (
+            {1, 0},
+            [30, 3],
+            [713_068, math.nan],
+            "loss diverged for --lr 30 3 (713068 nan; chance is 2.30); try --lr 0.003 0.03 0.3: a head for each on the"
+            " same features; the best head is kept",
+        ),
+        (
+            {3},
+            [0.1, 1, 3, 30],
+            [0.9, 1.1, 99, 713_068],
+            "loss diverged for --lr 30 (713068; chance is 2.30); --lr 0.1 1 is fine; the best head is kept",
+        ),
+    ],
+)
+def test_the_hint_names_learning_rates_that_learn_or_some_to_try(heads, lrs, losses, hint):
+    assert explosion_hint(heads, lrs, losses, 10) == hint
+
+
+def test_heads_that_learn_never_count_as_diverged():
+    torch.manual_seed(0)
+    centres = torch.randn(10, 64)
+    heads = LinearHeads(nn.Linear(64, 10) for _ in range(6))
+    lrs = [0.001, 0.01, 0.1, 1, 100, 1000]
+    for head in heads:
+        nn.init.normal_(head.weight, std=0.01)
+    optimizer = torch.optim.SGD([{"params": h.parameters(), "lr": lr} for h, lr in zip(heads, lrs)], 1.0, momentum=0.9)
+    losses = []
+    for _ in range(100):
+        labels = torch.randint(10, (64,))
+        own = [F.cross_entropy(logits, labels) for logits in heads(centres[labels] + 2 * torch.randn(64, 64))]
+        optimizer.zero_grad()
+        sum(own).backward()
+        optimizer.step()
+        losses.append([loss.item() for loss in own])
+    mean = torch.tensor(losses).mean(dim=0).tolist()
+    assert mean[0] < math.log(10) and exploded(mean, 10) == {4, 5} and classifier.EXPLODED * math.log(10) < mean[4] / 5

@@ -1,0 +1,144 @@
+"""Shape and texture cues: file names, and decisions between the sixteen categories."""
+
+import pytest
+import torch
+from helpers import REPOSITORY, paint
+
+from moco.distributed import DistContext
+from moco.errors import UsageError
+from moco.evaluation import cues, scores, testsets
+
+IMAGENET_100 = sorted((REPOSITORY / "preprocess" / "imagenet_100.txt").read_text().split())
+SIZES = {
+    "airplane": 1, "bear": 4, "bicycle": 2, "bird": 49, "boat": 5, "bottle": 7, "car": 3, "cat": 6, "chair": 4,
+    "clock": 3, "dog": 109, "elephant": 2, "keyboard": 2, "knife": 1, "oven": 1, "truck": 8,
+}  # fmt: skip
+# Two cats, a dog and two birds; and a class that is in no category.
+HEAD = ["n02123045", "n02123159", "n02099601", "n01530575", "n01531178", "n99999999"]
+SMALL = {"bird": [3, 4], "cat": [0, 1], "dog": [2]}
+
+
+class ByGray(torch.nn.Module):
+    """Gives an image of gray level 20 * i the i-th of the logits it was made with."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits = torch.tensor(logits, dtype=torch.float32)
+
+    def forward(self, images):
+        # undo the normalisation of the green channel
+        level = ((images[:, 1].mean(dim=(1, 2)) * 0.224 + 0.456) * 255 / 20).round().long()
+        return self.logits[level]
+
+
+def score(folder, model, wnids, key="set/cues"):
+    (test_set,) = testsets.list_test_sets({key: str(folder)}, wnids)
+    ((_, (result,)),) = scores.score([test_set], [model], wnids, 28, 4, 0, DistContext())
+    return test_set, result
+
+
+# The sixteen categories
+
+
+def test_the_categories_have_the_published_numbers_of_classes():
+    categories = cues.sixteen_categories()
+    assert {category: len(wnids) for category, wnids in categories.items()} == SIZES
+    assert list(categories) == sorted(categories)
+    every = [wnid for wnids in categories.values() for wnid in wnids]
+    assert len(set(every)) == len(every) == 207 and all(len(wnid) == 9 and wnid[0] == "n" for wnid in every)
+
+
+def test_categories_hold_the_classes_of_their_names():
+    names = pytest.importorskip("torchvision.models._meta")._IMAGENET_CATEGORIES
+    rows = [line.split(",") for line in cues.CATEGORIES.read_text().splitlines()[1:]]
+    own = {category: {name for other, _, name in rows if other == category} for category in SIZES}
+    assert {name for _, _, name in rows} <= set(names) and own["knife"] == {"cleaver"}
+    assert own["cat"] == {"tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat", "cougar"}
+    assert {"golden retriever", "beagle"} <= own["dog"] and own["oven"] == {"rotisserie"}
+
+
+def test_28_classes_of_imagenet_100_are_in_7_categories():
+    outputs = cues.outputs_by_category(IMAGENET_100)
+    assert {category: len(own) for category, own in outputs.items()} == {
+        "bird": 5, "cat": 1, "chair": 2, "dog": 17, "keyboard": 1, "oven": 1, "truck": 1,
+    }  # fmt: skip
+    assert [IMAGENET_100[output] for output in outputs["cat"]] == ["n02123045"]
+
+
+def test_a_category_has_the_mean_probability_of_its_classes():
+    assert cues.outputs_by_category(HEAD) == SMALL
+    logits = 3 * torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    probabilities = logits.double().softmax(1)
+    means = torch.stack([probabilities[:, own].mean(1) for own in SMALL.values()], 1)
+    found = cues.category_logits(logits, SMALL.values())
+    assert torch.equal(found.argmax(1), means.argmax(1))
+    assert torch.allclose(found.double().softmax(1), means / means.sum(1, keepdim=True), atol=1e-6)
+    # Two classes of 0.3 and 0.05 lose against one of 0.2; a sum or a maximum would let them win.
+    assert cues.category_logits(torch.tensor([[0.3, 0.05, 0.2]]).log(), [[0, 1], [2]]).argmax().item() == 1
+
+
+# File names
+
+
+def test_names_tell_a_texture_first_or_both_numbered():
+    known = {"cat", "dog", "n02"}
+    assert cues.textures(["x/dog-1.png", "x/cat-0007.png"], ["cat", "dog"], known) == ["dog", "cat"]
+    assert cues.textures(["cat/cat10-dog2.png", "cat/cat1-cat3.png"], ["cat", "cat"], known) == ["dog", "cat"]
+    assert cues.textures(["cat/dog10-cat2.png"], ["cat"], known) is None  # the shape is not the folder's
+    assert cues.textures(["cat/cat10-tiger2.png"], ["cat"], known) is None
+    assert cues.textures(["cat/dog-1.png", "cat/photo.png"], ["cat", "cat"], known) is None
+
+
+# Figures, by hand
+
+
+def paint_conflicts(root):
+    """{name: gray level / 20} of a set of six categories' folders and their decisions by the model below."""
+    for name, level in {
+        "cat/cat1-dog1.png": 0,  # decided for cat: shape
+        "cat/cat2-bird1.png": 2,  # bird: texture
+        "cat/cat3-cat1.png": 0,  # the cues agree
+        "cat/cat4-oven1.png": 0,  # the head has no oven
+        "dog/dog1-cat1.png": 0,  # cat: texture
+        "dog/dog2-bird1.png": 1,  # dog: shape
+        "dog/dog3-bird2.png": 1,  # dog: shape
+        "bird/bird1-dog1.png": 0,  # cat: neither
+        "oven/oven1-cat1.png": 0,
+    }.items():
+        paint(root / name, level)
+    return ByGray([4, 1, 3, 0, 0, 9], [2, 2, 3, 0, 0, 9], [0, 0, 0, 2, 2, 9])
+
+
+def test_the_figures_of_a_cue_conflict_set_in_categories(tmp_path):
+    test_set, result = score(tmp_path, paint_conflicts(tmp_path), HEAD)
+    assert test_set.categories == SMALL and result["n"] == 8  # no oven
+    assert result["classes"] == {
+        "bird": {"n": 1, "correct": 0}, "cat": {"n": 4, "correct": 3}, "dog": {"n": 3, "correct": 2},
+    }  # fmt: skip
+    assert result["top1"] == 100 * 5 / 8
+    assert (result["conflicts"], result["shape_decisions"], result["texture_decisions"]) == (6, 3, 2)
+    assert result["shape_bias"] == 60.0
+
+
+def test_a_head_that_knows_the_categories_themselves_decides(tmp_path):
+    paint_conflicts(tmp_path)
+    test_set, result = score(tmp_path, ByGray([1, 0, 0], [0, 0, 1], [0, 1, 0]), ["cat", "bird", "dog"])
+    assert test_set.categories is None
+    assert (result["conflicts"], result["shape_decisions"], result["texture_decisions"]) == (6, 3, 2)
+
+
+def test_textures_of_classes_the_head_lacks_do_not_count(tmp_path):
+    for name, level in {"n01/n02-1.png": 0, "n01/n03-1.png": 0, "n02/n03-1.png": 1, "n03/n01-1.png": 0}.items():
+        paint(tmp_path / name, level)
+    _, result = score(tmp_path, ByGray([1, 0], [0, 1]), ["n01", "n02"], key="stylized")
+    assert (result["n"], result["conflicts"], result["shape_decisions"]) == (3, 1, 1)
+
+
+def test_categories_are_refused_where_they_cannot_be_decided(tmp_path):
+    paint_conflicts(tmp_path)
+    with pytest.raises(UsageError, match=r"\(n02123045, …\) cover only cat; at least two"):
+        score(tmp_path, None, HEAD[:2])
+    with pytest.raises(UsageError, match="cover none of them; at least two"):
+        score(tmp_path, None, ["n01", "n02"])
+    with pytest.raises(UsageError, match="images in these categories are a further set: --set cue-conflict=DIR"):
+        score(tmp_path, None, HEAD, key="stylized")

@@ -1,0 +1,142 @@
+"""kNN accuracy: in pieces it equals the plain definition, and it leaves the encoder as it is."""
+
+import math
+
+import pytest
+import torch
+from helpers import write_folder
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from moco.data import folders
+from moco.distributed import DistContext
+from moco.evaluation import classifier, knn
+
+CPU = torch.device("cpu")
+
+
+class Colours(torch.nn.Module):
+    """A network whose features before fc are an image's pixels."""
+
+    def __init__(self, width=48):
+        super().__init__()
+        self.fc = torch.nn.Sequential(torch.nn.Linear(width, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+
+    def forward(self, images):
+        return self.fc(images.flatten(1))
+
+
+def images_of(n, seed, classes=5):
+    """n random images of 4 px, and labels that their mean colour tells in part."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n,), generator=generator)
+    noise = torch.randint(200, (n, 3, 4, 4), generator=generator)
+    return (noise + 11 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels
+
+
+def batches_of(images, labels, size):
+    return list(zip(images.split(size), labels.split(size)))
+
+
+def plain(train, val, k, classes=5):
+    """The definition in loops: each of the k nearest votes for its class with exp(cosine / 0.07)."""
+    bank, queries = (
+        torch.nn.functional.normalize(classifier.to_input(images, CPU).flatten(1)) for images, _ in (train, val)
+    )
+    hits = 0
+    for cosines, label in zip((queries @ bank.T).tolist(), val[1].tolist()):
+        nearest = sorted(zip(cosines, train[1].tolist()), reverse=True)[:k]
+        votes = [sum(math.exp(cosine / 0.07) for cosine, own in nearest if own == c) for c in range(classes)]
+        hits += votes.index(max(votes)) == label
+    return 100 * hits / len(val[1])
+
+
+@pytest.mark.parametrize("train, val, k", [(300, 70, 20), (300, 70, 1), (30, 9, 200), (1, 1, 5)])
+@pytest.mark.parametrize("chunk, block", [(512, 4096), (7, 16), (1, 1)])
+def test_in_pieces_it_equals_the_definition(train, val, k, chunk, block):
+    train, val = images_of(train, seed=1), images_of(val, seed=2)
+    loaders = batches_of(*train, 8), batches_of(*val, 8)
+    found = knn.accuracy(Colours(), *loaders, 5, CPU, k=k, chunk=chunk, block=block)
+    assert found == pytest.approx(plain(train, val, k), abs=1e-9)
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor of floats that any operation gives."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        sizes = [leaf.untyped_storage().nbytes() for leaf in tensors if leaf.is_floating_point()]
+        self.bytes = max(self.bytes, *sizes) if sizes else self.bytes
+        return result
+
+
+@pytest.mark.parametrize("images", [500, 4000])
+def test_features_of_the_training_images_are_never_all_kept(images):
+    train, val = batches_of(*images_of(images, 1), 16), batches_of(*images_of(10, 2), 16)
+    with Largest() as largest:
+        knn.accuracy(Colours(), train, val, 5, CPU, k=20, chunk=4, block=64)
+    assert largest.bytes <= 4 * 48 * 80  # of one block; all are 4 * 48 * images
+
+
+def test_the_encoder_stays_as_it_is():
+    encoder = Colours().train()
+    before = dict(encoder.__dict__), dict(encoder._modules)
+    knn.accuracy(encoder, batches_of(*images_of(9, 1), 4), batches_of(*images_of(5, 2), 4), 5, CPU)
+    assert (dict(encoder.__dict__), dict(encoder._modules)) == before
+    assert all(module.training and not module._forward_pre_hooks for module in encoder.modules())
+
+
+def test_a_compiled_encoder_is_not_compiled_again_for_knn():
+    torch._dynamo.reset()
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    encoder = Colours()
+    encoder.compile(backend=counting)
+    for images in (4, 4, 6, 7, 8):
+        encoder(torch.randn(4, 3, 4, 4)).sum().backward()
+        loader = batches_of(*images_of(images, 0), 4)
+        knn.accuracy(encoder, loader, loader, 5, CPU)
+    assert len(graphs) == 1
+
+
+class Sign(torch.nn.Module):
+    """A network whose features before fc are an image's mean colours; in training mode it would fail."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 2)
+
+    def forward(self, images):
+        assert not self.training
+        return self.fc(images.mean(dim=(2, 3)))
+
+
+def test_accuracy_by_the_features_before_fc():
+    def batch(reds, labels):
+        images = torch.zeros(len(reds), 3, 4, 4, dtype=torch.uint8)
+        images[:, 0] = torch.tensor(reds).view(-1, 1, 1)
+        images[:, 2] = 255 - images[:, 0]
+        return images, torch.tensor(labels)
+
+    encoder = Sign().train()
+    train = [batch([250, 240], [0, 0]), batch([10, 20, 15], [1, 1, 1])]
+    val = [batch([245, 5], [0, 1]), batch([230], [1])]
+    assert knn.accuracy(encoder, train, val, 2, torch.device("cpu")) == pytest.approx(100 * 2 / 3)
+    assert encoder.training and not encoder.fc._forward_pre_hooks
+
+
+def test_knn_replaces_an_unreadable_image_by_one_of_its_class(tmp_path, monkeypatch):
+    monkeypatch.setattr("moco.data.images.RETRY_SECONDS", 0)
+    folder = folders.list_images(write_folder(tmp_path, train=2) / "train")
+    with open(folder.paths[0], "wb") as file:
+        file.write(b"broken")
+    (batches,) = knn.loaders([folder], 16, 4, 0, DistContext())
+    ((images, labels),) = list(batches)
+    assert labels.tolist() == [0, 0, 1, 1] and torch.equal(images[0], images[1])

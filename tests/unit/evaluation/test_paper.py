@@ -1,0 +1,120 @@
+"""The comparison with the published table: what is compared, and what is not."""
+
+import pytest
+from helpers import REPOSITORY
+from reports import report_of, result
+
+from moco.errors import UsageError
+from moco.evaluation import paper
+from moco.evaluation.testsets import STANDARD, SUITES
+
+CLASSES = [f"n{number:08}" for number in range(100)]
+COLUMNS = {suite.title for suite in SUITES.values()}
+
+
+@pytest.fixture(scope="module")
+def _complete(tmp_path_factory):
+    """A report with all columns of the published table, complete: 50 images in each of 100 classes."""
+    keys = ["val", *(f"corruption/{name}/{severity}" for name in STANDARD for severity in range(1, 6))]
+    cells = dict.fromkeys([*keys, "sketch", "stylized"], CLASSES) | {"rendition": CLASSES[:19]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("complete"))
+        whole = {key: [result(50.0, dict.fromkeys(wnids, (25, 50)))] for key, wnids in cells.items()}
+        return report_of(whole, ["patch-k16384-a2"], CLASSES, 224)
+
+
+@pytest.fixture
+def complete(_complete):
+    """A copy whose val, sketch, … can be spoilt."""
+    cells = {
+        key: cell | {"results": [{**each, "classes": dict(each["classes"])} for each in cell["results"]]}
+        for key, cell in _complete["cells"].items()
+    }
+    return _complete | {"cells": cells}
+
+
+def test_complete_columns_are_compared_in_the_papers_standard_deviations(complete):
+    header, _, _, published, distance, *remarks = paper.comparison(complete).splitlines()
+    assert header == "|  | val | Corruption | Sketch | Stylized | Rendition |"
+    assert published.startswith("| patch-k16384-a2, paper | 79.35±0.12 | 45.13±0.35 |")
+    assert distance == "| difference in the paper's std | -244.6 | +13.9 | +20.7 | +171.7 | +101.5 |"
+    assert "measured here with CenterCrop(224); the paper does not say" in remarks[0]
+    assert "the classes are not those of preprocess/imagenet_100.txt" in remarks[1]  # these have other names
+
+
+def classes_of(made, key):
+    return made["cells"][key]["results"][0]["classes"]
+
+
+def with_fewer_images(made, key):
+    classes_of(made, key)[CLASSES[0]] = {"n": 14, "correct": 7}
+
+
+@pytest.mark.parametrize(
+    "spoil, message, column",
+    [
+        (lambda made: classes_of(made, "val").popitem(), "5000 images of 99 classes, published: 100", "val"),
+        (
+            lambda made: with_fewer_images(made, "sketch"),
+            "1 of 100 classes do not have 40 to 51 images (n00000000 14)",
+            "Sketch",
+        ),
+        (
+            lambda made: with_fewer_images(made, "corruption/fog/3"),
+            "1 of 100 classes do not have 50 images",
+            "Corruption",
+        ),
+        (
+            lambda made: made["cells"].pop("corruption/snow/5"),
+            "1 of 75 corruptions × severities are missing",
+            "Corruption",
+        ),
+        (
+            lambda made: made["cells"]["corruption/snow/5"].update(preprocessing="Resize(256), CenterCrop(224)"),
+            "images of another size than 224 px, for example in snow/5",
+            "Corruption",
+        ),
+        (lambda made: classes_of(made, "rendition").popitem(), "950 images of 18 classes, published: 19", "Rendition"),
+        (lambda made: made["cells"].pop("stylized"), "not tested", "Stylized"),
+    ],
+)
+def test_an_incomplete_column_is_not_compared(complete, spoil, message, column):
+    spoil(complete)
+    text = paper.comparison(complete)
+    assert f"{column} is not compared: {message}" in text
+    assert {each for each in COLUMNS if each in text.splitlines()[0]} == COLUMNS - {column}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"limit": 2}, "val is not compared: --limit 2"),
+        ({"image_size": 32}, "Sketch is not compared: crops of 32 px, published: 224"),
+        ({"wnids": CLASSES[:2]}, "Rendition is not compared: the head has 2 classes, published: 100"),
+    ],
+)
+def test_nothing_is_compared_of_another_evaluation(complete, change, message):
+    text = paper.comparison(complete | change)
+    assert text.startswith("--compare paper: no column is complete") and message in text and "|" not in text
+
+
+def test_published_figures_are_those_of_the_readme():
+    readme = (REPOSITORY / "README.md").read_text()
+    assert len(paper.rows()) == 9
+    for row in paper.rows().values():
+        figures = ["{:.2f}±{:.2f}".format(*row[suite]) for suite in SUITES]
+        if "rendition" in row["note"]:
+            figures[-1] += " (?)"
+        assert f"| {' | '.join([row['model'], row['moco_k'], row['alpha'] or '–', *figures])} |" in readme
+
+
+def test_a_comparison_repeats_the_note_on_a_published_row(complete):
+    complete["checkpoints"][0]["row"] = "mocov2-later-k65536"
+    (line,) = (line for line in paper.comparison(complete).splitlines() if line.startswith("mocov2-later-k65536: "))
+    assert line == f"mocov2-later-k65536: {paper.rows()['mocov2-later-k65536']['note']}" and "copying error" in line
+
+
+def test_other_names_are_refused():
+    paper.check_rows(["patch-k16384-a3"])
+    with pytest.raises(UsageError, match="mine is not a row of the published table.*patch-k8192-a2"):
+        paper.check_rows(["patch-k16384-a3", "mine"])

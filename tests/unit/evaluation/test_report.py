@@ -1,0 +1,279 @@
+"""The report of an evaluation: what its tables and notes say of results that are known."""
+
+import statistics
+
+import pytest
+from reports import report_of, result
+
+from moco.errors import UsageError
+from moco.evaluation import report
+from moco.evaluation.testsets import STANDARD, SUITES, Suite
+
+CUES = [
+    result(50.0, conflicts=4, shape_decisions=1, texture_decisions=2, shape_bias=100 / 3),
+    result(75.0, conflicts=4, shape_decisions=3, texture_decisions=0, shape_bias=100.0),
+]
+
+
+def shared(top1, of_shared):
+    return result(top1, top1_shared_classes=of_shared)
+
+
+# The table
+
+
+def test_rows_are_the_mean_and_sample_std_of_their_runs():
+    made = report_of({"val": [70.0, 71.0, 75.0, 60.0], "sketch": [1.0, 2.0, 3.0, 4.0]}, ["a", "a", "a", "b"])
+    assert report.table(made).splitlines() == [
+        "| model | K | alpha | val | Sketch |",
+        "|---|---|---|---|---|",
+        f"| a | – | – | 72.00±{statistics.stdev([70, 71, 75]):.2f} | 2.00±1.00 |",
+        "| b | – | – | 60.00 | 4.00 |",
+    ]
+    assert report.differences(made) == ["b against a: val -12.00, Sketch +2.00"]
+
+
+def test_rows_show_the_queue_and_alpha_of_their_pretraining():
+    options = {row: {"moco_k": 16384, "alpha": 2.0, "num_nonsem": n} for row, n in (("plain", 0), ("patch", 1))}
+    made = report_of({"val": [1.0, 2.0, 2.0]}, ["plain", "patch", "patch"], options=options)
+    assert report.table(made).splitlines()[2:] == ["| plain | 16384 | – | 1.00 |", "| patch | 16384 | 2 | 2.00±0.00 |"]
+
+
+def test_columns_are_in_the_published_order_others_follow():
+    cells = {
+        "set/own": [shared(1.0, 2.0)],
+        "stylized": [result(5.0, shape_bias=30.0)],
+        "rendition": [shared(8.0, 9.0)],
+        f"corruption/{STANDARD[0]}/1": [7.0],
+        "corruption/spatter/1": [50.0],
+        "val": [9.0],
+    }
+    assert list(report.figures(report_of(cells), 0).items()) == [
+        ("val", 9.0),
+        ("Corruption", 7.0),
+        ("Stylized", 5.0),
+        ("Rendition", 8.0),
+        ("Rendition, shared classes", 9.0),
+        ("Corruption, extra four", 50.0),
+        ("Shape bias", 30.0),
+        ("own", 1.0),
+        ("own, shared classes", 2.0),
+    ]
+
+
+def test_a_suite_that_is_added_is_a_column_in_its_place(monkeypatch):
+    monkeypatch.setitem(SUITES, "own", Suite("Own", shared_classes=True))
+    made = report_of({"own": [CUES[0] | {"top1": 1.0, "top1_shared_classes": 2.0}], "set/a": [3.0], "val": [4.0]})
+    header, _, row = report.table(made).splitlines()
+    assert header == (
+        "| model | K | alpha | val | Own | Own, shared classes | Own: Shape bias | Own: Shape accuracy |"
+        " Own: Texture accuracy | a |"
+    )
+    assert row == "| mine | – | – | 4.00 | 1.00 | 2.00 | 33.33 | 25.00 | 50.00 | 3.00 |"
+
+
+def test_shape_and_texture_accuracy_stand_beside_the_shape_bias():
+    assert report.table(report_of({"stylized": CUES}, ["plain", "patch"])).splitlines() == [
+        "| model | K | alpha | Stylized | Shape bias | Shape accuracy | Texture accuracy |",
+        "|---|---|---|---|---|---|---|",
+        "| plain | – | – | 50.00 | 33.33 | 25.00 | 50.00 |",
+        "| patch | – | – | 75.00 | 100.00 | 75.00 | 0.00 |",
+    ]
+
+
+def test_a_further_set_has_columns_of_its_own():
+    cells = {"val": [60.0, 60.0], "set/a": [10.0, shared(20.0, 30.0)], "set/b": [1.0, 2.0]}
+    made = report_of(cells, ["plain", "patch"])
+    lines = report.table(made).splitlines()
+    assert lines[0] == "| model | K | alpha | val | a | a, shared classes | b |"
+    assert lines[3] == "| patch | – | – | 60.00 | 20.00 | 30.00 | 2.00 |"
+    assert report.differences(made) == ["patch against plain: val +0.00, a +10.00, a, shared classes +20.00, b +1.00"]
+    assert [note.split(",")[0] for note in report.notes(made)] == ["val: 4 images", "a: 4 images", "b: 4 images"]
+
+
+def test_shared_classes_are_a_column_only_where_they_differ():
+    same, other = shared(8.0, 8.0), shared(9.0, 9.5)
+    dropped = report.by_row(report_of({"rendition": [same, same]}, ["a", "b"]))
+    assert dropped == {"a": {"Rendition": [8.0]}, "b": {"Rendition": [8.0]}}
+    kept = report.by_row(report_of({"rendition": [same, other]}, ["a", "b"]))
+    assert kept == {
+        name: {"Rendition": [figures[0]], "Rendition, shared classes": [figures[1]]}
+        for name, figures in {"a": (8.0, 8.0), "b": (9.0, 9.5)}.items()
+    }
+
+
+def test_names_of_further_sets_are_checked():
+    report.check_set_name("ImageNet-A", ["imagenet-v2"])
+    for name, message in {
+        "val": "val is a column of the table already",
+        "SKETCH": "is a column of the table already",
+        "shape bias": "Shape bias is a column of the table already",
+        "IMAGENET-V2": "imagenet-v2 is a further set already",
+        "": "a name is up to 40 letters",
+        "a/b": "a name is up to 40 letters",
+        "a|b": "a name is up to 40 letters",
+        "a, shared classes": "a name is up to 40 letters",
+        "x" * 41: "a name is up to 40 letters",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            report.check_set_name(name, ["imagenet-v2"])
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("width, tables", [(80, 1), (60, 2)])
+def test_a_table_wider_than_the_terminal_is_transposed(width, tables):
+    rows = [name for name in ("patch-k16384-a2", "texture-k16384-a2", "mocov2-k16384") for _ in range(3)]
+    made = report_of(dict.fromkeys(["val", "sketch", "stylized", "rendition"], [70.0 + run for run in range(9)]), rows)
+    plain = report.table(made).splitlines()
+    widest = max(map(len, plain))
+    assert width < widest and report.table(made, widest) == report.table(made) != report.table(made, widest - 1)
+    narrow = report.table(made, width).splitlines()
+    assert max(map(len, narrow)) <= width
+    rules = [number for number, line in enumerate(narrow) if line.startswith("|---")]
+    assert len(rules) == tables
+    models = []  # the columns of the narrow tables are the rows of the wide one
+    for start, end in zip(rules, [*(number - 1 for number in rules[1:]), None]):
+        header, *columns = zip(*(cells_of(line) for line in [narrow[start - 1], *narrow[start + 1 : end]]))
+        assert list(header) == cells_of(plain[0])
+        models += [list(column) for column in columns]
+    assert models == [cells_of(line) for line in plain[2:]]
+
+
+def test_a_latex_table_has_escaped_names_and_bold_bests():
+    bias = {"conflicts": 4, "shape_decisions": 1, "texture_decisions": 1, "shape_bias": 50.0}
+    cells = {"val": [50.0, 70.0, 60.0], "sketch": [20.0, 20.0, 10.0], "stylized": [result(9.0, **bias)] * 3}
+    rows = ["plain_k1", "plain_k1", "patch & 2"]
+    assert report.latex(report_of(cells, rows, options=dict.fromkeys(rows, {"moco_k": 64}))).splitlines() == [
+        r"\begin{tabular}{lrrrrrrrr}  % \usepackage{booktabs}",
+        r"\toprule",
+        r"model & K & alpha & val & Sketch & Stylized & Shape bias & Shape accuracy & Texture accuracy \\",
+        r"\midrule",
+        r"plain\_k1 & 64 & -- & \textbf{60.00$\pm$14.14} & \textbf{20.00$\pm$0.00} & \textbf{9.00$\pm$0.00} &"
+        r" 50.00$\pm$0.00 & 25.00$\pm$0.00 & 25.00$\pm$0.00 \\",
+        r"patch \& 2 & 64 & -- & \textbf{60.00} & 10.00 & \textbf{9.00} & 50.00 & 25.00 & 25.00 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    assert "textbf" not in report.latex(report_of({"val": [50.0]}))  # one row has no best
+
+
+def test_the_best_mce_is_the_lowest():
+    top1 = {f"corruption/{name}/{severity}": [50.0, 60.0] for name in STANDARD for severity in range(1, 6)}
+    *_, worse, better, _, _ = report.latex(
+        report_of(top1, ["a", "b"], wnids=[str(i) for i in range(1000)])
+    ).splitlines()
+    assert worse.count("textbf") == 0 and better.count("textbf") == 2
+
+
+# Notes
+
+
+def test_notes_give_preprocessing_and_a_limit():
+    assert report.notes(report_of({"val": [5.0]}, limit=2)) == [
+        "val: 4 images, Resize(32), CenterCrop(28)",
+        "partial evaluation: only the first 2 images of each class (--limit)",
+    ]
+
+
+def test_a_partial_corruption_mean_says_so():
+    some = {f"corruption/{name}/{severity}": [50.0] for name in STANDARD for severity in range(1, 6)}
+    assert "partial" not in report.table(report_of(some)) + str(report.notes(report_of(some)))
+    del some["corruption/fog/3"]
+    made = report_of(some) | {"not_evaluated": ["fog/6", "notes"]}
+    assert "Corruption (partial)" in report.table(made)
+    note, unknown = report.notes(made)
+    assert "1 of 75 are missing (fog/3" in note and "296 images, CenterCrop(28), 74 corruptions × severities" in note
+    assert unknown.endswith("no such corruption or severity: fog/6, notes")
+
+
+def test_resized_corruptions_and_unresized_styles_are_mentioned():
+    made = report_of({"corruption/fog/1": [40.0], "corruption/fog/2": [50.0], "stylized": [20.0]})
+    assert "Corruption (partial)" in report.table(made) and "RESIZED" not in str(report.notes(made))
+    assert "Stylized: 4 images, CenterCrop(28) (not resized: the images have" in "\n".join(report.notes(made))
+    for key in ("corruption/fog/2", "stylized"):
+        made["cells"][key]["preprocessing"] = "Resize(32), CenterCrop(28)"
+    assert "Corruption (partial, resized)" in report.table(made) and "not resized" not in str(report.notes(made))
+    assert "RESIZED: images of 1 of these do not have the crop's 28 px" in "\n".join(report.notes(made))
+
+
+def test_a_column_and_a_note_say_how_many_categories_count():
+    made = report_of({"set/cues": CUES, "set/other": [1.0, 1.0]}, ["plain", "patch"])
+    header = report.table(made).splitlines()[0]
+    for column in ("cues", "cues: Shape bias", "cues: Texture accuracy"):
+        assert f"| {column} (2 of 16 categories) |" in header
+    assert header.endswith("| other |")
+    note, _ = report.notes(made)
+    assert "decided between 2 of 16 categories (cat, dog) by mean probability" in note and "Shape bias over" not in note
+    made["cells"]["set/cues"]["results"][0]["conflicts"] = 3
+    assert "; Shape bias over the 3 of these images whose cues are two different classes" in report.notes(made)[0]
+
+
+# Classes
+
+ROWS = ["plain", "patch", "patch"]
+VAL = [
+    result(65, {"cat": (5, 10), "dog": (8, 10)}),
+    result(60, {"cat": (6, 10), "dog": (6, 10)}),
+    result(60, {"cat": (8, 10), "dog": (4, 10)}),
+]
+
+
+def test_class_differences_are_means_over_the_runs_of_a_row():
+    cat, dog = report.class_differences(report_of({"val": VAL}, ROWS), "val", "plain", "patch")
+    assert (cat.wnid, cat.n, cat.base, cat.top1) == ("cat", 10, 50, 70) and cat.change == pytest.approx(20)
+    assert (dog.wnid, dog.base, dog.top1) == ("dog", 80, 50) and dog.change == pytest.approx(-30)
+    assert cat.error == pytest.approx(100 * ((0.5 * 0.5 + 0.7 * 0.3) / 10) ** 0.5)
+    back = report.class_differences(report_of({"val": VAL}, ROWS), "val", "patch", "plain")
+    assert [each.wnid for each in back] == ["dog", "cat"] and back[0].change == pytest.approx(30)
+
+
+def test_class_differences_of_corruptions_weigh_each_set_equally():
+    half, none, all_ = (result(0, {"cat": counts}) for counts in ((5, 10), (0, 2), (2, 2)))
+    cells = {
+        "corruption/fog/1": [half, half],
+        "corruption/snow/5": [none, all_],
+        "corruption/spatter/1": [none, all_],  # an extra one: in no mean
+        "val": [result(100, {"dog": (1, 1), "cat": (1, 1)})] * 2,
+    }
+    made = report_of(cells, ["a", "b"])
+    (cat,) = report.class_differences(made, "corruption", "a", "b")
+    assert (cat.n, cat.base, cat.top1) == (10, 25, 75)
+    (of_one,) = report.class_differences(made, "corruption/snow/5", "a", "b")
+    assert (of_one.n, of_one.change) == (2, 100)
+    equal = report.class_differences(made, "val", "a", "b")
+    assert [each.wnid for each in equal] == ["cat", "dog"]  # by name
+
+
+def test_class_differences_name_the_rows_and_sets_there_are():
+    made = report_of({"val": VAL, "corruption/fog/1": VAL, "corruption/fog/2": VAL, "set/mine": VAL}, ROWS)
+    with pytest.raises(UsageError, match="no row texture; the rows are plain, patch"):
+        report.class_differences(made, "val", "plain", "texture")
+    with pytest.raises(UsageError, match="no test set sketch; there are val, corruption, mine"):
+        report.class_differences(made, "sketch", "plain", "patch")
+    for name in ("mine", "set/mine"):
+        assert report.class_differences(made, name, "plain", "patch")[0].wnid == "cat"
+
+
+def test_classes_are_sorted_from_helped_to_harmed():
+    one, three = (result(25, {"dog": (hits, 4)}) for hits in (1, 3))
+    cells = {
+        "val": [result(50, {"cat": (a, 4), "dog": (b, 4)}) for a, b in ((1, 3), (3, 1))],
+        "rendition": [one, three],
+        "corruption/spatter/1": [one, three],  # an extra one alone has no mean
+        "set/cues": [result(50, {"bird": (1, 4)}), result(50, {"bird": (3, 4)})],  # categories: a table of their own
+    }
+    assert report.by_class_table(report_of(cells, ["plain", "patch"])).splitlines() == [
+        "patch against plain, by class; one standard error of a difference is up to, in points: val 30.6, Rendition"
+        " 30.6",
+        "| class | val | Rendition |",
+        "|---|---|---|",
+        "| cat | 25.0 → 75.0 (+50.0) | – |",
+        "| dog | 75.0 → 25.0 (-50.0) | 25.0 → 75.0 (+50.0) |",
+        "patch against plain, by class; one standard error of a difference is up to, in points: cues 30.6",
+        "| class | cues |",
+        "|---|---|",
+        "| bird | 25.0 → 75.0 (+50.0) |",
+    ]

@@ -1,0 +1,241 @@
+"""The JSON file of an evaluation: no result is lost, none is taken for another, and damaged files are refused."""
+
+import copy
+import json
+import random
+import string
+
+import pytest
+from reports import WNIDS, a_test_set, report_of, result
+from test_scores import paint_rim
+
+from moco.errors import UsageError
+from moco.evaluation import report, results, testsets
+
+ALL_CORRUPTIONS = [f"corruption/{name}/{severity}" for name in testsets.STANDARD for severity in range(1, 6)]
+
+
+def continued(path, fresh, *keys):
+    """The top-1 of the first row that `fresh` takes from the file, by test set."""
+    results.reuse_results(str(path), fresh, [a_test_set(key) for key in keys])
+    return {key: cell["results"][0]["top1"] for key, cell in fresh["cells"].items()}
+
+
+def all_results(path):
+    """{(checkpoint, test set, settings): top-1} of all results in a file."""
+    fresh = report_of({}, ["of nothing"])
+    results.reuse_results(str(path), fresh, [])
+    return {
+        (sha, key, str({name: value for name, value in entry.items() if name != "result"})): entry["result"]["top1"]
+        for sha, sets in fresh["earlier"].items()
+        for key, entries in sets.items()
+        for entry in entries
+    }
+
+
+# Which results are taken
+
+
+def test_an_interrupted_report_is_continued_whatever_its_row_is_called():
+    made = report_of({"val": [5.0], "sketch": [6.0]})
+    results.save("r.json", made)
+    renamed = results.new({"patch-k16384-a2": ["0.pth"]}, [{}], WNIDS, 28, None)
+    assert continued("r.json", renamed, "val", "sketch", "rendition") == {"val": 5.0, "sketch": 6.0}
+    assert list(report.by_row(renamed)) == ["patch-k16384-a2"] and renamed["earlier"] == {}
+    assert renamed["cells"] == json.loads(json.dumps(made["cells"]))
+
+
+def test_only_the_missing_models_of_a_set_are_scored():
+    results.save("r.json", report_of({"val": [5.0]}, ["a"]))
+    both = report_of({}, ["b", "a"])
+    assert continued("r.json", both, "val") == {}
+    assert results.unfinished(both, a_test_set()) == [0]
+    results.add(both, a_test_set(), [result(7.0)])
+    assert [each["top1"] for each in both["cells"]["val"]["results"]] == [7.0, 5.0] and both["earlier"] == {}
+
+
+OTHERS = {
+    "another model": lambda: report_of({"val": [7.0]}, weights="other"),
+    "another suite": lambda: report_of({"sketch": [7.0]}),
+    "another limit": lambda: report_of({"val": [7.0]}, limit=1),
+    "other classes": lambda: report_of({"val": [7.0]}, wnids=["n02", "n01"]),
+    "another crop": lambda: report_of({"val": [7.0]}, image_size=56),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_finished_result_outlives_other_evaluations(tmp_path, other):
+    path, keys = tmp_path / "r.json", [*ALL_CORRUPTIONS, "val"]
+    results.save(path, report_of(dict.fromkeys(keys, [5.0])))
+    before = all_results(path)
+    made = OTHERS[other]()
+    cells = made.pop("cells")
+    made["cells"] = {}
+    assert continued(path, made, *cells) == {}
+    made["cells"] = cells
+    results.save(path, made)
+    assert all_results(path).items() >= before.items() and len(all_results(path)) == len(before) + 1
+    assert continued(path, report_of({}), *keys) == dict.fromkeys(keys, 5.0)  # and is taken up again
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        a_test_set(folder="/elsewhere"),
+        a_test_set(n=6),
+        a_test_set()._replace(paths=[path.replace(".png", ".jpg") for path in a_test_set().paths]),
+    ],
+    ids=["folder", "number", "names"],
+)
+def test_a_result_on_other_images_is_not_taken(other):
+    results.save("r.json", report_of({"val": [5.0]}))
+    fresh = report_of({})
+    results.reuse_results("r.json", fresh, [other])
+    assert fresh["cells"] == {} and len(fresh["earlier"]) == 1
+
+
+def first_version(made):
+    """A report as it was written before results had an identity of their own."""
+    old = {name: made[name] for name in ("image_size", "limit", "wnids", "wnids_sha256", "checkpoints")}
+    cells = json.loads(json.dumps(made["cells"]))
+    for cell in cells.values():
+        del cell["images_sha256"]
+    return old | {"cells": cells, "table": {}}
+
+
+@pytest.mark.parametrize("side, reused", [(28, True), (64, False)])
+def test_a_file_of_the_first_version_is_taken_where_it_holds(tmp_path, side, reused):
+    """It cropped corrupted images of any size, and resized all stylized ones."""
+    for folder in ("c/fog/1", "s/val"):
+        paint_rim(tmp_path / folder / "n01" / "a.png", side)
+    directories = {"corruption": str(tmp_path / "c"), "stylized": str(tmp_path / "s")}
+    sets = testsets.list_test_sets(directories, WNIDS)
+    made = report_of({})
+    for each in sets:
+        results.add(made, each, [result(5.0, n=1)])
+    old = first_version(made)
+    old["cells"]["stylized"]["preprocessing"] = "Resize(32), CenterCrop(28)"
+    (tmp_path / "r.json").write_text(json.dumps(old))
+    fresh = report_of({})
+    results.reuse_results("r.json", fresh, sets)
+    assert ("corruption/fog/1" in fresh["cells"]) == reused
+    assert ("stylized" in fresh["cells"]) != reused
+    results.save("r.json", fresh)
+    assert len(all_results("r.json")) == 2
+
+
+# Files that are damaged, or another program's
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"checkpoints": [', b"half a fi", b"[]", b"3", b"null", b"{}", b'{"results": [1, 2]}', b"[" * 100_000,
+        b"1" * 10_000, b"\xff\xfe{}", b"\0" * 64, b"\x89PNG\r\n\x1a\n",
+    ],
+    ids=lambda content: repr(content[:20]),
+)  # fmt: skip
+def test_a_file_that_is_not_its_own_is_refused_and_kept(tmp_path, content):
+    (tmp_path / "r.json").write_bytes(content)
+    with pytest.raises(UsageError, match="--json r.json: .*name another file"):
+        results.reuse_results("r.json", report_of({}), [a_test_set()])
+    assert (tmp_path / "r.json").read_bytes() == content
+
+
+def test_an_empty_or_absent_file_is_a_new_one(tmp_path):
+    (tmp_path / "empty.json").touch()
+    for name in ("empty.json", "absent.json"):
+        assert continued(name, report_of({}), "val") == {}
+    with pytest.raises(UsageError, match="not a regular file"):
+        results.reuse_results("/dev/null", report_of({}), [])
+
+
+ODD_VALUES = {
+    "top1": ["5", None, True, -1, 101, float("nan"), float("inf"), 10**400, [], {}],
+    "n": [0, -1, 1.5, "4", None, 3, 2**40],
+    "classes": [
+        None,
+        [],
+        {"n01": None},
+        {"n01": {}},
+        {"n01": {"n": 1, "correct": 2}},
+        {"n01": {"n": "1", "correct": 0}},
+    ],
+    "conflicts": [2, 0],  # fewer than the decisions for shape or texture
+}
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in ODD_VALUES.items() for value in values])
+def test_impossible_figures_are_refused(tmp_path, name, value):
+    made = report_of(
+        {"stylized": [result(5.0, conflicts=4, shape_decisions=1, texture_decisions=2, shape_bias=100 / 3)]}
+    )
+    made["cells"]["stylized"]["results"][0][name] = value
+    (tmp_path / "r.json").write_text(json.dumps(made))
+    with pytest.raises(UsageError, match="--json r.json: not a report"):
+        results.reuse_results("r.json", report_of({}), [])
+
+
+def mutated(content, rng):
+    """The content with up to three places deleted, duplicated, or replaced by another value."""
+    content = copy.deepcopy(content)
+    for _ in range(rng.randint(1, 3)):
+        places = list(containers(content))
+        parent, key = rng.choice(places)
+        values = [None, True, 0, -3, 1.5, 1e300, 10**30, "", "x" * 50, "\ud800", [], {}, [[]], {"n": 1}, float("nan")]
+        action = rng.choice(["delete", "replace", "replace", "copy"])
+        if action == "delete":
+            del parent[key]
+        elif action == "replace":
+            parent[key] = rng.choice(values)
+        elif isinstance(parent, dict):
+            parent["".join(rng.choices(string.ascii_letters, k=3))] = parent[key]
+        else:
+            parent.append(parent[key])
+        if not list(containers(content)):
+            break
+    return content
+
+
+def containers(value):
+    """(container, key or index) of all values within a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in list(items):
+        yield value, key
+        yield from containers(inner)
+
+
+@pytest.mark.parametrize("seed, count, least", [(0, 100, 7), pytest.param(1, 2000, 200, marks=pytest.mark.slow)])
+def test_damaged_json_files_are_refused_or_kept(tmp_path, seed, count, least):
+    """Each is refused with one line, or all that it holds is kept and shown."""
+    rng = random.Random(seed)
+    keys = ["val", "corruption/fog/1", "sketch"]
+    made = report_of({key: [top1, top1 + 1] for key, top1 in zip(keys, (5.0, 6.0, 7.0))}, ["a", "b"])
+    results.save("r.json", made)
+    other = report_of({}, ["b"])
+    continued("r.json", other, "val")
+    other["table"] = report.by_row(other)
+    taken = 0
+    for number in range(count):
+        path = tmp_path / "damaged.json"
+        text = json.dumps(mutated(rng.choice([made, other, first_version(made)]), rng), indent=1)
+        if rng.random() < 0.2:
+            start = rng.randrange(len(text))
+            text = text[:start] + rng.choice(["", "\0", "}", '"', ","]) + text[start + rng.randrange(20) :]
+        path.write_text(text)
+        fresh = report_of({}, ["a", "b"])
+        try:
+            figures = continued(path, fresh, *keys)
+        except UsageError as error:
+            assert "\n" not in str(error) and str(path) in str(error) and len(str(error)) < 700, (number, text)
+            assert path.read_text() == text
+            continue
+        taken += bool(figures)
+        before = {(sha, key, top1) for (sha, key, _), top1 in all_results(path).items()}
+        for key in keys:
+            if lacking := results.unfinished(fresh, a_test_set(key)):
+                results.add(fresh, a_test_set(key), [result(1.0)] * len(lacking))
+        results.save(path, fresh)
+        assert {(sha, key, top1) for (sha, key, _), top1 in all_results(path).items()} >= before, (number, text)
+        assert report.table(fresh) and report.notes(fresh)
+    assert taken > least

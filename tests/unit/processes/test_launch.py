@@ -1,0 +1,235 @@
+import argparse
+import datetime
+import pickle
+import socket
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import TORCHRUN_RANK
+
+from moco import distributed
+from moco.distributed import DistContext
+from moco.errors import RunError, UsageError
+from moco.processes import launch
+
+pytestmark = pytest.mark.usefixtures("no_launcher")
+SEVERAL = {"multiprocessing_distributed": True, "world_size": 3, "rank": 1, "dist_url": "tcp://10.0.0.1:1"}
+SLURM = {  # one of two tasks, on two nodes
+    "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "n[1-2]", "MASTER_ADDR": "n1",
+}  # fmt: skip
+OPERATOR = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "23456"}
+
+
+def arguments(**options):
+    return argparse.Namespace(**options)
+
+
+def gpus(monkeypatch, count):
+    monkeypatch.setattr(launch, "usable_gpus", lambda: count)
+
+
+@pytest.fixture
+def under(monkeypatch):
+    """Sets variables of a launcher."""
+    return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+# Processes
+
+
+def test_plain_launch_is_this_process_alone():
+    called = []
+    launch.launch(lambda *given: called.append(given), arguments(lr=1), "inputs", {"never compared": 1})
+    ((ctx, args, inputs),) = called
+    assert args.lr == 1 and inputs == "inputs" and ctx.world_size == 1 and not dist.is_initialized()
+
+
+def test_world_size_counts_the_processes_of_all_nodes(monkeypatch):
+    gpus(monkeypatch, 8)
+    assert launch.resolve_world_size(arguments(**SEVERAL)) == (8, 24)
+    assert launch.resolve_world_size(arguments(multiprocessing_distributed=True)) == (8, 8)
+    assert launch.resolve_world_size(arguments()) == (1, 1)
+    gpus(monkeypatch, 0)
+    assert launch.resolve_world_size(arguments(**SEVERAL)) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"world_size": 2, "rank": 2, "dist_url": "tcp://127.0.0.1:1"}, "--rank 2"),
+        ({"world_size": 2}, "--rank -1"),
+        ({"world_size": 2, "rank": 0}, "--dist-url"),
+        ({"world_size": 2, "rank": 0, "dist_url": "tcp://localhost:nowhere"}, "tcp://10.0.0.1:10001"),
+        ({"world_size": 0}, "--world-size 0"),
+        ({"rank": 1}, "--rank 1"),
+        ({"dist_backend": "smoke"}, "--dist-backend smoke"),
+        ({"gpu": 99}, "--gpu 99"),
+        ({"dist_url": "env://"}, "--dist-url env://: .*WORLD_SIZE"),
+    ],
+)
+def test_launch_options_that_contradict_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        launch.launch(print, arguments(**options), None, {})
+
+
+def test_env_url_takes_the_address_from_the_environment(under):
+    under({"MASTER_ADDR": "fd00::1", "MASTER_PORT": "29500"})
+    args = arguments(dist_url="env://", world_size=2, rank=1)
+    assert launch.resolve_world_size(args) == (1, 2)
+    assert launch._launch_options(args).dist_url == "tcp://[fd00::1]:29500"
+
+
+@pytest.mark.parametrize("variables", [SLURM, OPERATOR])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"multiprocessing_distributed": True},
+        {"multiprocessing_distributed": True, "world_size": 1, "rank": 0},
+        {"world_size": 1},
+        {"world_size": 2, "rank": 0, "dist_url": "tcp://10.0.0.1:1"},
+    ],
+)
+def test_options_that_make_each_task_a_run_are_refused(under, variables, options):
+    under(variables)
+    with pytest.raises(UsageError, match="contradicts"):
+        launch.resolve_world_size(arguments(**options))
+
+
+def test_one_task_per_node_may_start_the_nodes_processes(under, monkeypatch):
+    gpus(monkeypatch, 8)
+    under(SLURM)
+    assert launch.resolve_world_size(arguments(**{**SEVERAL, "world_size": 2})) == (8, 16)
+    under(OPERATOR)
+    assert launch.resolve_world_size(arguments(multiprocessing_distributed=True, dist_url="env://")) == (8, 16)
+
+
+def test_more_processes_than_gpus_are_refused(under, monkeypatch):
+    gpus(monkeypatch, 2)
+    under({**SLURM, "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "4"})
+    with pytest.raises(UsageError, match="srun: 4 processes on this node, which has 2 GPUs"):
+        launch.resolve_world_size(arguments())
+    gpus(monkeypatch, 1)  # each task sees its own
+    assert launch.resolve_world_size(arguments()) == (4, 4)
+    under({**TORCHRUN_RANK, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"})
+    with pytest.raises(UsageError, match="torchrun: 2 processes on this node, which has 1 GPU"):
+        launch.resolve_world_size(arguments())
+
+
+def test_tensors_travel_to_a_rank_as_bytes():
+    """Not through /dev/shm, which containers keep small."""
+    sent = pickle.loads(pickle.dumps(launch._Pickled({"weights": torch.arange(5)})))
+    assert torch.equal(sent["weights"], torch.arange(5))
+
+
+# The process group
+
+
+def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
+    calls, ctx = {}, DistContext(3, 4, 1, 2, torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: calls.update(backend=backend, **more))
+    monkeypatch.setattr(dist, "rendezvous", lambda url, **more: iter([(url, 3, 4)]))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.update(ended=True))
+    launch._join_and_run(ctx, "env://", "nccl", lambda *given: calls.update(given=given), "args", "inputs", {})
+    assert calls == {
+        "device": ctx.device,
+        "backend": "cpu:gloo,cuda:nccl",
+        "world_size": 4,
+        "rank": 3,
+        "store": "env://",
+        "timeout": datetime.timedelta(seconds=launch.COLLECTIVE_SECONDS),
+        "given": (ctx, "args", "inputs"),
+        "ended": True,
+    }
+
+
+def test_a_rank_that_cannot_join_names_itself_and_the_address(monkeypatch):
+    monkeypatch.setattr(launch, "JOIN_SECONDS", 0.2)
+    with pytest.raises(RunError, match="rank 0 of 2 could not join the others at tcp://127.0.0.1:.*within 0.2 s"):
+        launch._meet(DistContext(0, 2), f"tcp://127.0.0.1:{launch.free_port()}")
+    with socket.create_server(("", 0)) as taken:
+        url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(RunError, match=f"{url} .*a free port of it"):
+            launch._meet(DistContext(0, 2), url)
+
+
+def compared(monkeypatch, *ranks):
+    """The message of check_agreement for ranks with these values, '' if they agree."""
+    everyone = [(f"n{rank}", {name: str(value) for name, value in own.items()}) for rank, own in enumerate(ranks)]
+    monkeypatch.setattr(distributed, "gather_lists", lambda items: everyone)
+    try:
+        launch.check_agreement(ranks[0])
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def test_equal_ranks_agree_and_a_difference_names_values_ranks_and_hosts(monkeypatch):
+    one, other = {"--lr": 0.03, "--alpha": 2}, {"--lr": 0.06, "--alpha": 2, "--cos": True}
+    assert compared(monkeypatch, one, one, one) == ""
+    message = compared(monkeypatch, one, one, other)
+    assert "--lr is 0.03 on rank 0 (n0), but 0.06 on rank 2 (n2); --cos is not given on rank 0" in message
+    assert "alpha" not in message
+
+
+def test_of_long_values_the_difference_is_printed(monkeypatch):
+    one = [f"n{number:08}" for number in range(1000)]
+    message = compared(monkeypatch, {"the class list": one}, {"the class list": [*one[:-1], "other"]})
+    assert "'n00000999'" in message and "'other'" in message and len(message) < 400
+
+
+# GPUs
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine with this many NVIDIA GPUs, of which PyTorch sees none; CUDA_VISIBLE_DEVICES is not set."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return lambda count: monkeypatch.setattr(launch.Path, "glob", lambda self, pattern: iter(range(count)))
+
+
+@pytest.mark.parametrize(
+    "visible, cuda, reason",
+    [
+        ("7", "13.0", "CUDA_VISIBLE_DEVICES=7 hides them"),
+        (None, None, "is built without CUDA"),
+        (None, "13.0", "sees none of them; does nvidia-smi list them?"),
+    ],
+)
+def test_a_run_on_the_cpu_beside_gpus_says_so(machine, monkeypatch, capfd, visible, cuda, reason):
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    machine(2)
+    launch.say_why_on_cpu()
+    err = capfd.readouterr().err
+    assert err.startswith("running on the CPU, although this machine has 2 NVIDIA GPUs: ") and reason in err
+    machine(0)
+    launch.say_why_on_cpu()
+    assert capfd.readouterr().err == ""
+
+
+def test_gpus_that_pytorch_cannot_use_are_refused_with_its_reason(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: warnings.warn("the driver is too old", stacklevel=1))
+    with pytest.raises(UsageError, match="8 GPUs that PyTorch .* cannot use: the driver is too old; to run on the CPU"):
+        launch.usable_gpus()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert launch.usable_gpus() == 8
+
+
+def test_options_that_a_gpu_is_too_old_for_are_refused(monkeypatch):
+    versions = (8, 0), (7, 5), (6, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: versions[device.index])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+    good, middle, old = (torch.device("cuda", index) for index in range(3))
+    with pytest.raises(UsageError, match=r"--precision bf16: Card 1 \(compute capability 7.5\)"):
+        launch.check_options([good, middle], "bf16")
+    with pytest.raises(UsageError, match=r"--compile: Card 2 .compute capability 6.1. is too old"):
+        launch.check_options([old], "fp32", compiled=True)
+    launch.check_options([good, middle, torch.device("cpu")], "fp16", compiled=True)
+    launch.check_options([good, torch.device("cpu")], "bf16")

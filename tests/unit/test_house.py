@@ -1,0 +1,109 @@
+"""The layout: imports run one way, tests lie where their modules do, and every file suits the oldest Python."""
+
+import ast
+
+import pytest
+from helpers import REPOSITORY
+
+MODULES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts): path
+    for path in sorted((REPOSITORY / "moco").rglob("*.py"))
+    if path.name != "__init__.py"
+}
+FLOORS = (  # a module imports from its own floor and those after it
+    {"moco.plot"}, {"moco.evaluation"}, {"moco.training"}, {"moco.options"}, {"moco.data"}, {"moco.processes"},
+    {"moco.builder", "moco.views", "moco.negatives", "moco.augment", "moco.encoders"},
+    {"moco.distributed", "moco.errors"},
+)  # fmt: skip
+WITHOUT_TORCH = {
+    "moco.errors", "moco.processes.environment", "moco.processes.signals", "moco.processes.exits",
+    "moco.training.files", "moco.data.folders", "moco.data.rgb",
+}  # fmt: skip
+
+
+def imported(path):
+    """The modules of moco, and the packages, that a file imports, also within functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from (name for name in names if name in MODULES or "." not in name and name != "moco")
+
+
+IMPORTS = {name: set(imported(path)) for name, path in MODULES.items()}
+
+
+def floor(name):
+    package = ".".join(name.split(".")[:2])
+    return next(number for number, names in enumerate(FLOORS) if package in names)
+
+
+def reached(name):
+    """All that a module imports, and what these import."""
+    found, ahead = set(), [name]
+    while ahead:
+        new = IMPORTS.get(ahead.pop(), set()) - found
+        found |= new
+        ahead += new
+    return found
+
+
+def test_imports_run_one_way_down_without_a_circle():
+    down = {name: {other for other in names if other in MODULES} for name, names in IMPORTS.items()}
+    up = [(name, other) for name, names in down.items() for other in names if floor(other) < floor(name)]
+    assert not up
+    assert not [name for name in MODULES if name in reached(name)]
+
+
+def test_what_preprocess_builds_on_needs_no_pytorch():
+    assert not {name: found for name in WITHOUT_TORCH if (found := reached(name) & {"torch", "torchvision"})}
+
+
+def test_every_module_has_its_file_of_tests_and_every_file_its_module():
+    unit = REPOSITORY / "tests" / "unit"
+    expected = {path.relative_to(REPOSITORY / "moco").with_name(f"test_{path.name}") for path in MODULES.values()}
+    others = {"preprocess", "test_house.py"}
+    found = {path.relative_to(unit) for path in unit.rglob("*.py") if path.relative_to(unit).parts[0] not in others}
+    assert found == expected
+
+
+OLDEST = (3, 10)
+FOLDERS = ("moco", "preprocess", "tests", "docs")
+FILES = [*REPOSITORY.glob("*.py"), *(path for folder in FOLDERS for path in (REPOSITORY / folder).rglob("*.py"))]
+
+
+def without_byteorder(tree):
+    """The lines that call int.from_bytes or to_bytes with one argument, which needs Python 3.11."""
+    return [
+        node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("from_bytes", "to_bytes")
+        and len(node.args) < 2
+        and "byteorder" not in {keyword.arg for keyword in node.keywords}
+    ]
+
+
+def test_every_file_is_written_for_the_oldest_python():
+    assert {"builder.py", "main_lincls.py", "quilting.py", "helpers.py"} <= {path.name for path in FILES}
+    for path in FILES:
+        tree = ast.parse(path.read_text(), str(path), feature_version=OLDEST)
+        assert not without_byteorder(tree), path
+
+
+@pytest.mark.parametrize(
+    "call, lines",
+    [
+        ("int.from_bytes(b'x')", [1]),
+        ("int.from_bytes(b'x', signed=True)", [1]),
+        ("(5).to_bytes(2)", [1]),
+        ("int.from_bytes(b'x', 'big')", []),
+        ("int.from_bytes(b'x', byteorder='big')", []),
+    ],
+)
+def test_a_missing_byteorder_is_found(call, lines):
+    assert without_byteorder(ast.parse(call)) == lines

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+
+from moco.negatives import NEGATIVES, PUBLISHED_NAMES, patch_negatives
+
+SIZE = 40
+
+
+def labelled_pixels(n=1, size=SIZE):
+    """Images whose every pixel is unlike every other: channel 0 tells its row, channel 1 its column, 2 its image."""
+    rows, columns = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    return torch.stack([torch.stack([rows, columns, torch.full_like(rows, i)]) for i in range(n)])
+
+
+def tiles(negative, side):
+    for top in range(0, SIZE, side):
+        for left in range(0, SIZE, side):
+            yield negative[:, top : top + side, left : left + side]
+
+
+@pytest.mark.parametrize("side", [1, 7, 8, 13, 20, 39, 40])
+def test_every_tile_is_an_exact_window_of_its_own_image(side):
+    negatives = patch_negatives(labelled_pixels(3), side, side, np.random.default_rng(0), count=2)
+    assert negatives.shape == (3, 2, 3, SIZE, SIZE)
+    for i in range(3):
+        for negative in negatives[i]:
+            assert (negative[2] == i).all()
+            for tile in tiles(negative, side):
+                top, left = tile[0, 0, 0], tile[1, 0, 0]
+                assert 0 <= top <= SIZE - side and 0 <= left <= SIZE - side
+                assert (tile[0] == top + torch.arange(tile.shape[1]).view(-1, 1)).all()
+                assert (tile[1] == left + torch.arange(tile.shape[2])).all()
+
+
+def patch_size_of(negative):
+    """The patch side, read off the picture: where the row number stops growing by one along each column."""
+    breaks = (negative[0].diff(dim=0) != 1).any(dim=1).nonzero()
+    return breaks[0].item() + 1 if len(breaks) else SIZE
+
+
+def test_patch_sizes_are_uniform_with_both_ends():
+    negatives = patch_negatives(labelled_pixels(), 5, 8, np.random.default_rng(1), count=2000)[0]
+    sizes = torch.tensor([patch_size_of(negative) for negative in negatives])
+    shares = sizes.bincount(minlength=9)[5:9] / 2000
+    assert sizes.min() == 5 and sizes.max() == 8
+    assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.04)
+
+
+def test_every_image_of_a_batch_draws_its_own_patch_size():
+    sizes = [
+        patch_size_of(negative[0]) for negative in patch_negatives(labelled_pixels(200), 5, 8, np.random.default_rng(2))
+    ]
+    assert set(sizes) == {5, 6, 7, 8}
+
+
+def test_positions_are_uniform_up_to_the_last_one():
+    side = 20
+    negatives = patch_negatives(labelled_pixels(), side, side, np.random.default_rng(3), count=2000)[0]
+    corners = torch.cat([torch.stack([tile[:2, 0, 0] for tile in tiles(negative, side)]) for negative in negatives])
+    for axis in range(2):
+        counts = corners[:, axis].bincount(minlength=SIZE - side + 1)
+        assert len(counts) == SIZE - side + 1
+        assert counts.float().div(len(corners)).tolist() == pytest.approx([1 / 21] * 21, abs=0.012)
+    correlation = torch.corrcoef(corners.T.float())[0, 1]
+    assert abs(correlation) < 0.05  # rows and columns are drawn apart
+
+
+def test_a_patch_as_large_as_the_image_gives_the_image():
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(patch_negatives(images, 16, 16, np.random.default_rng(0))[:, 0], images)
+
+
+def refusal(images, low=4, high=8):
+    with pytest.raises(ValueError) as refused:
+        patch_negatives(images, low, high, np.random.default_rng(0))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("low, high", [(0, 16), (20, 10), (16, SIZE + 1)])
+def test_patch_sizes_that_do_not_fit_are_refused(low, high):
+    assert f"patch sizes {low}..{high} do not fit" in refusal(labelled_pixels(), low, high)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 2, 3, 32, 32), (32, 32), ()])
+def test_images_that_are_no_batch_of_square_ones_are_refused(shape):
+    message = refusal(torch.zeros(shape))
+    assert f"got the shape {shape}" in message and "images.unsqueeze(0)" in message
+    assert "square images, got 40×39" in refusal(labelled_pixels()[:, :, :, :-1])
+
+
+OPTIONS = {"patch_ratio": (4, 12), "num_nonsem": 2, "image_size": SIZE}
+
+
+def test_every_kind_makes_negatives_of_the_query_or_of_its_texture():
+    query, texture = torch.rand(3, 3, SIZE, SIZE), torch.rand(3, 3, SIZE, SIZE)
+    made = NEGATIVES["patch"].make(query, None, np.random.default_rng(5), OPTIONS)
+    assert torch.equal(made, patch_negatives(query, 4, 12, np.random.default_rng(5), count=2))
+    made = NEGATIVES["texture"].make(query, texture, np.random.default_rng(5), OPTIONS)
+    assert torch.equal(made, texture.unsqueeze(1)) and NEGATIVES["texture"].needs_texture
+
+
+@pytest.mark.parametrize(
+    "kind, options, told",
+    [
+        ("patch", {}, ""),
+        ("patch", {"patch_ratio": (12, 4)}, "--patch-ratio 12 4: needs LO <= HI <= 40"),
+        ("patch", {"patch_ratio": (4, 41)}, "--patch-ratio 4 41"),
+        ("texture", {"num_nonsem": 1}, ""),
+        ("texture", {}, "--num-nonsem 2: there is one texture per photo"),
+    ],
+)
+def test_options_that_do_not_suit_a_kind_are_refused(kind, options, told):
+    refused = NEGATIVES[kind].refusal(OPTIONS | options)
+    assert refused.startswith(told) and bool(refused) == bool(told)
+
+
+def test_the_published_names_are_kinds():
+    assert {NEGATIVES[kind] for kind in PUBLISHED_NAMES.values()} == set(NEGATIVES.values())
+    assert PUBLISHED_NAMES == {"nonsem": "patch", "texture_syn": "texture"}
