@@ -32,7 +32,7 @@ from moco import augment, distributed
 from moco.builder import MoCo
 from moco.data import loader
 from moco.distributed import DistContext
-from moco.encoders import build_encoder
+from moco.encoders import build_encoder, configure_device
 from moco.errors import PeerError
 from moco.processes import launch
 from moco.processes.exits import translate_error
@@ -123,6 +123,7 @@ def _rank(rank, port, folder, kind, function):
     torch.set_num_threads(1)
     gpus = torch.cuda.device_count() if kind == "cuda" else 0
     device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
+    configure_device(device, strict_fp32=True, deterministic=True)  # the fixture's are those of another process
     ctx = DistContext(rank, 2, rank, 2, device)
     backend = "nccl" if gpus > 1 else "gloo"
     launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", backend, _save_result, function, folder, {})
