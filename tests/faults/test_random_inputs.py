@@ -1,7 +1,9 @@
-"""Random command lines with --dry-run: each ends in 0 with the settings, or in 2 with one line on what is wrong."""
+"""Random command lines, checkpoints and logs: a script plans its run, or says in one line what is wrong."""
 
 import contextlib
+import copy
 import io
+import json
 import os
 import random
 import runpy
@@ -12,7 +14,10 @@ import pytest
 import torch
 from helpers import EVALUATE, PRETRAIN, PROBE, REPOSITORY, SMALL, SMALL_PROBE, run_script, write_folder
 
-COMBINATIONS = 500
+from moco.training import metrics
+
+pytestmark = pytest.mark.slow
+COMBINATIONS = 120
 NUMBERS = ["", "x", "-1", "1e3", "nan"]  # none of them a whole number of 0 or more
 HUGE = "9" * 30
 FLOATS = ["", "x", "-1", "nan", "inf", "1e39"]
@@ -26,9 +31,11 @@ def files(tmp_path_factory):
     write_folder(root / "data-texture", train=8, suffix=".png")
     write_folder(root / "other", classes=("n01", "n07"))
     run_script(PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", out, data)
-    run_script(
-        PROBE, *SMALL_PROBE, "--epochs", 1, "--ckpt_path", out, data, "--pretrained", out / "checkpoint_0000.pth.tar"
-    )
+    pretrained = ["--pretrained", out / "checkpoint_0000.pth.tar"]
+    run_script(PROBE, *SMALL_PROBE, "--epochs", 1, "--lr", 0.1, 1, "--ckpt_path", out, data, *pretrained)
+    within = torch.load(out / "checkpoint_0000.pth.tar", weights_only=True)
+    means = {"names": ["loss"], "sizes": [None], "sums": torch.ones(1, 1), "steps": 1}
+    torch.save(within | {"step": 1, "means": means}, root / "within")
     good = (out / "checkpoint_0000.pth.tar").read_bytes()
     (root / "cut.pth.tar").write_bytes(good[: len(good) // 2])
     torch.save({"state_dict": {"fc.weight": 3}}, root / "foreign.pth.tar")
@@ -43,6 +50,7 @@ def files(tmp_path_factory):
         shutil.copytree(data / "val", root / "c" / "fog" / str(severity))
     names = {path.name: str(path) for path in root.iterdir()}
     return names | {
+        "probe": str(out / "checkpoint_robust_0000.pth.tar"),
         "pretrained": str(out / "checkpoint_0000.pth.tar"),
         "linear": str(out / "model_best_0000.pth.tar"),
         "nowhere": str(root / "nowhere"),
@@ -202,7 +210,6 @@ def outcome(script, arguments):
     return code, stdout.getvalue(), stderr.getvalue()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("grammar", [pretraining, probe, evaluation])
 def test_every_command_line_ends_in_settings_or_one_line(files, grammar, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -218,3 +225,85 @@ def test_every_command_line_ends_in_settings_or_one_line(files, grammar, monkeyp
             assert code == 2 and err.count("\n") == 1 and err.startswith(f"{script}: error: "), [*arguments, err]
     assert codes.count(0) > 50 and codes.count(2) > 50
     assert not os.path.exists("ckpts")  # of the folder that the test runs in
+
+
+# Checkpoints
+
+NAN = float("nan")
+ODD_VALUES = [None, True, -1, 0, 1.5, NAN, 2**70, "x", [], {}, [1], {"a": 1}, b"x", torch.ones(2), torch.tensor(NAN)]
+
+
+def mutated(saved, rng):
+    """A copy with one entry dropped, retyped or reshaped, at any depth."""
+    saved = copy.deepcopy(saved)
+    place = saved
+    while True:
+        name = rng.choice(sorted(place, key=str))
+        if isinstance(place[name], dict) and place[name] and rng.random() < 0.7:
+            place = place[name]
+            continue
+        value = place[name]
+        kind = rng.randrange(3)
+        if kind == 0:
+            del place[name]
+        elif kind == 1 and isinstance(value, torch.Tensor) and value.dim():
+            place[name] = rng.choice(
+                [value[:0], value.reshape(-1), value.double(), value.to_sparse(), value.to("meta")]
+            )
+        else:
+            place[name] = rng.choice(ODD_VALUES)
+        return saved
+
+
+@pytest.mark.parametrize("which", ["pretraining", "linear", "evaluation"])
+def test_random_contents_are_a_plan_or_one_line(files, tmp_path, which):
+    path, data = tmp_path / "random.pth.tar", files["data"]
+    file, command = {
+        "pretraining": ("within", [PRETRAIN, *SMALL, "--epochs", "5", "--resume", path, data]),
+        "linear": ("probe", [PROBE, *SMALL_PROBE, "--lr", "0.1", "1", "--epochs", "5", "--resume", path, data]),
+        "evaluation": ("probe", [EVALUATE, "--val", data, "--pretrained", path]),
+    }[which]
+    saved, rng, codes = torch.load(files[file], weights_only=True), random.Random(0), set()
+    for _ in range(COMBINATIONS):
+        torch.save(mutated(saved, rng), path)
+        code, _, error = outcome(command[0], [*map(str, command[1:]), "--dry-run"])
+        assert (code == 0 and not error) or (code == 2 and error.count("\n") == 1 and len(error) < 600), error
+        codes.add(code)
+    assert codes == {0, 2}
+
+
+# Logs
+
+
+def random_log(rng):
+    """Lines of a log, some of them damaged in one of many ways; the epochs of the sound ones of pre-training."""
+    lines, epochs = [], []
+    for epoch in range(rng.randrange(6)):
+        line = json.dumps({"epoch": epoch, "loss": rng.random()}).encode() + b"\n"
+        kind = rng.randrange(8)
+        if kind == 0:
+            line = line[: rng.randrange(len(line) - 1)] + b"\n"
+        elif kind == 1:
+            line = bytes(rng.randrange(256) for _ in range(rng.randrange(40))).replace(b"\n", b"") + b"\n"
+        elif kind == 2:
+            line = json.dumps(rng.choice([[], 3, None, "x", {}, {"epoch": "0"}, {"epoch": None}])).encode() + b"\n"
+        elif kind == 3:
+            line = b"[" * 5000 + b"\n"
+        else:
+            epochs.append(epoch)
+        lines.append(line)
+    if lines and rng.random() < 0.3:
+        lines[-1] = lines[-1][:-1]  # killed while it was written
+        epochs = [epoch for epoch in epochs if epoch < len(lines) - 1]
+    return b"".join(lines), epochs
+
+
+def test_random_logs_keep_their_sound_lines(tmp_path):
+    path, rng = tmp_path / "log.jsonl", random.Random(0)
+    for _ in range(2000):
+        content, epochs = random_log(rng)
+        path.write_bytes(content)
+        resumed = rng.randrange(7)
+        metrics.truncate_jsonl(str(path), resumed)
+        records, damaged = metrics.read_jsonl(str(path))
+        assert damaged == 0 and [record["epoch"] for record in records] == [e for e in epochs if e < resumed]
