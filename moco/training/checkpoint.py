@@ -215,15 +215,16 @@ def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Se
 
 def check_data_order(saved: Mapping, source: str, seed: int | None, images: int, images_per_step: int) -> None:
     """Raise UsageError unless the order of the data is still the same, if `saved` was saved within an epoch."""
-    if saved.get("step"):
-        check_same(
-            source,
-            {
-                "training images:": (saved["images"], images),
-                "images per step:": (saved["images_per_step"], images_per_step),
-                "--seed": (saved["seed"], saved["seed"] if seed is None else seed),
-            },
-        )
+    with reading(source):
+        if not saved.get("step"):
+            return
+        there = {
+            "training images:": saved["images"],
+            "images per step:": saved["images_per_step"],
+            "--seed": saved["seed"],
+        }
+    here = (images, images_per_step, there["--seed"] if seed is None else seed)
+    check_same(source, dict(zip(there, zip(there.values(), here))))
 
 
 def check_same(source: str, pairs: Mapping[str, tuple]) -> None:

@@ -286,9 +286,16 @@ def test_within_an_epoch_the_order_of_the_data_must_match():
     saved = {"step": 3, "images": 10, "images_per_step": 2, "seed": 5}
     checkpoint.check_data_order(saved, "file", None, 10, 2)
     checkpoint.check_data_order(saved | {"step": 0}, "file", 6, 11, 4)  # between epochs it may change
-    for seed, images, per_step in ((6, 10, 2), (5, 11, 2), (5, 10, 4)):
-        with pytest.raises(UsageError, match="it was saved with"):
+    for seed, images, per_step, told in (
+        (6, 10, 2, "--seed 5, this run has 6"),
+        (5, 11, 2, "training images: 10, this run has 11"),
+        (5, 10, 4, "images per step: 2, this run has 4"),
+    ):
+        with pytest.raises(UsageError, match=f"file: it was saved with {told}"):
             checkpoint.check_data_order(saved, "file", seed, images, per_step)
+    del saved["seed"]
+    with pytest.raises(UsageError, match="file: damaged, or not written by these scripts"):
+        checkpoint.check_data_order(saved, "file", None, 10, 2)
 
 
 def test_momenta_are_loaded_and_the_runs_options_kept():
