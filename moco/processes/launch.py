@@ -47,7 +47,7 @@ JOIN_SECONDS = 300  # for all ranks to come, at the start; torchrun has limits o
 COLLECTIVE_SECONDS = 900  # for a rank that is cut off, or waits for its data: NCCL's and gloo's limit in a step
 GRACE_SECONDS = 30  # for the other ranks to save once one has failed; torchrun and Slurm give 30 s, too
 METHOD = "spawn" if sys.platform == "darwin" else "forkserver"
-PRELOADED = ["torch", "torch.distributed", "torch.optim.swa_utils", "torchvision"]  # before ranks are forked
+PRELOADED = ["torch", "torch.distributed", "torch.optim.swa_utils", "torchvision.transforms.v2"]  # before ranks are forked
 
 
 def launch(worker: Callable, args: argparse.Namespace, inputs: object, agree: Mapping[str, object]) -> None:
@@ -185,9 +185,9 @@ def _start_ranks(node: int, count: int, world_size: int, job: tuple) -> None:
             sys.exit(128 + received[-1])
         if 0 < error.exit_code < 255:
             sys.exit(error.exit_code)
+        how = f"by {error.signal_name}" if error.exit_code < 0 else "with the fork server"
         raise RunError(
-            f"process {error.error_index} was killed ({first_line(error)}); if memory ran out, use a smaller"
-            " --batch-size or fewer -j"
+            f"process {error.error_index} was killed {how}; if memory ran out, use a smaller --batch-size or fewer -j"
         ) from error
 
 
