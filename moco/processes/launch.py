@@ -47,7 +47,7 @@ JOIN_SECONDS = 300  # for all ranks to come, at the start; torchrun has limits o
 COLLECTIVE_SECONDS = 900  # for a rank that is cut off, or waits for its data: NCCL's and gloo's limit in a step
 GRACE_SECONDS = 30  # for the other ranks to save once one has failed; torchrun and Slurm give 30 s, too
 METHOD = "spawn" if sys.platform == "darwin" else "forkserver"
-PRELOADED = ["torch", "torch.distributed", "torch.optim.swa_utils", "torchvision.transforms.v2"]  # before ranks are forked
+PRELOADED = ["torch", "torch.distributed", "torch.optim.swa_utils", "torchvision.transforms.v2"]  # by the fork server
 
 
 def launch(worker: Callable, args: argparse.Namespace, inputs: object, agree: Mapping[str, object]) -> None:
