@@ -18,22 +18,11 @@ from moco.evaluation.testsets import TestSet
 
 EXTRA, MCE = "Corruption, extra four", "mCE"  # columns beside those of the suites
 ALEXNET_ERRORS = {  # mean top-1 error over the severities, percent: the authors' divisors of mCE
-    "gaussian_noise": 88.6428,
-    "shot_noise": 89.4468,
-    "impulse_noise": 92.2640,
-    "defocus_blur": 81.9880,
-    "glass_blur": 82.6268,
-    "motion_blur": 78.5948,
-    "zoom_blur": 79.8360,
-    "snow": 86.6816,
-    "frost": 82.6572,
-    "fog": 81.9324,
-    "brightness": 56.4592,
-    "contrast": 85.3204,
-    "elastic_transform": 64.6056,
-    "pixelate": 71.7840,
-    "jpeg_compression": 60.6500,
-}
+    "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880, "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360,
+    "snow": 86.6816, "frost": 82.6572, "fog": 81.9324, "brightness": 56.4592,
+    "contrast": 85.3204, "elastic_transform": 64.6056, "pixelate": 71.7840, "jpeg_compression": 60.6500,
+}  # fmt: skip
 
 
 def score(

@@ -12,7 +12,7 @@ from moco.distributed import DistContext
 from moco.encoders import build_encoder
 from moco.errors import UsageError
 from moco.evaluation import classifier
-from moco.evaluation.classifier import LinearHeads, divergence_hint, diverged_heads
+from moco.evaluation.classifier import LinearHeads, diverged_heads, divergence_hint
 from moco.training import checkpoint
 
 
