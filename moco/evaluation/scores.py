@@ -41,9 +41,9 @@ def score(
     models: in eval mode, on the context's device; wnids: the class of output 0, 1, …; outputs beyond them count as
     wrong; chosen: {key of a test set: indices of the models to score on it}, all by default. A result has the top-1 in
     percent over all outputs and over the classes present in the set, n, counts per class, and the preprocessing. If
-    file names tell conflicting cues, it also has their number, the decisions for shape and for texture in these images,
-    and the shape bias: the percentage of shape among the decisions for either cue. Each image is read once, by one
-    rank; all ranks must call this and get the same results.
+    file names give shape and texture class, it also has the number of images where these differ, the decisions for
+    shape and for texture in these images, and the shape bias: the percentage of shape among the decisions for either.
+    Each image is read once, by one rank; all ranks must call this and get the same results.
     """
     if not test_sets:
         return

@@ -5,10 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from helpers import write_folder
 
-from moco.data import datasets, folders, loader
-from moco.distributed import DistContext
 from moco.encoders import build_encoder
 from moco.errors import UsageError
 from moco.evaluation import classifier
@@ -91,25 +88,6 @@ def test_correct_counts_are_exact_for_every_k_and_few_classes():
     logits = torch.tensor([[3.0, 2, 1], [1, 2, 3], [2, 3, 1]])
     labels = torch.tensor([0, 0, 0])
     assert classifier.correct_counts(logits, labels, ks=(1, 2, 3, 5)).tolist() == [1, 2, 3, 3]
-
-
-class ByBrightness(nn.Module):
-    """Predicts class 1 for bright images, else class 0."""
-
-    def forward(self, images):
-        bright = images.mean(dim=(1, 2, 3)) > 0
-        return torch.stack([~bright, bright, torch.zeros_like(bright)], dim=1).float()
-
-
-def test_evaluate_counts_every_image_once(tmp_path):
-    paths, labels, _ = folders.list_images(write_folder(tmp_path) / "train")
-    dataset = datasets.ImageList(paths, labels, datasets.eval_transform(16))
-    batches = loader.eval_loader(dataset, 5, 0, DistContext())
-    model = ByBrightness()
-    (result,) = classifier.evaluate(lambda images: [model(images)], batches, torch.device("cpu"))
-    bright = [classifier.to_input(dataset[i][0][None], torch.device("cpu")).mean().item() > 0 for i in range(16)]
-    correct = sum(guess == label for guess, label in zip(bright, labels))
-    assert result == {"acc1": 100 * correct / 16, "acc5": 100.0, "n": 16}
 
 
 def test_heads_side_by_side_give_each_heads_logits():
