@@ -14,7 +14,6 @@ import eval_robustness
 from moco.errors import UsageError
 from moco.evaluation import paper
 from moco.evaluation.testsets import SUITES, Suite
-from moco.training import files
 
 CAT, DOG, OTHER = "n02123045", "n02099601", "n03"
 WNIDS = ["n01", "n02", "n03", "n04"]
@@ -249,13 +248,6 @@ def test_bad_inputs_are_refused(linear, tmp_path):
     ):
         assert message in refused(EVALUATE, *options)
     assert (tmp_path / "foreign.json").read_text() == '{"name": "package"}'
-
-
-def test_a_report_that_another_process_writes_is_refused(linear, tmp_path):
-    files.lock_file("--json", str(tmp_path / "r.json")).acquire()
-    run = evaluation(linear, "--json", tmp_path / "r.json", check=False)
-    assert run.returncode == 2 and f"--json {tmp_path}/r.json: another run is writing here" in run.stderr
-    assert not (tmp_path / "r.json").exists()
 
 
 def test_a_head_without_class_list_needs_one(linear, tmp_path):
