@@ -25,6 +25,7 @@ from PIL import Image
 from moco import augment, distributed
 from moco.distributed import DistContext
 from moco.processes import launch
+from moco.training import files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # of the scripts
@@ -168,7 +169,7 @@ FORKSERVER.set_forkserver_preload([*launch.PRELOADED, "moco.evaluation.scores", 
 
 def refused(script, *arguments):
     """The one line on stderr of a script that refuses its arguments, run in this process: it must build nothing."""
-    stdout, stderr = io.StringIO(), io.StringIO()
+    stdout, stderr, locks = io.StringIO(), io.StringIO(), {}
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(stdout),
@@ -176,7 +177,10 @@ def refused(script, *arguments):
         pytest.raises(SystemExit) as stop,
     ):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(files, "_held", locks)
         runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    for descriptor in locks.values():  # the process that ends here would free them
+        os.close(descriptor)
     message = stderr.getvalue()
     assert stop.value.code == 2 and message.count("\n") == 1 and message.startswith(script + ": error: "), message
     assert stdout.getvalue() == ""

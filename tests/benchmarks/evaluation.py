@@ -38,8 +38,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "a").symlink_to(Path(sys.argv[1]).resolve())
         (test_set,) = testsets.list_test_sets({"val": folder}, ["a", "b"])
-        images = datasets.ImageList(test_set.paths, test_set.labels, datasets.eval_transform(SIZE))
-        dataset = datasets.StrictDataset(images)
+        dataset = datasets.ImageList(test_set.paths, test_set.labels, datasets.eval_transform(SIZE))
         batches = list(loader.eval_loader(dataset, BATCH, 0, DistContext()))
 
         def score(some):

@@ -5,16 +5,14 @@
 
 Prints a table for docs/speed.md. "limit": the same model and optimizer on images that are on the GPU already; the
 script should reach 90 % of it while its loaders keep up (data: the share of time it waits for them). Without --photos
-it writes JPEGs at ImageNet's usual size. The trace, for chrome://tracing or Perfetto, shows copies beside kernels.
+it writes JPEGs at ImageNet's usual size. The trace, for Perfetto, shows whether copies run beside kernels.
 """
 
 import argparse
 import itertools
-import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,18 +20,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from moco import augment
-from moco.builder import MoCo
 from moco.data import loader
-from moco.encoders import DTYPES, build_encoder, configure_cudnn
+from moco.encoders import configure_device
 from moco.views import training_views
-from tests.benchmarks import plain
+from tests.benchmarks import ours, plain
+from tests.benchmarks.ours import row
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-METHOD = ["--mlp", "--aug-plus", "--moco-t", plain.T, "--alpha", plain.ALPHA]
 KINDS = [("fp32", False), ("bf16", False), ("bf16", True)]  # precision, whether compiled
 FULL = {
     "arch": "resnet50", "size": plain.SIZE, "patches": plain.PATCH_SIDES, "K": plain.K, "batches": (256, 32),
@@ -45,25 +40,12 @@ TINY = {
 }  # fmt: skip
 
 
-class Training:
-    """The training step of the script on one device."""
+class Training(ours.Training):
+    """The training step of the script on one device, with the sizes of a case."""
 
     def __init__(self, case, precision, compiled, device):
+        super().__init__(case["arch"], precision, device, compiled, case["K"])
         self.case, self.device = case, device
-        self.model = MoCo(
-            lambda num_classes: build_encoder(case["arch"], num_classes),
-            K=case["K"], T=plain.T, mlp=True, alpha=plain.ALPHA, dtype=DTYPES[precision],
-        ).to(device, memory_format=torch.channels_last)  # fmt: skip
-        if compiled:
-            self.model.encoder_q.compile()
-            self.model.encoder_k.compile()
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=True)
-
-    def step(self, query, key, negatives):
-        logits, labels = self.model(query, key, negatives)
-        self.optimizer.zero_grad()
-        F.cross_entropy(logits, labels).backward()
-        self.optimizer.step()
 
     def images_per_s(self, batch_size):
         """On images that are on the device already."""
@@ -108,46 +90,13 @@ def write_photos(folder, count):
         photo.save(Path(folder, f"{i}.jpg"), quality=90)
 
 
-def run(command):
-    command = [sys.executable, *map(str, command)]
-    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
-    if result.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{result.stderr}")
-    return result.stdout
-
-
 def script(case, folder, batch_size, precision, compiled, workers):
     """(images/s, share of time spent waiting for data) of the script's last epoch, of three."""
-    with tempfile.TemporaryDirectory() as out:
-        command = [
-            "moco-non-sem-neg.py", "-a", case["arch"], "--image-size", case["size"], "--patch-ratio", *case["patches"],
-            "-b", batch_size, "--moco-k", case["K"], "-j", workers, "--epochs", 3, "--precision", precision, *METHOD,
-            *(["--compile"] if compiled else []), "--ckpt_path", out, folder,
-        ]  # fmt: skip
-        run(command)
-        last = json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
-        return last["images_per_s"], last["data_share"]
-
-
-def overlap(trace):
-    """The share of the time of copies to the GPU during which a kernel of another stream runs."""
-    events = [event for event in json.loads(Path(trace).read_text())["traceEvents"] if event.get("ph") == "X"]
-    copies = [event for event in events if event.get("cat") == "gpu_memcpy" and "HtoD" in event["name"]]
-    kernels = [event for event in events if event.get("cat") == "kernel"]
-    hidden = total = 0.0
-    for copy in copies:
-        start, end = copy["ts"], copy["ts"] + copy["dur"]
-        spans = sorted(
-            (max(start, kernel["ts"]), min(end, kernel["ts"] + kernel["dur"]))
-            for kernel in kernels
-            if kernel["args"]["stream"] != copy["args"]["stream"]
-        )
-        covered = start
-        for first, last in spans:
-            hidden += max(0.0, last - max(first, covered))
-            covered = max(covered, last)
-        total += end - start
-    return hidden / total if total else None
+    last = ours.pretrain(
+        folder, "-a", case["arch"], "--image-size", case["size"], "--patch-ratio", *case["patches"], "-b", batch_size,
+        "--moco-k", case["K"], "-j", workers, "--epochs", 3, "--precision", precision, *["--compile"] * compiled,
+    )  # fmt: skip
+    return last["images_per_s"], last["data_share"]
 
 
 def write_trace(case, batch_size, path, device):
@@ -171,16 +120,12 @@ def describe(device, arguments):
     )
 
 
-def row(*cells):
-    print(f"| {' | '.join(cells)} |", flush=True)
-
-
 def speeds(case, folder, device):
     row(f"{case['arch']}, {case['size']} px, K {case['K']}", "limit", "script", "of the limit", "data", "plain")
     row("---", "---", "---", "---", "---", "---")
     workers = max(case["workers"])
     for batch_size in case["batches"]:
-        baseline = float(run(["tests/benchmarks/plain.py", case["arch_plain"], batch_size, workers, 1, folder]))
+        baseline = float(ours.run("tests/benchmarks/plain.py", case["arch_plain"], batch_size, workers, 1, folder))
         for precision, compiled in case["kinds"]:
             limit = Training(case, precision, compiled, device).images_per_s(batch_size)
             speed, share = script(case, folder, batch_size, precision, compiled, workers)
@@ -209,7 +154,7 @@ def main():
     case = {**(TINY if args.tiny else FULL)}
     case["arch_plain"] = "resnet18" if args.tiny else case["arch"]  # plain knows torchvision's networks only
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    configure_cudnn(strict_fp32=False, deterministic=False)
+    configure_device(device, strict_fp32=False, deterministic=False)
     describe(device, sys.argv[1:])
     with tempfile.TemporaryDirectory() as folder:
         photos, data = Path(folder, "photos"), Path(folder, "data")
@@ -223,8 +168,7 @@ def main():
         speeds(case, data, device)
         worker_shares(case, data)
     write_trace(case, case["batches"][-1], args.trace, device)
-    shared = overlap(args.trace)
-    print(f"\nThe trace is {args.trace}" + (f"; {shared:.0%} of the copies' time is beside kernels" if shared else ""))
+    print(f"\nThe trace is {args.trace}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,13 +23,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import default_collate
 
-from moco import augment, distributed, memory, views
-from moco.builder import MoCo
+from moco import augment, distributed, encoders, views
 from moco.data.datasets import RetryDataset, TwoCrops
-from moco.encoders import DTYPES, build_encoder
-from tests.benchmarks import plain
+from tests.benchmarks import ours, plain
+from tests.benchmarks.ours import row
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 BATCH = 16
 
 
@@ -62,28 +59,9 @@ def our_input(photos):
         views.training_views(crops, rng, recipe=augment.V2, robust="patch", num_nonsem=1, patch_ratio=plain.PATCH_SIDES)
 
 
-class OurStep:
-    """One training step of moco-non-sem-neg.py."""
-
-    def __init__(self, arch, precision):
-        self.model = MoCo(
-            lambda num_classes: build_encoder(arch, num_classes),
-            K=plain.K,
-            T=plain.T,
-            mlp=True,
-            alpha=plain.ALPHA,
-            dtype=DTYPES[precision],
-        ).to(memory_format=torch.channels_last)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, fused=True)
-
-    def step(self, query, key, negative):
-        logits, labels = self.model(query, key, negative.unsqueeze(1))
-        self.optimizer.zero_grad()
-        F.cross_entropy(logits, labels).backward()
-        self.optimizer.step()
-
+class OurStep(ours.Training):
     def step_without_encoders(self):
-        """The rest of it: features are given, gradients of the weights are those of the last step."""
+        """The rest of the step: features are given, gradients of the weights are those of the last step."""
         features = F.normalize(torch.randn(BATCH, 128), dim=1).requires_grad_()
         images = torch.empty(BATCH, 3, 1, 1)
         self.model._features = lambda encoder, images: features
@@ -106,7 +84,8 @@ def batch():
 
 
 def step(kind):
-    trainer(kind).step(*batch())
+    query, key, negative = batch()
+    trainer(kind).step(query, key, negative if kind == "plain" else negative.unsqueeze(1))
 
 
 def step_without_encoders(kind):
@@ -127,7 +106,7 @@ def own_process(kind, threads):
 def _set_up(kind, threads):
     torch.set_num_threads(threads)
     if kind != "plain":
-        memory.keep_freed_memory(torch.device("cpu"))
+        encoders.configure_device(torch.device("cpu"), strict_fp32=False, deterministic=False)
 
 
 def medians(rounds, threads, **calls):
@@ -191,113 +170,52 @@ def end_to_end(photos, workers=2, rounds=3):
     with tempfile.TemporaryDirectory() as folder:
         for copy in range(4):
             shutil.copytree(photos, Path(folder, "train", f"n{copy}"))
-
-        def run(*command):
-            return subprocess.run(
-                [sys.executable, *map(str, command)], cwd=REPOSITORY, check=True, capture_output=True, text=True
-            ).stdout
-
-        for turn in range(rounds):
-            speeds["plain"].append(float(run("tests/benchmarks/plain.py", "resnet18", BATCH, workers, 2, folder)))
+        options = ["-a", "resnet18", "-b", BATCH, "-j", workers, "--epochs", 2, "--patch-ratio", *plain.PATCH_SIDES]
+        for _ in range(rounds):
+            speeds["plain"].append(float(ours.run("tests/benchmarks/plain.py", "resnet18", BATCH, workers, 2, folder)))
             for precision in ("fp32", "bf16"):
-                out = Path(folder, f"{precision}-{turn}")
-                run(
-                    "moco-non-sem-neg.py",
-                    "-a",
-                    "resnet18",
-                    "-b",
-                    BATCH,
-                    "-j",
-                    workers,
-                    "--epochs",
-                    2,
-                    "--mlp",
-                    "--aug-plus",
-                    "--moco-t",
-                    plain.T,
-                    "--alpha",
-                    plain.ALPHA,
-                    "--patch-ratio",
-                    *plain.PATCH_SIDES,
-                    "--precision",
-                    precision,
-                    "--ckpt_path",
-                    out,
-                    folder,
-                )
-                speeds[precision].append(json.loads((out / "log.jsonl").read_text().splitlines()[-1])["images_per_s"])
+                last = ours.pretrain(folder, *options, "--precision", precision)
+                speeds[precision].append(last["images_per_s"])
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def row(what, plain_figure, our_figure, ratio):
-    print(f"| {what} | {plain_figure} | {our_figure} | {ratio} |", flush=True)
+def compare(what, plain_figure, our_figure, digits=".1f", ratio=None):
+    """A row of the table; the ratio is plain's figure over ours unless it is given."""
+    ratio = plain_figure / our_figure if ratio is None else ratio
+    row(what, f"{plain_figure:{digits}}", f"{our_figure:{digits}}", f"{ratio:.2f}")
 
 
 def main():
     photos = photos_in(sys.argv[1])
     cores = len(os.sched_getaffinity(0))
     print(f"{len(photos)} photos, {plain.SIZE} px, patch negatives, {cores} cores, torch {torch.__version__}\n")
-    print("| | plain | here | ratio |\n|---|---|---|---|")
+    row("", "plain", "here", "ratio")
+    row(*["---"] * 4)
 
-    times = medians(
-        5,
-        1,
-        plain=("plain", plain_input, photos),
-        loader=("ours", our_loader, photos),
-        input=("ours", our_input, photos),
-    )
+    inputs = {"plain": ("plain", plain_input), "loader": ("ours", our_loader), "input": ("ours", our_input)}
+    times = medians(5, 1, **{name: (*call, photos) for name, call in inputs.items()})
     each = {name: 1000 * value / len(photos) for name, value in times.items()}
-    row(
-        "a loading process, ms per image",
-        f"{each['plain']:.1f}",
-        f"{each['loader']:.2f}",
-        f"{each['plain'] / each['loader']:.1f}",
-    )
-    row(
-        "whole input path on one core, ms per image",
-        f"{each['plain']:.1f}",
-        f"{each['input']:.2f}",
-        f"{each['plain'] / each['input']:.2f}",
-    )
+    compare("a loading process, ms per image", each["plain"], each["loader"], ".2f")
+    compare("whole input path on one core, ms per image", each["plain"], each["input"], ".2f")
     theirs = peak_memory("plain", plain_input, photos)
-    for what, function in (("a loading process", our_loader), ("the input path's process", our_input)):
-        ours = peak_memory("ours", function, photos)
-        row(f"peak memory of {what}, MB", f"{theirs:.0f}", f"{ours:.0f}", f"{theirs / ours:.2f}")
+    compare("peak memory of a loading process, MB", theirs, peak_memory("ours", our_loader, photos), ".0f")
+    compare("peak memory of the input path's process, MB", theirs, peak_memory("ours", our_input, photos), ".0f")
 
-    times = medians(
-        5,
-        cores,
-        plain=("plain", step, "plain"),
-        fp32=("fp32", step, "fp32"),
-        bf16=("bf16", step, "bf16"),
-        rest=("bf16", step_without_encoders, "bf16"),
-    )
+    calls = {kind: (kind, step, kind) for kind in ("plain", "fp32", "bf16")}
+    times = medians(5, cores, **calls, rest=("bf16", step_without_encoders, "bf16"))
     for precision in ("fp32", "bf16"):
-        row(
-            f"training step, ResNet-50, {BATCH} images, K {plain.K}, {precision}, s",
-            f"{times['plain']:.2f}",
-            f"{times[precision]:.2f}",
-            f"{times['plain'] / times[precision]:.2f}",
-        )
+        name = f"training step, ResNet-50, {BATCH} images, K {plain.K}, {precision}, s"
+        compare(name, times["plain"], times[precision], ".2f")
     row("of the bf16 step, what is not an encoder pass", "", f"{times['rest'] / times['bf16']:.1%}", "")
 
-    gathered, *dealt = shuffled_bytes()
+    gathered, *dealt = (count / 2**20 for count in shuffled_bytes())
     for name, received in zip(("fp32", "bf16"), dealt):
-        row(
-            f"shuffling over 4 ranks, {name}, MB received by a rank",
-            f"{gathered / 2**20:.1f}",
-            f"{received / 2**20:.2f}",
-            f"{gathered / received:.1f}",
-        )
+        compare(f"shuffling over 4 ranks, {name}, MB received by a rank", gathered, received, ".2f")
 
     speeds = end_to_end(sys.argv[1])
     for precision in ("fp32", "bf16"):
-        row(
-            f"the script, ResNet-18, -j 2, {precision}, images/s",
-            f"{speeds['plain']:.1f}",
-            f"{speeds[precision]:.1f}",
-            f"{speeds[precision] / speeds['plain']:.2f}",
-        )
+        ratio = speeds[precision] / speeds["plain"]
+        compare(f"the script, ResNet-18, -j 2, {precision}, images/s", speeds["plain"], speeds[precision], ratio=ratio)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,19 @@
 PHOTOS: a folder of images. One thread. Prints medians over all photos.
 """
 
-import os
-
-os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
-
 import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parents[2] / "preprocess"))
-import image_lists
+import common  # noqa: F401 - one thread; before numpy
+import numpy as np
 import quilting
 from imagenet_texture_syn import cut_patches, read_photo
+
+from moco.data import folders
 
 PATCH, SIZE = 96, 224  # px
 
@@ -133,8 +130,8 @@ def throughput(jobs, workers):
 
 def main():
     folder = Path(sys.argv[1])
-    rngs = np.random.default_rng(0).spawn(len(image_lists.images_in(folder)))
-    photos = [read_photo(folder / name, PATCH)[0] for name in image_lists.images_in(folder)]
+    photos = [read_photo(folder / name, PATCH)[0] for name in folders.images_in(folder)]
+    rngs = np.random.default_rng(0).spawn(len(photos))
     jobs = [(seed, cut_patches(photo, PATCH, rng)) for seed, (photo, rng) in enumerate(zip(photos, rngs))]
     for job in jobs[:3]:
         texture_of(job)

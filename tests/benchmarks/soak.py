@@ -9,6 +9,7 @@ opens files for a moment), or throughput falls by more than 10 %.
 """
 
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,10 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+COMMAND = (
+    "-m torch.distributed.run --standalone --nproc-per-node=2 moco-non-sem-neg.py -a resnet10 --image-size 32"
+    " --patch-ratio 4 12 -b 32 --moco-k 512 -j 2 --epochs 1000000 --knn --knn-freq 20 --save-freq 50 --keep 2"
+)
 
 
 def write_data(folder, images=320):
@@ -59,40 +64,9 @@ def main():
     seconds = 60 * float(sys.argv[1] if len(sys.argv) > 1 else 30)
     with tempfile.TemporaryDirectory() as folder:
         write_data(folder)
+        command = f"{COMMAND} --ckpt_path {folder}/run {folder}"
         run = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                "--standalone",
-                "--nproc-per-node=2",
-                "moco-non-sem-neg.py",
-                "-a",
-                "resnet10",
-                "--image-size",
-                "32",
-                "--patch-ratio",
-                "4",
-                "12",
-                "-b",
-                "32",
-                "--moco-k",
-                "512",
-                "-j",
-                "2",
-                "--epochs",
-                "1000000",
-                "--knn",
-                "--knn-freq",
-                "20",
-                "--save-freq",
-                "50",
-                "--keep",
-                "2",
-                "--ckpt_path",
-                f"{folder}/run",
-                folder,
-            ],
+            [sys.executable, *shlex.split(command)],
             cwd=REPOSITORY,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,

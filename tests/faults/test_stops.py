@@ -33,7 +33,7 @@ LATEST = "checkpoint_latest.pth.tar"
 TWO = [*TORCHRUN, "--nproc-per-node=2"]
 SPAWNED = ["--multiprocessing-distributed", "--world-size", 1, "--rank", 0]
 MOMENTS = {  # the run has something to save, except at the first
-    "listing": False, "building": True, "resuming": True, "item 12": True, "views 2": True, "step 2": True,
+    "listing": False, "building": False, "resuming": True, "item 12": True, "views 2": True, "step 2": True,
     "saving": True, "saving 2": True, "logging": True, "kNN": True,
 }  # fmt: skip
 
