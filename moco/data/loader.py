@@ -14,7 +14,7 @@ from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
 from moco.processes import signals
 
-DATA_SECONDS = 600  # for a batch, after which the run is saved and ends; less than the limit for collectives
+DATA_SECONDS = 600  # limit for one batch, then the run is saved and ends; below the limit for collectives
 
 
 class GlobalBatchSampler(Sampler):
