@@ -58,4 +58,4 @@ def _leave_with_parent() -> None:
     os.setpgrp()  # a group of this worker and its programs; an interrupt at the terminal reaches the parent only
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, frame: os.killpg(0, signal.SIGKILL))
-    signals.end_with_program()
+    signals.end_with_parent()
