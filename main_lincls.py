@@ -257,8 +257,8 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
         adjust_learning_rate(optimizer, epoch, args)
         train_one_epoch(backbone, ddp_heads, run.steps(train_loader, prepare, epoch), optimizer, run)
         stats = run.epoch_stats()
-        if new := classifier.exploded(stats["loss"], len(train.classes)) - diverged:
-            run.print(classifier.explosion_hint(new, args.lr, stats["loss"], len(train.classes)))
+        if new := classifier.diverged_heads(stats["loss"], len(train.classes)) - diverged:
+            run.print(classifier.divergence_hint(new, args.lr, stats["loss"], len(train.classes)))
             diverged |= new
         predictor = functools.partial(classifier.predict, backbone, heads, DTYPES[args.precision])
         with run.evaluation():

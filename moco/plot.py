@@ -44,7 +44,7 @@ PROBE_PANELS = {
     "probe: top-1 on train/, %": {"acc1": "-"},
     "probe: top-1 on val/, %": {"val_acc1": "-"},
 }
-LOG_SCALE_FROM = 100  # times the smallest loss: one head that exploded must not flatten all others
+LOG_SCALE_FROM = 100  # times the smallest loss: one head that diverged must not flatten all others
 MARKED = 20  # values up to which each is marked: a single one would be invisible without, and many hide the dashes
 CLASSES = 20  # of the most helped and of the most harmed classes that are named
 HELPED, HARMED = "#0b66b3", "#d9730d"

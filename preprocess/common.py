@@ -6,7 +6,6 @@ Import it before numpy. The rest, class folders, conversion to RGB and atomic fi
 import argparse
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ RESUME = "run the same command again to resume"
 
 def run(main: Callable[[], int | None]) -> None:
     """Call main() and exit with its code; errors end in one line on stderr, signals in 128 + their number."""
-    signals.handle_stop_signals(signals.exit_at_once, (signal.SIGTERM, signal.SIGHUP))
+    signals.handle_stop_signals(signals.exit_at_once, signals.END_SIGNALS)
     cli_main(main, again=RESUME)
 
 

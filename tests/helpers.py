@@ -25,6 +25,7 @@ from PIL import Image
 from moco import augment, distributed
 from moco.distributed import DistContext
 from moco.processes import launch
+from moco.training import files
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # of the scripts
@@ -32,7 +33,7 @@ PRETRAIN, PROBE, EVALUATE = "moco-non-sem-neg.py", "main_lincls.py", "eval_robus
 SMALL = shlex.split("-a resnet10 --image-size 32 --patch-ratio 4 12 --batch-size 8 --moco-k 64 -j 1 --seed 1")
 SMALL_PROBE = shlex.split("-a resnet10 --image-size 32 --batch-size 8 -j 1 --seed 1")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-FAULTS = "tests/faults.py"
+FAULTS = "tests/faults/inject.py"
 TORCHRUN_RANK = {  # what torchrun sets for the only rank of a run
     "TORCHELASTIC_RUN_ID": "1",
     "RANK": "0",
@@ -163,21 +164,12 @@ def _script(folder, arguments, env):
 
 os.environ["OMP_NUM_THREADS"] = "1"  # the fork server reads it when it starts
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(
-    [
-        "torch",
-        "torchvision",
-        "torch.optim.swa_utils",
-        "moco.processes.launch",
-        "moco.evaluation.scores",
-        "moco.training.run",
-    ]
-)
+FORKSERVER.set_forkserver_preload([*launch.PRELOADED, "moco.evaluation.scores", "moco.training.run"])
 
 
 def refused(script, *arguments):
     """The one line on stderr of a script that refuses its arguments, run in this process: it must build nothing."""
-    stdout, stderr = io.StringIO(), io.StringIO()
+    stdout, stderr, locks = io.StringIO(), io.StringIO(), {}
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(stdout),
@@ -185,7 +177,10 @@ def refused(script, *arguments):
         pytest.raises(SystemExit) as stop,
     ):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(files, "_held", locks)
         runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    for descriptor in locks.values():  # the process that ends here would free them
+        os.close(descriptor)
     message = stderr.getvalue()
     assert stop.value.code == 2 and message.count("\n") == 1 and message.startswith(script + ": error: "), message
     assert stdout.getvalue() == ""

@@ -1,9 +1,13 @@
-"""Made-up reports of an evaluation, for tests of what is done with them."""
+"""Made-up reports of an evaluation, and linear checkpoints to evaluate."""
 
 from pathlib import Path
 
+import torch
+
+from moco.encoders import build_encoder
 from moco.evaluation import results
 from moco.evaluation.testsets import TestSet
+from moco.training import checkpoint
 
 WNIDS = ["n01", "n02"]
 
@@ -30,7 +34,7 @@ def report_of(cells, runs=("mine",), wnids=WNIDS, image_size=28, limit=None, wei
     rows = {}
     for index, row in enumerate(runs):
         path = Path(f"{index}.pth")
-        path.write_text(f"{weights} of run {runs[:index].count(row)} of {row}")
+        path.write_text(f"{weights} of run {runs[:index].count(row)} of {row!a}")
         rows.setdefault(row, []).append(str(path))
     known = [(options or {}).get(row, {}) for row, paths in rows.items() for _ in paths]
     made = results.new(rows, known, wnids, image_size, limit)
@@ -39,3 +43,11 @@ def report_of(cells, runs=("mine",), wnids=WNIDS, image_size=28, limit=None, wei
         categories = {"cat": [0], "dog": [1]} if key == "set/cues" else None
         results.add(made, a_test_set(key, values[0]["n"], categories=categories), values)
     return made
+
+
+def save_linear(path, wnids, outputs=None, seed=0, **more):
+    """Write a linear checkpoint with random weights for these classes and 32-px crops."""
+    torch.manual_seed(seed)
+    state = checkpoint.add_prefix(build_encoder("resnet10", outputs or len(wnids)).state_dict())
+    saved = {"arch": "resnet10", "state_dict": state, "wnids": wnids, "image_size": 32} | more
+    torch.save({name: value for name, value in saved.items() if value is not None}, path)

@@ -56,7 +56,8 @@ def slurm(alone, tmp_path_factory):
     conf = subprocess.run(["bash", scripts / "start.sh", folder], capture_output=True, text=True, timeout=120)
     assert conf.returncode == 0, conf.stderr
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**ENVIRONMENT, "SLURM_CONF": conf.stdout.strip(), "PATH": path}
+    # Both nodes are this machine, which no name server knows as n1.
+    env = {**ENVIRONMENT, "SLURM_CONF": conf.stdout.strip(), "PATH": path, "MASTER_ADDR": "127.0.0.1"}
 
     def run(*command, check=True, **variables):
         print("$", *command, flush=True)

@@ -131,7 +131,7 @@ def images_in(class_folder: str | Path, listed: dict[str, str] | None = None) ->
     images, waiting = [], [("", os.path.realpath(class_folder))]
     while waiting:
         below, real = waiting.pop()
-        folder = os.path.join(class_folder, below)
+        folder = os.path.join(class_folder, below).removesuffix("/")
         _list_once(folder, real, listed)
         folders, files = scan_folder(folder)
         images += [below + name for name in files if name.lower().endswith(IMG_EXTENSIONS)]
@@ -287,6 +287,8 @@ def read_class_list(path: str | Path) -> list[str]:
 
     Raises UsageError if it is missing, not text, empty, or names a class twice.
     """
+    if not os.path.isfile(path):
+        raise UsageError(f"--classes {path}: no such file")
     try:
         data = Path(path).read_bytes()
         text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")

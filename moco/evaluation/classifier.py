@@ -14,7 +14,7 @@ from moco.encoders import autocast, build_encoder
 from moco.errors import RunError, UsageError
 from moco.training import checkpoint, files
 
-EXPLODED = 2  # times ln(classes), the loss at chance: over an epoch, heads that learn stay below 1.2
+DIVERGED = 2  # times ln(classes), the loss at chance: over an epoch, heads that learn stay below 1.2
 
 
 # Models
@@ -112,21 +112,22 @@ class BestHead:
         return is_best
 
 
-def exploded(losses: Sequence[float], classes: int) -> set[int]:
+def diverged_heads(losses: Sequence[float], classes: int) -> set[int]:
     """The indices of the heads whose mean loss over an epoch is so far above chance, or NaN, that --lr is too large."""
-    return {head for head, loss in enumerate(losses) if not loss <= EXPLODED * math.log(classes)}
+    return {head for head, loss in enumerate(losses) if not loss <= DIVERGED * math.log(classes)}
 
 
-def explosion_hint(heads: Iterable[int], lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
+def divergence_hint(heads: Iterable[int], lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
     """A line that names the learning rates of these heads, and some to try if no other head learns."""
-    heads = sorted(heads)
+    heads, diverged = sorted(heads), diverged_heads(losses, classes)
     least = min(lrs[head] for head in heads)
     advice = f"try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features"
-    sound = " ".join(f"{lr:g}" for head, lr in enumerate(lrs) if head not in exploded(losses, classes))
+    sound = " ".join(f"{lr:g}" for head, lr in enumerate(lrs) if head not in diverged)
+    verb = "are" if " " in sound else "is"
     return (
         f"loss diverged for --lr {' '.join(f'{lrs[head]:g}' for head in heads)}"
         f" ({' '.join(f'{losses[head]:.6g}' for head in heads)}; chance is {math.log(classes):.2f});"
-        f" {f'--lr {sound} is fine' if sound else advice}; the best head is kept"
+        f" {f'--lr {sound} {verb} fine' if sound else advice}; the best head is kept"
     )
 
 
@@ -158,7 +159,7 @@ def predictions(predict: Callable, batches: Iterable, device: torch.device) -> I
 
 
 def correct_counts(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int] = (1, 5)) -> torch.Tensor:
-    """How many labels (N,) are among the k largest of logits (N, classes), for each k: (len(ks),) int64."""
+    """Number of labels (N,) among the k largest of logits (N, classes), for each k: (len(ks),) int64."""
     ranked = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices == labels.view(-1, 1)
     return torch.stack([ranked[:, :k].sum() for k in ks])
 

@@ -11,7 +11,6 @@ from moco.evaluation.testsets import SUITES, TestSet
 
 SHARED = ", shared classes"  # a second column: decisions among the classes of the set only
 CUES = {"Shape bias": "shape_bias", "Shape accuracy": "shape_decisions", "Texture accuracy": "texture_decisions"}
-EXTRA, MCE = "Corruption, extra four", "mCE"
 SETTINGS = ("model", "K", "alpha")  # the first columns
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
@@ -67,13 +66,13 @@ def _cue_figures(result: Mapping, prefix: str) -> dict[str, float]:
     if result.get("shape_bias") is None:
         return {}
     n = result.get("conflicts", result["n"])
-    scales = {title: 1 if key == "shape_bias" else 100 / n for title, key in CUES.items()}
-    return {prefix + title: scales[title] * result[key] for title, key in CUES.items() if key in result}
+    percents = result | {key: 100 * result[key] / n for key in list(CUES.values())[1:] if key in result}
+    return {prefix + title: percents[key] for title, key in CUES.items() if key in percents}
 
 
 def check_set_name(name: str, others: Iterable[str]) -> None:
     """Raise UsageError unless `name` can be a column of the table beside the built-in ones and `others`."""
-    built_in = [*SUITES, *(suite.title for suite in SUITES.values()), *CUES, EXTRA, MCE, *SETTINGS]
+    built_in = [*SUITES, *(suite.title for suite in SUITES.values()), *CUES, scores.EXTRA, scores.MCE, *SETTINGS]
     same = next((each for each in [*others, *built_in] if each.casefold() == name.casefold()), None)
     if same is not None:
         kind = "a further set" if same in others else "a column of the table"
@@ -199,7 +198,7 @@ def _best(title: str, cells: Sequence[str]) -> list[str]:
     means = {cell: float(cell.split("±")[0]) for cell in cells if cell != "–" and title not in SETTINGS}
     if len(means) < 2 or any(cue in title for cue in CUES):
         return []
-    best = min(means.values()) if title == MCE else max(means.values())
+    best = min(means.values()) if title == scores.MCE else max(means.values())
     return [cell for cell, mean in means.items() if mean == best]
 
 

@@ -16,6 +16,7 @@ from moco.evaluation import cues, testsets
 from moco.evaluation.classifier import predictions
 from moco.evaluation.testsets import TestSet
 
+EXTRA, MCE = "Corruption, extra four", "mCE"  # columns beside those of the suites
 ALEXNET_ERRORS = {  # mean top-1 error over the severities, percent: the authors' divisors of mCE
     "gaussian_noise": 88.6428,
     "shot_noise": 89.4468,
@@ -127,16 +128,14 @@ def corruption_figures(top1: Mapping[str, float], classes: int) -> dict[str, flo
     Corruption is over the standard corruptions; the four extra ones have a figure of their own, and so has mCE if
     nothing is missing and there are 1000 classes.
     """
+    groups = {testsets.SUITES["corruption"].title: testsets.STANDARD, EXTRA: testsets.CORRUPTIONS["extra"]}
     means = {
         title: statistics.fmean(values)
-        for title, names in {
-            "Corruption": testsets.STANDARD,
-            "Corruption, extra four": testsets.CORRUPTIONS["extra"],
-        }.items()
+        for title, names in groups.items()
         if (values := [value for key, value in top1.items() if key.split("/")[1] in names])
     }
     if classes == 1000 and not testsets.missing_corruptions(top1):
-        means["mCE"] = statistics.fmean(
+        means[MCE] = statistics.fmean(
             100 * (100 - top1[f"corruption/{name}/{severity}"]) / error
             for name, error in ALEXNET_ERRORS.items()
             for severity in testsets.SEVERITIES

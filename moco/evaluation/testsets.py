@@ -25,7 +25,7 @@ class Suite(NamedTuple):
     """A built-in test set. An entry of SUITES is an option, a column and, if published.csv has it, compared."""
 
     title: str  # of its column
-    layout: str = "<wnid>/*"  # of its folder, for --help; val/<wnid>/* is read as well
+    layout: str = "<wnid>/*, or val/<wnid>/*"  # of its folder, for --help
     kind: str = "photos"  # or made by a program at the size of the crop: "stylized", "corrupted"
     counts: range | None = None  # images per class in the published set
     shared_classes: bool = False  # it lacks classes of the head: a second column decides between its own
@@ -39,15 +39,14 @@ class Suite(NamedTuple):
         return f"{len(odd)} of {len(counts)} classes do not have {usual} images ({', '.join(odd[:3])})" if odd else ""
 
 
-EITHER = "<wnid>/*, or val/<wnid>/*"
 SUITES = {
-    "val": Suite("val", EITHER, counts=range(50, 51)),
+    "val": Suite("val", counts=range(50, 51)),
     "corruption": Suite(
         "Corruption", "[<group>/]<corruption>/<severity>/<wnid>/*", kind="corrupted", counts=range(50, 51)
     ),
     "sketch": Suite("Sketch", counts=range(40, 52)),  # duplicates were removed
     "stylized": Suite(
-        "Stylized", EITHER, kind="stylized", counts=range(50, 51),
+        "Stylized", kind="stylized", counts=range(50, 51),
         paper_note="the paper does not say which preprocessing it used",
     ),
     "rendition": Suite("Rendition", counts=range(40, 500), shared_classes=True, paper_classes=19),
@@ -86,8 +85,7 @@ class TestSet(NamedTuple):
 
     def preprocessing(self, size: int) -> str:
         """The preprocessing of images of the published size, for crops of `size` px."""
-        name, _ = presets(size)[preset_index(self.kind, 2 * size if self.kind == "photos" else size, size)]
-        return name
+        return presets(size)[preset_index(self.kind, 2 * size if self.kind == "photos" else size, size)][0]
 
     def preprocessing_of_images(self, size: int) -> str:
         """The preprocessing of the first image of each class, whose sizes are read from the headers."""

@@ -156,7 +156,7 @@ def _end_loading(code: int | str) -> None:
 
 def _kill_loading() -> list[multiprocessing.Process]:
     loading = [process for process in multiprocessing.active_children() if process.daemon]
-    if threading.current_thread() is threading.main_thread():
+    if loading and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error for each
     for process in loading:
         process.kill()

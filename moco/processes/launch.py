@@ -27,6 +27,13 @@ from moco.processes.environment import Launched, is_local_main, is_main  # noqa:
 from moco.processes.exits import cli_main, translate_error
 from moco.processes.signals import STOP_SIGNALS, blocked, handle_stop_signals
 
+if sys.platform == "win32":  # before anything fails that is missing there
+    sys.stderr.write(
+        "error: native Windows has no POSIX signals and cannot run this script; use WSL"
+        " (https://learn.microsoft.com/windows/wsl/install), where everything is as on Linux\n"
+    )
+    sys.exit(2)
+
 MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch no longer supports multicast
 OPTIONS = {  # of options.add_launch_options; a script may have only some of them
     "multiprocessing_distributed": False,
@@ -71,7 +78,7 @@ def launch(worker: Callable, args: argparse.Namespace, inputs: object, agree: Ma
         if not torch.cuda.device_count():
             print("no GPU found: running one CPU process (gloo)", flush=True)
         return _start_ranks(node, local_world_size, total, (url, options.dist_backend, *job))
-    device = device_of(options.gpu or 0)
+    (device,) = devices_of(1, options.gpu)
     if nodes > 1:
         return _join_and_run(DistContext(node, nodes, 0, 1, device), url, options.dist_backend, *job)
     if device.type == "cuda":
@@ -199,7 +206,7 @@ def _rank(local_rank: int, first_rank: int, count: int, world_size: int, job: tu
     handle_stop_signals(signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     environment.set_spawned_rank(local_rank)  # one process per node prints errors
-    ctx = DistContext(first_rank + local_rank, world_size, local_rank, count, device_of(local_rank))
+    ctx = DistContext(first_rank + local_rank, world_size, local_rank, count, devices_of(count)[local_rank])
     try:
         cli_main(lambda: _join_and_run(ctx, *job))
     except Exception:  # printed here: the program learns of one process only, which may not be the first to fail
@@ -304,17 +311,15 @@ def free_port() -> int:
 # ---------------------------------------------------------------- GPUs
 
 
-def device_of(index: int) -> torch.device:
-    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def devices_of(local_world_size: int, gpu: int | None = None) -> list[torch.device]:
     """The devices of this node's processes; gpu: that of a single process.
 
     Where each process sees one GPU, as under Slurm with --gpus-per-task=1, that is its own.
     """
+    if not torch.cuda.is_available():
+        return [torch.device("cpu")] * local_world_size
     alone = torch.cuda.device_count() == 1
-    return [device_of(gpu or (0 if alone else index)) for index in range(local_world_size)]
+    return [torch.device("cuda", gpu or (0 if alone else index)) for index in range(local_world_size)]
 
 
 def usable_gpus() -> int:

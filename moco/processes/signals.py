@@ -10,27 +10,24 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from moco.processes.environment import under_torchrun
 
-if sys.platform == "win32":  # it lacks what this module is about, and all scripts import it
-    sys.stderr.write(
-        "error: native Windows has no POSIX signals and cannot run this script; use WSL"
-        " (https://learn.microsoft.com/windows/wsl/install), where everything is as on Linux\n"
-    )
-    sys.exit(2)
-
 # SIGUSR1 is what Slurm is asked to send; SIGHUP comes from a terminal that is closed, unless nohup has it ignored.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Native Windows, where preprocess/ works, has only the first two.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
+)
+END_SIGNALS = tuple(signum for signum in STOP_SIGNALS if signum.name in ("SIGTERM", "SIGHUP"))  # SIGINT has a handler
 PARENT_SECONDS = 1  # how often a rank checks that its parent is alive
 PR_SET_PDEATHSIG = 1  # of prctl
 
 
-def handle_stop_signals(handler: Callable | int, signals: tuple = STOP_SIGNALS) -> None:
+def handle_stop_signals(handler: Callable | int, signals: Collection[int] = STOP_SIGNALS) -> None:
     """Set the handler of these signals; an ignored SIGHUP stays ignored, as nohup promises."""
     for signum in signals:
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+        if signum != getattr(signal, "SIGHUP", None) or signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, handler)
 
 

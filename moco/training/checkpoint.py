@@ -99,7 +99,9 @@ def _why_not_loaded(path: str, error: Exception) -> str:
             f"loading it would run code ({code[1]}), so it is not loaded; if you trust it, save its tensors alone:"
             " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
         )
-    return f"it is damaged, truncated or another kind of file ({first_line(error)}); copy or download it again"
+    return (
+        f"it is damaged, truncated or another kind of file ({first_line(error) or 'empty'}); copy or download it again"
+    )
 
 
 def add_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -205,7 +207,7 @@ def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Se
     check_same(source, {f"--{name.replace('_', '-')}": (there, options[name]) for name, there in saved_with.items()})
     there = saved.get("classes", classes)
     if there != classes:
-        other = next(iter(sorted(set(there) ^ set(classes))), "their order")
+        other = next(iter(sorted(set(map(str, there)) ^ set(classes))), "their order")
         raise UsageError(
             f"{source}: it was saved with {len(there)} classes, this run has {len(classes)} ({other} differs)"
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import write_photo
 
-from moco.encoders import configure_cudnn
+from moco.encoders import configure_device
 
 FORCED_CPU = os.environ.get("ACCEPTANCE_DEVICE") == "cpu"
 SIZES = {  # of the scripts' runs; a CPU cannot do the real ones within minutes
@@ -27,10 +27,10 @@ def device():
 
 
 @pytest.fixture(autouse=True)
-def _strict_fp32():
+def _strict_fp32(device):
     """Full fp32 and deterministic algorithms; afterwards as before."""
     flags = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    configure_cudnn(strict_fp32=True, deterministic=True)
+    configure_device(device, strict_fp32=True, deterministic=True)
     yield
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags
 

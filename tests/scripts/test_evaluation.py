@@ -1,30 +1,153 @@
 """eval_robustness.py as people type it."""
 
+import csv
 import json
 import shutil
+import sys
 
 import pytest
 import torch
-from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, TORCHRUN, refused, run_script, write_folder
+from helpers import EVALUATE, TORCHRUN, GrayLevels, paint, refused, run_script, write_folder
+from reports import save_linear
+
+import eval_robustness
+from moco.errors import UsageError
+from moco.evaluation import paper
+from moco.evaluation.testsets import SUITES, Suite
+
+CAT, DOG, OTHER = "n02123045", "n02099601", "n03"
+WNIDS = ["n01", "n02", "n03", "n04"]
 
 
 @pytest.fixture(scope="module")
 def linear(tmp_path_factory):
-    """A linear checkpoint on random features of three classes, and its data with four test sets."""
+    """Two linear checkpoints of a cat, a dog and another class, their data and test sets."""
     root = tmp_path_factory.mktemp("linear")
-    data = write_folder(root / "data", classes=("n01", "n02", "n03"), train=4, val=5)
-    run_script(PROBE, *SMALL_PROBE, "-b", 4, "--epochs", 1, "--ckpt_path", root, data)
-    for name, severity in (("fog", 1), ("fog", 2), ("spatter", 5)):
-        shutil.copytree(data / "val", root / "c" / name / str(severity))
-    (root / "c" / "fog" / "2" / "n02" / "n02_1.JPEG").unlink()
+    data = write_folder(root / "data", classes=(DOG, CAT, OTHER), train=2, val=5)
+    for seed, name in enumerate(("one", "two")):
+        save_linear(root / f"{name}.pth.tar", sorted((DOG, CAT, OTHER)), seed=seed)
+    for name in ("fog/1", "fog/2", "spatter/5", "fogg/1"):
+        shutil.copytree(data / "val", root / "c" / name)
+    (root / "c" / "fog" / "2" / CAT / f"{CAT}_1.JPEG").unlink()
+    for i, name in enumerate(("cat/cat1-dog2.png", "dog/dog1-cat1.png", "dog/dog2-cat1.png", "knife/knife1-cat1.png")):
+        paint(root / "cues" / name, i)
     return root
 
 
 def evaluation(linear, *options, **settings):
     return run_script(
-        EVALUATE, "--pretrained", f"mine={linear / 'model_best_random.pth.tar'}", "--val", linear / "data",
-        "--corruption", linear / "c", "--sketch", linear / "data" / "train", "-j", 1, *options, **settings,
+        EVALUATE, "--pretrained", f"mine={linear / 'one.pth.tar'}", "--val", linear / "data",
+        "--corruption", linear / "c", "--sketch", linear / "data" / "train", "-j", 0, *options, **settings,
     )  # fmt: skip
+
+
+def stored(path):
+    return json.loads(path.read_text())
+
+
+# In this process, with models whose decisions are painted
+
+
+class Off(GrayLevels):
+    """Always decides for the class after."""
+
+    def forward(self, images):
+        return super().forward(images).roll(1, dims=1)
+
+
+@pytest.fixture
+def painted(tmp_path, monkeypatch, capsys):
+    """Run the script on models that read their decisions off the images: its options → the lines that it prints."""
+    (tmp_path / "m.pth").write_bytes(b"")
+
+    def run(*options):
+        models = {"right": GrayLevels(), "off": Off()}
+        rows = [f"{name}=m.pth" for name in models]
+        monkeypatch.setattr(eval_robustness, "load_models", lambda *_: (list(models.values()), [{}] * 2, WNIDS, 28))
+        monkeypatch.setattr(sys, "argv", [EVALUATE, "--pretrained", *rows, *map(str, options), "-j", "0", "-b", "3"])
+        eval_robustness.main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_every_column_of_a_miniature_is_computed_by_hand(tmp_path, painted):
+    """Decision d of an image is painted as its gray level. The datasets' order is not the head's: n00 comes before all,
+    n99 after; n04 is missing but in val."""
+    for folder in ("val/val", "sketch", "stylized/val", "rendition"):  # extra classes everywhere
+        paint(tmp_path / folder / "n00" / "a.png", 0)
+        paint(tmp_path / folder / "n99" / "a.png", 3)
+    for folder, decisions in {
+        "val/val/n01": (0, 0, 1),
+        "val/val/n04": (3, 3),
+        "val/val/n02": (1, 0, 1),  # 2 + 2 + 2 of 8 right: 75 %
+        "sketch/n02": (1, 2, 2, 1, 1),  # 3 of 5 right
+        "rendition/n02": (1, 0, 3),  # one right; where n01, absent, comes first, n02 is second: right among the shared
+        "rendition/n04": (3,),
+    }.items():
+        for i, decision in enumerate(decisions):
+            paint(tmp_path / folder / f"{i}.png", decision)
+    for name, decisions in {"fog/1": (0, 0), "fog/5": (0, 3, 3), "snow/2": (2,), "spatter/1": (0, 2)}.items():
+        for i, decision in enumerate(decisions):  # n01: 100 %, 33.3 %, 0 %: mean 44.44; extra: 50 %
+            paint(tmp_path / "corruption" / name / "n01" / f"{i}.png", decision, size=28)
+    for i, decision in enumerate((2, 2, 0, 3)):  # n03 with the texture of n01: 2 shape, 1 texture of 4
+        paint(tmp_path / "stylized" / "val" / "n03" / f"n01-{i}.png", decision)
+    folders = [each for suite in SUITES for each in (f"--{suite}", tmp_path / suite)]
+    lines = painted(*folders, "--json", "r.json", "--allow-partial")
+    assert lines[0] == (
+        "| model | K | alpha | val | Corruption (partial) | Sketch | Stylized | Rendition | Rendition, shared classes |"
+        " Corruption, extra four | Shape bias | Shape accuracy | Texture accuracy |"
+    )
+    assert lines[2] == (
+        "| right | – | – | 75.00 | 44.44 | 60.00 | 50.00 | 50.00 | 75.00 | 50.00 | 66.67 | 50.00 | 25.00 |"
+    )
+    # Off by one: right is what was painted as the class before. Val: 1 of 8. Corruption: 0, 2 of 3 and 0.
+    # Stylized: no shape, one texture of 4.
+    assert lines[3].startswith("| off | – | – | 12.50 | 22.22 | 0.00 | 0.00 |")
+    assert lines[3].endswith("| 0.00 | 0.00 | 0.00 | 25.00 |")
+    note = "Corruption: 8 images, CenterCrop(28), 4 corruptions × severities; partial, 72 of 75"
+    assert any(line.startswith(note) for line in lines)
+    saved = stored(tmp_path / "r.json")
+    assert saved["cells"]["val"]["results"][0]["classes"] == {
+        wnid: {"n": n, "correct": 2} for wnid, n in {"n01": 3, "n02": 3, "n04": 2}.items()
+    }
+    assert saved["table"]["right"]["Corruption"] == [pytest.approx(400 / 9)]
+
+
+def test_an_entry_of_suites_is_an_option_a_column_and_compared(tmp_path, monkeypatch, painted):
+    with open(paper.TABLE, newline="") as file:
+        published = [line | {"my-set": 50, "my-set_std": 1} for line in csv.DictReader(file)]
+    for line, name in zip(published, ("right", "off")):
+        line["name"] = name
+    with open("published.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, published[0])
+        writer.writeheader()
+        writer.writerows(published)
+    monkeypatch.setattr(paper, "TABLE", "published.csv")
+    monkeypatch.setitem(SUITES, "my-set", Suite("My set", counts=range(2, 3), paper_classes=1))
+    for i, decision in enumerate((1, 0)):
+        paint(tmp_path / "s" / "n02" / f"{i}.png", decision)
+    options = ["--my-set", tmp_path / "s", "--json", "r.json", "--compare", "paper"]
+    lines = painted(*options)
+    assert lines[:4] == ["| model | K | alpha | My set |", "|---|---|---|---|", *lines[2:4]]
+    assert lines[2:4] == ["| right | – | – | 50.00 |", "| off | – | – | 50.00 |"]
+    assert "My set is not compared: crops of 28 px, published: 224" in lines
+    assert stored(tmp_path / "r.json")["table"]["right"] == {"My set": [50.0]}
+    monkeypatch.setattr(paper, "SIZE", 28)
+    monkeypatch.setattr(paper, "CLASSES", 4)
+    assert "| right, paper | 50.00±1.00 |" in painted(*options)
+
+
+def test_rows_are_files_or_named_lists_of_them(tmp_path):
+    odd = tmp_path / "a=b.pth"
+    odd.write_bytes(b"")
+    rows = eval_robustness.parse_rows(["x.pth", "n=a.pth,b.pth", str(odd)])
+    assert rows == {"x.pth": ["x.pth"], "n": ["a.pth", "b.pth"], str(odd): [str(odd)]}
+    with pytest.raises(UsageError, match="name n is taken"):
+        eval_robustness.parse_rows(["n=a.pth", "n=b.pth"])
+
+
+# As a program
 
 
 @pytest.mark.slow
@@ -37,16 +160,20 @@ def test_two_processes_give_exactly_the_figures_of_one(linear, tmp_path):
 
 
 def test_an_incomplete_corruption_set_exits_non_zero(linear, tmp_path):
+    unknown = "no such corruption or severity: fogg"
+    assert unknown in evaluation(linear, "--json", tmp_path / "r.json", "--dry-run").stdout
     run = evaluation(linear, "--json", tmp_path / "r.json", check=False)
-    assert run.returncode == 1 and "Corruption (partial, resized)" in run.stdout and "Traceback" not in run.stderr
-    assert "3 corruptions × severities; partial, 73 of 75" in run.stdout
+    assert run.returncode == 1 and "| Corruption (partial, resized) |" in run.stdout and "Traceback" not in run.stderr
+    assert "3 corruptions × severities; partial, 73 of 75" in run.stdout and "RESIZED" in run.stdout
+    assert unknown in run.stdout and unknown in run.stderr
+    assert "corruption/fog/1: images of another size" in run.stderr and "Resize(37), CenterCrop(32)" in run.stderr
     quick = evaluation(linear, "--json", tmp_path / "q.json", "--limit", 1, "--allow-partial")
     assert "only the first 1 images of each class" in quick.stdout and "val: 3 images" in quick.stdout
 
 
 def test_a_killed_evaluation_resumes_to_the_same_file(linear, tmp_path):
     evaluation(linear, "--allow-partial", "--json", tmp_path / "whole.json")
-    whole = json.loads((tmp_path / "whole.json").read_text())
+    whole = stored(tmp_path / "whole.json")
     half = whole | {"cells": {key: cell for key, cell in whole["cells"].items() if key in ("val", "corruption/fog/2")}}
     del half["table"]  # as the file is after two test sets
     marked = json.loads(json.dumps(half))
@@ -59,30 +186,76 @@ def test_a_killed_evaluation_resumes_to_the_same_file(linear, tmp_path):
     assert "| mine | – | – | 12.50 |" in run.stdout
 
 
+def test_only_what_is_missing_is_scored_and_every_table_is_printed_from_the_file(linear, tmp_path):
+    one, two = linear / "one.pth.tar", linear / "two.pth.tar"
+    common = ["--val", linear / "data", "-j", 0, "--json", tmp_path / "r.json"]
+    first = run_script(EVALUATE, "--pretrained", one, *common)
+    other = run_script(EVALUATE, "--pretrained", two, *common)
+    rows = [f"a={one}", f"b={two}", "--sketch", linear / "data" / "train"]
+    both = run_script(EVALUATE, "--pretrained", *rows, *common)
+    assert "1 of 2 test sets are already in" in both.stderr and "test sets are already" not in other.stderr
+    figures = [run.stdout.splitlines()[2].split(" | ")[3].rstrip(" |") for run in (first, other)]
+    assert [line.split(" | ")[3] for line in both.stdout.splitlines()[2:4]] == figures
+    saved = stored(tmp_path / "r.json")
+    assert list(saved["table"]) == ["a", "b"] and list(saved["cells"]) == ["val", "sketch"] and saved["earlier"] == {}
+    again = run_script(EVALUATE, "--pretrained", *rows, *common, "--by-class", "--latex").stdout.splitlines()
+    assert (
+        "| class | val | Sketch |" in again and r"\bottomrule" in again and again[-1] == f"wrote {tmp_path / 'r.json'}"
+    )
+    assert stored(tmp_path / "r.json") == saved
+
+
+def test_further_sets_are_evaluated_and_resumed(linear, tmp_path):
+    command = [
+        EVALUATE, "--pretrained", f"mine={linear / 'one.pth.tar'}", "--json", tmp_path / "r.json",
+        "--set", f"own={linear / 'data'}", "--set", f"cues={linear / 'cues'}", "-j", 0,
+    ]  # fmt: skip
+    run = run_script(*command, "--val", linear / "data")
+    made = stored(tmp_path / "r.json")
+    assert list(made["cells"]) == ["val", "set/own", "set/cues"]
+    assert made["cells"]["set/own"]["results"] == made["cells"]["val"]["results"]
+    assert made["cells"]["set/own"]["folder"] == str(linear / "data" / "val")
+    row, cues = made["table"]["mine"], made["cells"]["set/cues"]
+    assert row["own"] == row["val"] and cues["n"] == 3 and cues["categories"] == ["cat", "dog"]
+    assert row["cues: Shape accuracy"][0] + row["cues: Texture accuracy"][0] == pytest.approx(100)  # two categories
+    assert "cues (2 of 16 categories)" in run.stdout
+    again = run_script(*command)
+    assert "2 of 2 test sets are already in" in again.stderr and "cues (2 of 16 categories)" in again.stdout
+    assert stored(tmp_path / "r.json")["table"]["mine"]["own"] == row["own"]
+
+
 def test_bad_inputs_are_refused(linear, tmp_path):
-    best, data = linear / "model_best_random.pth.tar", linear / "data"
-    run_script(PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", tmp_path, data)
+    best, data, cues = linear / "one.pth.tar", linear / "data", linear / "cues"
+    model = ["--pretrained", best]
+    torch.save({"state_dict": {"queue": torch.ones(1)}}, tmp_path / "pretraining.pth.tar")
+    (tmp_path / "foreign.json").write_text('{"name": "package"}')
     for options, message in (
-        (["--pretrained", best], "nothing to test on"),
+        (model, "nothing to test on: use any of --val DIR --corruption DIR"),
         (["--val", data], "nothing to test"),
-        (["--pretrained", best, "--val", data, "--compare", "paper"], "not a row of the published table"),
-        (["--pretrained", best, "--val", data, "--json", tmp_path / "no" / "r.json"], "no folder"),
-        (["--pretrained", best, "--val", data, "--plot", tmp_path / "p.png"], "add --corruption DIR"),
-        (["--pretrained", tmp_path / "checkpoint_0000.pth.tar", "--val", data], "no linear head"),
-        (["--pretrained", best, "--val", tmp_path / "nowhere"], "no such directory"),
+        ([*model, "--val", data, "--compare", "paper"], "not a row of the published table"),
+        ([*model, "--val", data, "--json", tmp_path / "no" / "r.json"], "no folder"),
+        ([*model, "--val", data, "--json", tmp_path / "foreign.json"], "JSON of another program"),
+        ([*model, "--val", data, "--plot", tmp_path / "p.png"], "add --corruption DIR"),
+        ([*model, "--val", data, "--by-class"], "name two or more"),
+        (["--pretrained", tmp_path / "pretraining.pth.tar", "--val", data], "no linear head"),
+        ([*model, "--val", tmp_path / "nowhere"], "no such directory"),
         (["--pretrained", f"a={best}", f"a={best}", "--val", data], "the name a is taken"),
+        ([*model, "--set", cues], f"as in --set cues={cues}"),
+        ([*model, "--set", "cues="], "a set needs a name and a folder"),
+        ([*model, "--set", f"val={cues}"], "val is a column of the table already"),
+        ([*model, "--set", f"a={cues}", f"a={data}"], "a is a further set already"),
+        ([*model, "--set", f"a={tmp_path / 'nowhere'}"], "no such directory"),
     ):
         assert message in refused(EVALUATE, *options)
+    assert (tmp_path / "foreign.json").read_text() == '{"name": "package"}'
 
 
 def test_a_head_without_class_list_needs_one(linear, tmp_path):
-    published = torch.load(linear / "model_best_random.pth.tar", weights_only=True)
-    del published["wnids"], published["image_size"]
     path, classes = tmp_path / "published.pth.tar", tmp_path / "classes.txt"
-    torch.save(published, path)
-    classes.write_text("n02\nn01\nn03\n")
+    save_linear(path, None, outputs=3)
+    classes.write_text("\n".join((OTHER, DOG, CAT)))
     settings = ["--pretrained", path, "--sketch", linear / "data" / "val", "--json", tmp_path / "r.json"]
     assert "--classes" in refused(EVALUATE, *settings)
-    assert "no such file" in refused(EVALUATE, *settings, "--classes", tmp_path / "nowhere.txt")
+    assert "nowhere.txt: not a readable" in refused(EVALUATE, *settings, "--classes", tmp_path / "nowhere.txt")
     run_script(EVALUATE, *settings, "--classes", classes, "-j", 0)
-    assert json.loads((tmp_path / "r.json").read_text())["wnids"] == ["n01", "n02", "n03"]  # sorted
+    assert stored(tmp_path / "r.json")["wnids"] == [DOG, CAT, OTHER]  # sorted

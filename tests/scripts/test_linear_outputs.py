@@ -1,12 +1,13 @@
-"""main_lincls.py --features: what its file holds."""
+"""Other outputs of main_lincls.py: the file of --features, the hint at diverged heads, and the log for moco.plot."""
 
 import numpy as np
 import pytest
 import torch
-from helpers import PROBE, SMALL_PROBE, TORCHRUN, refused, run_ranks, run_script, write_folder
+from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, TORCHRUN, refused, run_script, write_folder
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from moco import plot
 from moco.augment import MEAN, STD
 from moco.evaluation import classifier
 
@@ -20,11 +21,11 @@ def probed(tmp_path_factory):
     return root
 
 
-def features(probed, *options, **settings):
+def features(probed, *options, data=None, **settings):
     """(what was printed, the arrays of the file)"""
     path = probed / "f.npz"
     path.unlink(missing_ok=True)
-    run = run_script(PROBE, *SMALL_PROBE, "--features", path, *options, probed / "data", **settings)
+    run = run_script(PROBE, *SMALL_PROBE, "--features", path, *options, data or probed / "data", **settings)
     with np.load(path, allow_pickle=False) as file:
         return run.stdout, dict(file)
 
@@ -49,16 +50,6 @@ def test_features_are_those_of_a_plain_loop(probed):
     assert f"features (10, 256) of {probed / 'data'}/val by {probed / 'model_best_random.pth.tar'}" in out
 
 
-@pytest.mark.slow
-def test_a_rank_without_images_is_no_obstacle(probed, tmp_path):
-    data = write_folder(tmp_path / "few", val=1)
-    command = [PROBE, *SMALL_PROBE, "-b", 9, "--evaluate", "--resume", probed / "model_best_random.pth.tar"]
-    for name, launcher in (("alone", ()), ("three", (*TORCHRUN, "--nproc-per-node=3"))):
-        run_script(*command, "--features", tmp_path / f"{name}.npz", data, launcher=launcher)
-    with np.load(tmp_path / "alone.npz") as alone, np.load(tmp_path / "three.npz") as three:
-        assert len(three["features"]) == 2 and np.allclose(alone["features"], three["features"], atol=1e-5)
-
-
 def test_a_backbone_needs_no_head_and_trains_none(probed):
     before = {path: path.stat().st_mtime_ns for path in probed.iterdir() if path.name != "f.npz"}
     best = probed / "model_best_random.pth.tar"
@@ -69,22 +60,15 @@ def test_a_backbone_needs_no_head_and_trains_none(probed):
     assert before == {path: path.stat().st_mtime_ns for path in probed.iterdir() if path.name != "f.npz"}
 
 
-def test_features_of_two_processes_are_in_order(tmp_path):
-    rows = run_ranks(2, tmp_path, gathered)["gathered"]
-    assert all(torch.equal(own, torch.arange(10.0).reshape(5, 2)) for own in rows)
-
-
-def gathered(ctx):
-    return classifier.gather_in_order(torch.arange(10.0).reshape(5, 2)[ctx.rank :: 2], 5, ctx)
-
-
 @pytest.mark.slow
-def test_two_processes_write_the_features_of_one(probed):
-    best = probed / "model_best_random.pth.tar"
-    _, one = features(probed, "--pretrained", best)
-    _, two = features(probed, "--pretrained", best, launcher=[*TORCHRUN, "--nproc-per-node=2"])
-    assert np.allclose(one.pop("features"), two.pop("features"), atol=1e-5)
-    assert all(np.array_equal(one[name], two[name]) for name in one)
+def test_three_processes_write_the_features_of_one_also_without_an_image(probed, tmp_path):
+    write_folder(tmp_path / "few", val=1)  # two images
+    for data in (probed / "data", tmp_path / "few"):
+        options = ["--evaluate", "--resume", probed / "model_best_random.pth.tar", "-b", 9]
+        _, one = features(probed, *options, data=data)
+        _, three = features(probed, *options, data=data, launcher=[*TORCHRUN, "--nproc-per-node=3"])
+        assert np.allclose(one.pop("features"), three.pop("features"), atol=1e-5)
+        assert all(np.array_equal(one[name], three[name]) for name in one)
 
 
 def test_a_file_of_features_that_cannot_be_is_refused(probed):
@@ -94,3 +78,23 @@ def test_a_file_of_features_that_cannot_be_is_refused(probed):
     export = [*best, "--features", probed / "f.npz", "--export-backbone", probed / "b.pth"]
     assert "--export-backbone writes the backbone and does nothing else" in refused(PROBE, *export, data)
     assert not (probed / "b.pth").exists()
+
+
+def test_a_probe_that_diverges_says_once_which_option_to_try(shared_data, tmp_path):
+    settings = [*SMALL_PROBE, "--epochs", 3, "--lr", 8000, 5000, "--ckpt_path", tmp_path, shared_data]
+    (line,) = (each for each in run_script(PROBE, *settings).stdout.splitlines() if "diverged" in each)
+    assert line.startswith("loss diverged for --lr 8000 5000 (") and "; chance is 0.69); try --lr 5 50 500" in line
+
+
+@pytest.mark.slow
+def test_the_log_of_a_run_can_be_drawn(data, tmp_path):
+    pytest.importorskip("matplotlib")
+    run_script(PRETRAIN, *SMALL, "--epochs", 2, "--knn", "--knn-freq", 1, "--ckpt_path", tmp_path / "run", data)
+    run_script(
+        PROBE, *SMALL_PROBE, "--lr", 0.1, 1, "--epochs", 2, "--ckpt_path", tmp_path / "run",
+        "--pretrained", tmp_path / "run/checkpoint_0001.pth.tar", data,
+    )  # fmt: skip
+    figure = plot.curves(plot.read_runs(["run/log.jsonl"]))
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["run", "run, probe 0001, lr 0.1", "run, probe 0001, lr 1"]
+    assert len([axis for axis in figure.axes if axis.get_title()]) == 8

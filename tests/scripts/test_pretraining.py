@@ -3,10 +3,10 @@
 import shlex
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
-    EVALUATE,
     FAULTS,
     PRETRAIN,
     REPOSITORY,
@@ -24,6 +24,7 @@ from helpers import (
 )
 from PIL import Image
 
+from moco import augment
 from moco.processes.launch import free_port
 
 
@@ -32,18 +33,38 @@ def without_seed(settings):
     return settings[:at] + settings[at + 2 :]
 
 
-def test_resumed_after_an_epoch_equals_uninterrupted(data, tmp_path):
-    settings = [*SMALL, "--mlp", "--aug-plus", "--cos", "--epochs", 3, "--save-freq", 1, data]
-    run_script(PRETRAIN, *settings, "--ckpt_path", tmp_path / "whole")
-    assert len(log(tmp_path / "whole")) == 3
-    (tmp_path / "cut").mkdir()
-    for name in ("checkpoint_0000.pth.tar", "log.jsonl"):  # as if stopped during the second epoch
-        (tmp_path / "cut" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+SETTINGS = [*SMALL, "--mlp", "--aug-plus", "--cos", "--epochs", 3, "--save-freq", 1]
+LATEST = "checkpoint_latest.pth.tar"
+
+
+@pytest.fixture(scope="module")
+def whole(shared_data, tmp_path_factory):
+    """A run of three epochs that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    run_script(PRETRAIN, *SETTINGS, "--ckpt_path", folder, shared_data)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stopped(shared_data, tmp_path_factory):
+    """The same run, stopped by a signal after the first step of its second epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run = run_script(FAULTS, "SIGTERM in step 3", PRETRAIN, *SETTINGS, "--ckpt_path", folder, shared_data, check=False)
+    assert run.returncode == 143 and "stopped by SIGTERM in epoch 1 after step 1, saved" in run.stdout, run.stderr
+    return folder
+
+
+@pytest.mark.parametrize("where", ["epoch 1", "epoch 1 step 1"])
+def test_resumed_equals_uninterrupted(shared_data, whole, stopped, tmp_path, where):
+    for name in (LATEST, "log.jsonl"):
+        shutil.copy((stopped if "step" in where else whole) / name, tmp_path)
+    if "step" not in where:  # killed in the second epoch
+        shutil.copy(whole / "checkpoint_0000.pth.tar", tmp_path / LATEST)
     # Without --seed, too: the checkpoint knows it.
-    run = run_script(PRETRAIN, *without_seed(settings), "--resume", "auto", "--ckpt_path", tmp_path / "cut")
-    assert "starting at epoch 1 " in run.stdout
-    assert log(tmp_path / "cut") == log(tmp_path / "whole")
-    one, other = (torch.load(tmp_path / run / "checkpoint_0002.pth.tar", weights_only=True) for run in ("whole", "cut"))
+    run = run_script(PRETRAIN, *without_seed(SETTINGS), "--resume", "auto", "--ckpt_path", tmp_path, shared_data)
+    assert f"starting at {where} (" in run.stdout
+    assert log(tmp_path) == log(whole) and len(log(whole)) == 3
+    one, other = (torch.load(folder / LATEST, weights_only=True) for folder in (whole, tmp_path))
     assert same(one["state_dict"], other["state_dict"]) and one["seed"] == other["seed"]
     momenta = [[state["momentum_buffer"] for state in saved["optimizer"]["state"].values()] for saved in (one, other)]
     assert all(map(torch.equal, *momenta))
@@ -75,12 +96,6 @@ def test_same_seed_same_run_another_seed_another_run(data, tmp_path):
     first, again, other = (one_epoch(tmp_path / f"{seed} {workers}", data, seed, workers) for seed, workers in runs)
     assert first[0] == again[0] and same(first[1], again[1])
     assert first[0] != other[0] and not same(first[1], other[1])
-
-
-@pytest.mark.slow
-def test_any_number_of_workers_gives_the_same_run(data, tmp_path):
-    runs = [one_epoch(tmp_path / str(workers), data, 1, workers) for workers in (0, 1, 3, 4)]
-    assert all(records == runs[0][0] and same(state, runs[0][1]) for records, state in runs[1:])
 
 
 def test_torchrun_trains_with_two_processes(data, tmp_path):
@@ -144,42 +159,36 @@ def test_keep_removes_the_oldest_numbered_checkpoints(shared_data, tmp_path):
 # What is printed at the start
 
 
-def shown(*options, dry_run=True):
+def shown(*options):
     """{setting: value} that the script prints at the start, and its other lines."""
-    lines = run_script(PRETRAIN, *options, *(["--dry-run"] if dry_run else [])).stdout.splitlines()
+    lines = run_script(PRETRAIN, *options, "--dry-run").stdout.splitlines()
     pairs = [line.strip().partition("  ")[::2] for line in lines]
     return {name: value for name, value in pairs if value}
 
 
-DERIVED = {"processes", "images", "images per step", "steps per epoch", "chance loss", "memory", "dry run"}
+DERIVED = {"processes", "images", "images per step", "steps per epoch", "chance loss", "dry run"}
 
 
 def test_only_changed_settings_are_printed_unless_verbose(shared_data):
     short, long = shown(*SMALL, shared_data), shown(*SMALL, "--verbose", shared_data)
     given = {"arch", "image size", "patch ratio", "batch size", "moco k", "workers", "seed", "data"}
-    assert short.keys() == given | DERIVED | {"dry run"}
+    assert short.keys() == given | DERIVED
     assert (short["steps per epoch"], short["images"], short["patch ratio"]) == ("2", "16 in 2 classes", "4 12")
     assert len(long) > 40 and long["momentum"] == "0.9" and long["dist url"].startswith("tcp://")
-    assert long.items() >= {name: value for name, value in short.items() if name != "dry run"}.items()
+    assert long.items() >= short.items()
 
 
-def test_several_processes_say_once_what_starts_nothing(shared_data, tmp_path):
+def test_several_processes_say_once_what_starts_nothing(shared_data):
     launcher = [*TORCHRUN, "--nproc-per-node=2"]
     plan = run_script(PRETRAIN, *SMALL, "--batch-size", 4, "--dry-run", shared_data, launcher=launcher).stdout
     assert plan.count("nothing was started") == plan.count("steps per epoch") == 1 and "processes  2" in plan
-    sheet = ["--batch-size", 4, "--preview", tmp_path / "sheet.png"]
-    assert run_script(PRETRAIN, *SMALL, *sheet, shared_data, launcher=launcher).stdout.count("wrote ") == 1
-    second = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-    assert run_script(EVALUATE, "--list-released", env=second).stdout == ""
-    assert "patch-k16384-a2" in run_script(EVALUATE, "--list-released", env=second | {"RANK": "0"}).stdout
 
 
 def test_folders_are_listed_once(shared_data, tmp_path):
-    for options in (["--dry-run"], ["--epochs", 1]):
-        settings = [*SMALL, *options, "--knn", "--ckpt_path", tmp_path / "c", shared_data]
-        run = run_script(FAULTS, "report listings", PRETRAIN, *settings)
-        listed = [line for line in run.stdout.splitlines() if line.startswith("listed ")]
-        assert listed == [f"listed {shared_data / split}" for split in ("train", "val")]
+    settings = [*SMALL, "--epochs", 1, "--knn", "--ckpt_path", tmp_path / "c", shared_data]
+    run = run_script(FAULTS, "report listings", PRETRAIN, *settings)
+    listed = [line for line in run.stdout.splitlines() if line.startswith("listed ")]
+    assert listed == [f"listed {shared_data / split}" for split in ("train", "val")]
 
 
 def test_what_has_no_effect_is_reported(shared_data, tmp_path):
@@ -221,7 +230,7 @@ def test_bad_options_are_refused_before_anything_is_built(shared_data, tmp_path,
     batch = () if "--batch-size" in options else ("-b", 8)
     line = refused(PRETRAIN, *shlex.split(options), "--ckpt_path", tmp_path / "ckpt", *batch, shared_data)
     assert message in line
-    assert not (tmp_path / "ckpt").exists()
+    assert [path.name for path in tmp_path.glob("ckpt/*")] in ([], [".lock"])  # until this process ends
 
 
 def test_a_refusal_is_one_line_and_exit_code_2_in_the_shell(tmp_path):
@@ -247,46 +256,90 @@ def test_a_batch_that_does_not_divide_is_refused(shared_data, tmp_path, monkeypa
     assert (silent.returncode, silent.stderr) == (2, "")  # the other process has said it
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(shared_data, tmp_path):
-    run_script(PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", tmp_path, shared_data)
-    path = tmp_path / "checkpoint_0000.pth.tar"
-    resume = [PRETRAIN, *SMALL, "--epochs", 9, "--resume", path, "--ckpt_path", tmp_path / "new"]
+def test_a_checkpoint_that_does_not_fit_is_refused(shared_data, whole, tmp_path):
+    resume = [PRETRAIN, *SETTINGS, "--epochs", 9, "--ckpt_path", tmp_path / "new", "--resume"]
     for options, message in (
-        (["--aug-plus"], "--aug-plus False, this run has True"),
         (["--image-size", 48], "--image-size 32, this run has 48"),
         (["-a", "resnet18"], "--arch resnet10, this run has resnet18"),
         (["--moco-dim", 64], "--moco-dim 128, this run has 64"),
         (["--moco-k", 32], "--moco-k 64, this run has 32"),
-        (["--mlp"], "--mlp False, this run has True"),
         (["--robust", "none"], "--robust patch, this run has none"),
     ):
-        assert f"it was saved with {message}" in refused(*resume, *options, shared_data)
+        assert f"it was saved with {message}" in refused(*resume, whole / LATEST, *options, shared_data)
+    without = [word for word in resume if word not in ("--mlp", "--aug-plus")]
+    assert "--mlp True, this run has False" in refused(*without, whole / LATEST, shared_data)
     other = write_folder(tmp_path / "data", classes=("n01", "n07"))
-    assert "classes 2: n01, n02, this run has 2: n01, n07" in refused(*resume, other)
-    assert "already finished (1 epochs)" in refused(*resume, "--epochs", 1, shared_data)
-    saved = torch.load(path, weights_only=True)
-    del saved["state_dict"]["module.queue"]
-    torch.save(saved, path)
-    assert "it has no queue" in refused(*resume, shared_data)
+    assert "it was saved with 2 classes, this run has 2 (n02 differs)" in refused(*resume, whole / LATEST, other)
+    assert "already finished (3 epochs)" in refused(*resume, whole / LATEST, "--epochs", 3, shared_data)
+    (tmp_path / "two\nlines.pth.tar").write_bytes(b"x")
+    assert "two lines.pth.tar" in refused(*resume, tmp_path / "two\nlines.pth.tar", shared_data)
 
 
-def test_within_an_epoch_the_data_order_must_be_the_same(shared_data, tmp_path):
-    settings = [*SMALL, "--epochs", 2, "--ckpt_path", tmp_path, shared_data]
-    run_script(FAULTS, "SIGTERM in step 3", PRETRAIN, *settings, check=False)
-    resume = [PRETRAIN, *SMALL, "--resume", tmp_path / "checkpoint_latest.pth.tar", "--ckpt_path", tmp_path / "new"]
+def test_within_an_epoch_the_data_order_must_be_the_same(shared_data, stopped, tmp_path):
+    resume = [PRETRAIN, *SETTINGS, "--resume", stopped / LATEST, "--ckpt_path", tmp_path / "new"]
     assert "--seed 1, this run has 2" in refused(*resume, "--seed", 2, shared_data)
     assert "images per step: 8, this run has 4" in refused(*resume, "-b", 4, shared_data)
     more = write_folder(tmp_path / "more", train=10)
     assert "training images: 16, this run has 20" in refused(*resume, more)
 
 
-def test_a_folder_with_another_run_is_refused(shared_data, tmp_path):
-    settings = [PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", tmp_path, shared_data]
-    run_script(*settings)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+def test_a_folder_with_another_run_is_refused_and_stays(shared_data, whole):
+    settings = [PRETRAIN, *SETTINGS, "--ckpt_path", whole, shared_data]
+    before = {path.name: path.read_bytes() for path in whole.glob("*[lr]")}
     line = refused(*settings)
-    assert "it holds another run (checkpoint_latest.pth.tar)" in line and "--resume auto" in line
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    for path in tmp_path.glob("*.tar"):
-        path.unlink()
-    assert "it holds another run (1 epochs in log.jsonl)" in refused(*settings)
+    assert f"it holds another run ({LATEST})" in line and "--resume auto" in line and "another folder" in line
+    assert {path.name: path.read_bytes() for path in whole.glob("*[lr]")} == before
+
+
+def test_a_restart_by_torchrun_resumes(shared_data, whole, monkeypatch):
+    settings = [PRETRAIN, *SETTINGS, "--epochs", 4, "--ckpt_path", whole, "--dry-run", shared_data]
+    run = run_script(*settings, env={**TORCHRUN_RANK, "TORCHELASTIC_RESTART_COUNT": "1"})
+    assert f"resume  {whole / LATEST}" in run.stdout
+
+
+# A new kind of negative, and one's own patch negatives
+
+PATCHED = """
+import runpy, sys
+from moco import negatives
+
+def fail(*args, **options):
+    raise RuntimeError("a reader's own negatives")
+
+def inverted(query, texture, rng, options):
+    return -query.unsqueeze(1)
+
+if sys.argv[1] == "new kind":
+    negatives.NEGATIVES["inverted"] = negatives.Negative(inverted)
+else:
+    negatives.patch_negatives = fail
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def patched(tmp_path):
+    (tmp_path / "patched.py").write_text(PATCHED)
+    return tmp_path / "patched.py"
+
+
+def test_an_entry_of_the_table_is_a_kind_of_negative_everywhere(patched, shared_data, tmp_path):
+    command = [patched, "new kind", PRETRAIN, *SMALL, "--robust", "inverted", "--ckpt_path", tmp_path / "run"]
+    assert "patch, texture, inverted or none" in " ".join(run_script(*command[:3], "--help").stdout.split())
+    run_script(*command, "--preview", tmp_path / "grid.png", shared_data)
+    with Image.open(tmp_path / "grid.png") as grid:
+        query, negative = (grid.getpixel((x, 100)) for x in (100, 100 + 2 * 230))
+    assert np.abs(np.add(query, negative) - [255 * 2 * mean for mean in augment.MEAN]).max() <= 2  # about the mean
+    run_script(*command, "--epochs", 1, shared_data)
+    (record,) = log(tmp_path / "run")
+    assert "q_t" in record
+    assert torch.load(tmp_path / "run" / LATEST, weights_only=True)["options"]["robust"] == "inverted"
+
+
+@pytest.mark.parametrize("options", [["--epochs", 1], ["--preview", "grid.png"]], ids=["training", "preview"])
+def test_training_and_preview_call_patch_negatives(patched, shared_data, tmp_path, options):
+    options = [str(tmp_path / word) if word == "grid.png" else word for word in options]
+    command = [patched, "fail", PRETRAIN, *SMALL, *options, "--ckpt_path", tmp_path / "run", shared_data]
+    run = run_script(*command, check=False)
+    assert run.returncode == 1 and "a reader's own negatives" in run.stderr

@@ -37,7 +37,7 @@ WRONG_METHODS = {  # and the step whose loss tells it apart: the encoders are eq
 
 @pytest.mark.parametrize("fault", WRONG_METHODS)
 def test_the_golden_losses_tell_a_wrong_method(fault, monkeypatch):
-    model = golden_model(GOLDEN[1]["case"])
+    model = golden_model(GOLDEN[0]["case"])
     update, encode, enqueue = model._update_key_encoder, model._encode_key, model._enqueue
     if fault == "alpha on the loss":
         monkeypatch.setattr(
@@ -59,8 +59,8 @@ def test_the_golden_losses_tell_a_wrong_method(fault, monkeypatch):
     else:
         model._update_key_encoder = lambda: None
         model._encode_key = lambda images: (update(), encode(images))[1]
-    losses = golden_steps(GOLDEN[1]["case"], model, steps=WRONG_METHODS[fault])["loss"]
-    assert max(abs(a - b) for a, b in zip(losses, GOLDEN[1]["rank"][0]["loss"])) > 1e-4
+    losses = golden_steps(GOLDEN[0]["case"], model, steps=WRONG_METHODS[fault])["loss"]
+    assert max(abs(a - b) for a, b in zip(losses, GOLDEN[0]["rank"][0]["loss"])) > 1e-4
 
 
 def test_the_oracle_equals_the_published_code():

@@ -1,17 +1,21 @@
-"""Pictures of training logs and of evaluations: what is drawn, and what is left out with a word."""
+"""Pictures of training logs, evaluations and views: what is drawn, and what is left out and mentioned."""
 
 import importlib.util
 import json
 import sys
 
+import numpy as np
 import pytest
-from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, run_script
-from test_class_differences import VAL, made
+import torch
+from PIL import Image
+from reports import report_of, result
 
-from moco import plot
+from moco import augment, plot
 from moco.errors import UsageError
-from moco.evaluation import testsets
+from moco.evaluation.testsets import STANDARD
 
+ROWS = ["plain", "patch", "patch"]
+VAL = [result(0, {"cat": (cat, 10), "dog": (dog, 10)}) for cat, dog in ((5, 8), (6, 6), (8, 4))]
 drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 
@@ -100,7 +104,7 @@ def test_any_folder_or_row_name_is_a_label(name, tmp_path):
     (label,) = legend(figure)
     end = name[-50:].replace("\udcff", r"\udcff").replace("$", r"\$")
     assert label.endswith(end) and len(label) <= 62
-    evaluation = made({"val": VAL}, ["plain", name, name])
+    evaluation = report_of({"val": VAL}, ["plain", name, name])
     plot.class_bars(evaluation, "val", "plain", name).savefig(tmp_path / "b.png")
 
 
@@ -112,9 +116,9 @@ def test_any_folder_or_row_name_is_a_label(name, tmp_path):
         (["empty/log.jsonl"], "nothing to draw: no epoch in empty/log.jsonl"),
         (["other/log.jsonl"], "none of the figures of a training run"),
         (["other/log.jsonl", "--out", "a.txt"], "--out a.txt: its name must end in .png or .pdf or .svg"),
-        (["other/no.json"], "other/no.json: it cannot be read as JSON"),
-        (["other/list.json"], "other/list.json: it cannot be read as JSON"),
-        (["other/some.json"], "other/some.json: it holds no results of an evaluation"),
+        (["other/no.json"], "other/no.json: not JSON of an evaluation"),
+        (["other/list.json"], "other/list.json: not JSON of an evaluation"),
+        (["other/some.json"], "other/some.json: not JSON of an evaluation (KeyError: 'checkpoints')"),
         (["val.json", "val.json"], "an evaluation is drawn by itself"),
         (["val.json", "--rows", "plain", "x"], "no row x; the rows are plain, patch"),
         (["val.json", "--set", "sketch"], "no test set sketch; there are val"),
@@ -127,8 +131,8 @@ def test_what_cannot_be_drawn_is_refused(arguments, reason, tmp_path, monkeypatc
     write_log(tmp_path / "other", {"epoch": 0, "else": 1})
     for name, text in (("list", "[]"), ("some", '{"a": 1}')):
         (tmp_path / f"other/{name}.json").write_text(text)
-    (tmp_path / "val.json").write_text(json.dumps(made({"val": VAL})))
-    (tmp_path / "one.json").write_text(json.dumps(made({"val": VAL[:1]}, ["plain"])))
+    (tmp_path / "val.json").write_text(json.dumps(report_of({"val": VAL}, ROWS)))
+    (tmp_path / "one.json").write_text(json.dumps(report_of({"val": VAL[:1]}, ["plain"])))
     with pytest.raises(UsageError) as refusal:
         call(monkeypatch, "--out", "a.png", *arguments)
     assert reason in str(refusal.value) and not list(tmp_path.glob("a.*"))
@@ -141,66 +145,77 @@ def test_without_matplotlib_one_line_says_what_to_install(tmp_path, monkeypatch)
 
 
 @drawing
-def test_class_differences_are_drawn_from_an_evaluation(tmp_path, monkeypatch, capsys):
-    (tmp_path / "r.json").write_text(json.dumps(made({"val": VAL})))
-    call(monkeypatch, "r.json", "--out", "r.svg")
-    assert capsys.readouterr().out == "wrote r.svg\n" and (tmp_path / "r.svg").stat().st_size > 5_000
-    (axis,) = plot.class_bars(made({"val": VAL}), "val", "plain", "patch").axes
-    assert [bar.get_width() for bar in axis.patches] == pytest.approx([20, -30])
-    assert [text.get_text() for text in axis.get_yticklabels()] == ["cat", "dog"]
-    assert axis.get_title() == "val: patch against plain\nclasses helped: 1, harmed: 1, of 2"
-
-
-@drawing
 def test_of_many_classes_the_most_helped_and_harmed_are_drawn():
-    images = {f"c{index:03}": 100 for index in range(101)}
-    results = [
-        {"classes": {name: {"n": n, "correct": 50} for name, n in images.items()}},
-        {"classes": {name: {"n": n, "correct": index} for index, (name, n) in enumerate(images.items())}},
-    ]
-    (axis,) = plot.class_bars(made({"val": results}, ["a", "b"]), "val", "a", "b").axes
+    results = [result(50, {f"c{i:03}": (correct(i), 100) for i in range(101)}) for correct in (lambda i: 50, int)]
+    (axis,) = plot.class_bars(report_of({"val": results}, ["a", "b"]), "val", "a", "b").axes
     names = [text.get_text() for text in axis.get_yticklabels()]
     assert names == [f"c{index:03}" for index in (*range(100, 80, -1), *range(19, -1, -1))]
     assert "classes helped: 50, harmed: 50, of 101; drawn: the 20 at either end" in axis.get_title()
 
 
 @drawing
-def test_the_corruption_plot_has_lines_for_val_and_chance(tmp_path, monkeypatch):
+def test_class_differences_are_drawn_from_an_evaluation(tmp_path, monkeypatch, capsys):
+    evaluation = report_of({"val": VAL}, ROWS)
+    (tmp_path / "r.json").write_text(json.dumps(evaluation))
+    call(monkeypatch, "r.json", "--out", "r.svg")
+    assert capsys.readouterr().out == "wrote r.svg\n" and (tmp_path / "r.svg").stat().st_size > 5_000
+    (axis,) = plot.class_bars(evaluation, "val", "plain", "patch").axes
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([20, -30])
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["cat", "dog"]
+    assert axis.get_title() == "val: patch against plain\nclasses helped: 1, harmed: 1, of 2"
+
+
+@pytest.fixture
+def corruption_figure(monkeypatch):
+    """The figure that plot.corruptions saves."""
+    pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
-    cells = {f"corruption/fog/{s}": [{"top1": 60.0 - s}, {"top1": 70.0 - s}] for s in (1, 3)}
-    evaluation = made(cells, ["a", "b"]) | {"wnids": list("abcde")}
-    plot.corruptions(evaluation, "a.png")
-    evaluation["cells"]["val"] = {"results": [{"top1": 80.0}, {"top1": 75.0}]}
-    plot.corruptions(evaluation, "a.png")
-    without, with_val = ([list(map(float, line.get_ydata())) for line in figure.axes[0].lines] for figure in figures)
-    assert without == [[59.0, 57.0], [69.0, 67.0], [20.0, 20.0]]
-    assert sorted(each for each in with_val if len(each)) == sorted([*without, [80.0, 80.0], [75.0, 75.0]])
-    assert [legend(figure) for figure in figures] == [["a", "b", "chance"], ["a", "b", "on val", "chance"]]
+    return lambda evaluation: (plot.corruptions(evaluation, "a.png"), figures[-1])[1]
 
 
-@pytest.mark.slow
-@drawing
-def test_the_log_of_a_run_can_be_drawn(data, tmp_path):
-    run_script(PRETRAIN, *SMALL, "--epochs", 2, "--knn", "--knn-freq", 1, "--ckpt_path", tmp_path / "run", data)
-    run_script(
-        PROBE, *SMALL_PROBE, "--lr", 0.1, 1, "--epochs", 2, "--ckpt_path", tmp_path / "run",
-        "--pretrained", tmp_path / "run/checkpoint_0001.pth.tar", data,
-    )  # fmt: skip
-    figure = plot.curves(plot.read_runs(["run/log.jsonl"]))
-    assert legend(figure) == ["run", "run, probe 0001, lr 0.1", "run, probe 0001, lr 1"]
-    assert len([axis for axis in figure.axes if axis.get_title()]) == 8
+def test_the_corruption_plot_has_lines_for_val_and_chance(corruption_figure):
+    cells = {f"corruption/fog/{s}": [60.0 - s, 70.0 - s, 68.0 - s] for s in (1, 3)}
+    classes = list("abcde")
+    without = corruption_figure(report_of(cells, ["a", "b", "b"], classes))
+    with_val = corruption_figure(report_of(cells | {"val": [80.0, 75.0, 77.0]}, ["a", "b", "b"], classes))
+    lines, more = ([list(map(float, line.get_ydata())) for line in each.axes[0].lines] for each in (without, with_val))
+    assert lines == [[59.0, 57.0], [68.0, 66.0], [20.0, 20.0]]
+    assert sorted(each for each in more if each) == sorted([*lines, [80.0, 80.0], [76.0, 76.0]])
+    assert [legend(each) for each in (without, with_val)] == [["a", "b", "chance"], ["a", "b", "on val", "chance"]]
 
 
-@drawing
-def test_each_column_of_the_corruption_plot_names_severities(monkeypatch):
-    from matplotlib.figure import Figure
-
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
-    cells = {f"corruption/{name}/{s}": [{"top1": 50.0}] for name in testsets.STANDARD[:7] for s in (1, 5)}
-    plot.corruptions(made(cells, ["a"]) | {"wnids": ["a", "b"]}, "a.png")
-    labelled = [axis.xaxis.get_tick_params()["labelbottom"] for axis in figures[0].axes if axis.get_visible()]
+def test_each_column_of_the_corruption_plot_names_severities(corruption_figure):
+    figure = corruption_figure(report_of({f"corruption/{name}/{s}": [50.0] for name in STANDARD[:7] for s in (1, 5)}))
+    labelled = [axis.xaxis.get_tick_params()["labelbottom"] for axis in figure.axes if axis.get_visible()]
     assert labelled == [False, False, True, True, True, True, True]
+
+
+# Views
+
+
+@pytest.mark.parametrize("size, side", [(56, 224), (64, 192), (224, 224), (300, 300)])
+def test_views_are_columns_and_small_ones_are_enlarged(tmp_path, size, side):
+    query, key, negative = (augment.normalize(torch.zeros(2, 3, size, size)) for _ in range(3))
+    query[1, 0], key[0, 1] = 1e9, 1e9  # red in the second row, green in the first
+    negatives = torch.stack([negative, negative], dim=1)
+    plot.save_views(tmp_path / "views.png", query.clamp(max=4), key.clamp(max=4), negatives, ["patch 1", "patch 2"])
+    sheet = np.asarray(Image.open(tmp_path / "views.png").convert("RGB"))
+    gap, label = plot.GAP, plot.LABEL_HEIGHT
+    assert sheet.shape == (label + 2 * (side + gap), gap + 4 * (side + gap), 3)
+    for row, column, color in ((0, 0, 0), (1, 0, (255, 0, 0)), (0, 1, (0, 255, 0)), (1, 1, 0), (1, 3, 0)):
+        top, start = label + row * (side + gap), gap + column * (side + gap)
+        assert (sheet[top : top + side, start : start + side] == color).all()
+        assert (sheet[top + side : top + side + gap] == 255).all()
+    assert (sheet[:label] < 128).any()  # the labels
+
+
+def test_a_picture_without_negatives_has_two_columns(tmp_path):
+    images = torch.zeros(3, 3, 224, 224)
+    plot.save_views(tmp_path / "none.png", images, images, images.unsqueeze(1)[:, :0], [])
+    sheet = np.asarray(Image.open(tmp_path / "none.png"))
+    assert sheet.shape[1] == plot.GAP + 2 * (224 + plot.GAP)
+    gray = sheet[plot.LABEL_HEIGHT + 50, plot.GAP + 50]
+    assert gray.tolist() == pytest.approx([255 * mean for mean in augment.MEAN], abs=1)  # normalisation is undone

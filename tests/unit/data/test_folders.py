@@ -403,7 +403,7 @@ MISSPELT = {
     "utf-32": ("n02\nn01\n".encode("utf-32"), "invisible characters"),
     "a photo": (b"\xff\xd8\xff\xe0\x00\x10JFIF", "not a readable text file"),
     "a zero-width space": ("n01\u200b\nn02".encode(), "invisible characters"),
-    "a missing file": (None, "No such file"),
+    "a missing file": (None, "no such file"),
 }
 
 

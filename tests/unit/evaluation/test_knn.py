@@ -81,8 +81,14 @@ def test_features_of_the_training_images_are_never_all_kept(images):
     assert largest.bytes <= 4 * 48 * 80  # of one block; all are 4 * 48 * images
 
 
-def test_the_encoder_stays_as_it_is():
-    encoder = Colours().train()
+class InEvalMode(Colours):
+    def forward(self, images):
+        assert not self.training
+        return super().forward(images)
+
+
+def test_the_encoder_is_in_eval_mode_meanwhile_and_stays_as_it_is():
+    encoder = InEvalMode().train()
     before = dict(encoder.__dict__), dict(encoder._modules)
     knn.accuracy(encoder, batches_of(*images_of(9, 1), 4), batches_of(*images_of(5, 2), 4), 5, CPU)
     assert (dict(encoder.__dict__), dict(encoder._modules)) == before
@@ -104,32 +110,6 @@ def test_a_compiled_encoder_is_not_compiled_again_for_knn():
         loader = batches_of(*images_of(images, 0), 4)
         knn.accuracy(encoder, loader, loader, 5, CPU)
     assert len(graphs) == 1
-
-
-class Sign(torch.nn.Module):
-    """A network whose features before fc are an image's mean colours; in training mode it would fail."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc = torch.nn.Linear(3, 2)
-
-    def forward(self, images):
-        assert not self.training
-        return self.fc(images.mean(dim=(2, 3)))
-
-
-def test_accuracy_by_the_features_before_fc():
-    def batch(reds, labels):
-        images = torch.zeros(len(reds), 3, 4, 4, dtype=torch.uint8)
-        images[:, 0] = torch.tensor(reds).view(-1, 1, 1)
-        images[:, 2] = 255 - images[:, 0]
-        return images, torch.tensor(labels)
-
-    encoder = Sign().train()
-    train = [batch([250, 240], [0, 0]), batch([10, 20, 15], [1, 1, 1])]
-    val = [batch([245, 5], [0, 1]), batch([230], [1])]
-    assert knn.accuracy(encoder, train, val, 2, torch.device("cpu")) == pytest.approx(100 * 2 / 3)
-    assert encoder.training and not encoder.fc._forward_pre_hooks
 
 
 def test_knn_replaces_an_unreadable_image_by_one_of_its_class(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ BAD = {
     "no file": b"",
     "a web page": b"<!DOCTYPE html>",
     "another kind of file": b"quota",
-    "damaged or truncated": checkpoint()[:-300],
+    "damaged, truncated": checkpoint()[:-300],
     "it holds no state_dict": torch.save({"a": 1}, buffer := io.BytesIO()) or buffer.getvalue(),
 }
 

@@ -63,16 +63,6 @@ def test_outputs_beyond_the_class_list_count_as_wrong(tmp_path):
     assert result["top1"] == 50.0 and result["top1_shared_classes"] == 100.0
 
 
-def test_several_models_are_scored_on_the_same_images(tmp_path):
-    class Never(GrayLevels):
-        def forward(self, images):
-            return -super().forward(images)
-
-    paint(tmp_path / "n01" / "a.png", 0)
-    right, wrong = score(tmp_path, GrayLevels(), Never())
-    assert right["top1"] == 100.0 and wrong["top1"] == 0.0
-
-
 @pytest.mark.parametrize("grouped", [False, True], ids=["plain", "as the archives unpack"])
 def test_corruption_is_the_plain_mean_of_15_by_5(tmp_path, grouped):
     expected, level = [], 0
@@ -125,22 +115,6 @@ def test_a_limit_takes_the_first_images_of_each_class(tmp_path):
     paint(tmp_path / "n03" / "0.png", 2)
     assert score(tmp_path, limit=3)[0]["classes"] == {"n01": {"n": 3, "correct": 2}, "n03": {"n": 1, "correct": 1}}
     assert score(tmp_path)[0]["classes"]["n01"] == {"n": 4, "correct": 2}
-
-
-def test_shape_bias_is_read_where_file_names_tell_both_cues(tmp_path):
-    paint(tmp_path / "n01" / "n02-0.png", 0)  # shape
-    paint(tmp_path / "n01" / "n02-1.png", 1)  # texture
-    paint(tmp_path / "n01" / "n03-0.png", 0)  # shape
-    paint(tmp_path / "n03" / "n04-0.png", 3)  # texture
-    paint(tmp_path / "n03" / "n04-1.png", 2)  # shape
-    paint(tmp_path / "n03" / "n04-2.png", 1)  # neither
-    (result,) = score(tmp_path)
-    assert (result["shape_decisions"], result["texture_decisions"]) == (3, 2) and result["shape_bias"] == 60.0
-    paint(tmp_path / "n03" / "n03-0.png", 2)  # cues that agree tell nothing of a bias
-    (result,) = score(tmp_path)
-    assert (result["conflicts"], result["n"], result["shape_bias"]) == (6, 7, 60.0)
-    paint(tmp_path / "n03" / "plain.png", 2)  # not a cue-conflict set
-    assert "shape_bias" not in score(tmp_path)[0]
 
 
 def test_scores_equal_a_plain_loop_over_imagefolder(tmp_path):

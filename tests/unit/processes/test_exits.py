@@ -89,7 +89,7 @@ def test_a_bug_keeps_its_traceback(error):
 
 DUPLICATE = dist.DistBackendError(
     "NCCL error in: NCCLUtils.hpp:268, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.21.5\n"
-    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library, which is a long story to tell in full, as it"
+    "ncclInvalidUsage: This usually reflects invalid usage of NCCL library, which is a long story in full, as it"
     " goes on.\nLast error:\nDuplicate GPU detected : rank 3 and rank 2 both on CUDA device e2000"
 )
 PEER, WORKER, MEMORY = "another process of this run has ended", "a data loading process has ended", "out of memory"
@@ -102,10 +102,18 @@ IFNAME = "cannot connect to each other over gloo .*GLOO_SOCKET_IFNAME"
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:30"), PeerError, PEER),
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 3000ms"), PeerError, PEER),
         (RuntimeError("Gloo connectFullMesh failed with [gloo/pair.cc:152] timed out connecting"), RunError, IFNAME),
-        (RuntimeError("[gloo/device.cc:84] ifa != nullptr. Unable to find address for: eth9"), RunError, "eth9.*IFNAME"),
+        (
+            RuntimeError("[gloo/device.cc:84] ifa != nullptr. Unable to find address for: eth9"),
+            RunError,
+            "eth9.*IFNAME",
+        ),
         (DUPLICATE, RunError, "no longer reach each other .*rank 3 and rank 2 both on CUDA device"),
         (dist.DistStoreError("wait timeout"), RunError, "no longer reach each other .wait timeout"),
-        (OSError(errno.ENOSPC, "No space left on device"), RunError, "No space left on device.*not full, then continue"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            RunError,
+            "No space left on device.*not full, then continue",
+        ),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), RunError, "No such file.*a.png"),
         (ConnectionResetError("reset"), RunError, WORKER),
         (EOFError(), RunError, WORKER + " .EOFError"),

@@ -1,60 +1,46 @@
+import copy
+import functools
 import os
 import pickle
 
 import pytest
 import torch
+from helpers import same
 
 from moco.builder import MoCo
 from moco.encoders import build_encoder
-from moco.errors import RunError, UsageError
+from moco.errors import UsageError
 from moco.training import checkpoint
 
-
-def resnet(classes=7, arch="resnet18"):
-    return build_encoder(arch, classes)
+NAN = float("nan")
 
 
-def pretraining_file(path, prefix="module.", mlp=True):
-    model = MoCo(lambda num_classes: build_encoder("resnet18", num_classes), dim=8, K=4, mlp=mlp)
-    state = {prefix + name: value for name, value in model.state_dict().items()}
-    torch.save({"epoch": 200, "arch": "resnet18", "state_dict": state, "optimizer": {}}, path)
-    return model.encoder_q.state_dict()
+@functools.cache
+def resnet(arch="resnet18"):
+    return build_encoder(arch, 7)
 
 
-@pytest.mark.parametrize("prefix", ["module.", ""])
-@pytest.mark.parametrize("mlp", [True, False])
-def test_a_pretraining_files_backbone_is_its_query_encoder(tmp_path, prefix, mlp):
-    query = pretraining_file(tmp_path / "checkpoint_0199.pth.tar", prefix, mlp)
-    saved = checkpoint.load(tmp_path / "checkpoint_0199.pth.tar")
-    backbone = checkpoint.find_backbone(saved, "file", resnet()).weights
-    expected = {name: value for name, value in query.items() if not name.startswith("fc.")}
-    assert backbone.keys() == expected.keys() == {n for n in resnet().state_dict() if not n.startswith("fc.")}
-    assert all(torch.equal(backbone[name], expected[name]) for name in expected)
+def on_meta(arch="resnet18"):
+    with torch.device("meta"):
+        return build_encoder(arch, 1)
 
 
-def test_torchvision_and_linear_files_have_a_backbone_too(tmp_path):
-    state = resnet().state_dict()
-    linear = {"arch": "resnet18", "state_dict": checkpoint.add_prefix(state)}
-    for saved in (state, linear):
-        torch.save(saved, tmp_path / "file.pth")
-        backbone = checkpoint.find_backbone(checkpoint.load(tmp_path / "file.pth"), "file", resnet()).weights
-        assert backbone.keys() == {name for name in state if not name.startswith("fc.")}
+def saved_pretraining():
+    """A small model, and its checkpoint within an epoch."""
+    torch.manual_seed(0)
+    model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=8, K=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for weight in model.encoder_q.parameters():
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return model, {
+        "epoch": 1, "step": 1, "arch": "resnet10", "state_dict": checkpoint.add_prefix(model.state_dict()),
+        "optimizer": optimizer.state_dict(), "scaler": {}, "seed": 1, "image_size": 32, "classes": ["a", "b"],
+        "means": {"names": ["loss"], "sizes": [None], "sums": torch.ones(1, 1), "steps": 1}, "images": 10,
+        "images_per_step": 2, "options": {"aug_plus": True}, "bad_images": {}, "bad_in_epoch": 0,
+    }  # fmt: skip
 
 
-def test_missing_unexpected_and_misshapen_entries_are_named():
-    state = resnet().state_dict()
-    for fault, change in (
-        ("lacks conv1.weight", lambda s: s.pop("conv1.weight")),
-        ("unknown other", lambda s: s.update(other=torch.ones(1))),
-        ("another shape for fc.bias", lambda s: s.update({"fc.bias": torch.ones(3)})),
-    ):
-        broken = dict(state)
-        change(broken)
-        model = resnet()
-        before = {name: value.clone() for name, value in model.state_dict().items()}
-        with pytest.raises(UsageError, match=fault):
-            checkpoint.load_exactly(model, broken, "file")
-        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+# Files
 
 
 class Malicious:
@@ -62,42 +48,37 @@ class Malicious:
         return os.mkdir, ("ran_code",)
 
 
-@pytest.mark.parametrize(
-    "content, told",
-    [
-        (b"", "damaged or truncated"),
-        (b"no checkpoint", "another kind of file"),
-        (b"\xff\xd8\xff", "another kind of file"),
-        (pickle.dumps([1, 2], protocol=2), "damaged"),
-    ],
-    ids=["empty", "text", "jpeg", "pickle"],
-)
-def test_what_is_no_checkpoint_is_refused(tmp_path, content, told):
-    (tmp_path / "file.pth.tar").write_bytes(content)
-    with pytest.raises(UsageError, match=f"not a checkpoint: it is .*{told}"):
+CONTENT = {"empty": b"", "text": b"no checkpoint", "jpeg": b"\xff\xd8\xff", "pickle": pickle.dumps([1], protocol=2)}
+
+
+@pytest.mark.parametrize("kind", CONTENT)
+def test_what_is_no_checkpoint_is_refused(tmp_path, kind):
+    (tmp_path / "file.pth.tar").write_bytes(CONTENT[kind])
+    with pytest.raises(UsageError, match="not a checkpoint: it is damaged, truncated or another kind of file"):
         checkpoint.load(tmp_path / "file.pth.tar")
 
 
-@pytest.mark.parametrize("state", [[1, 2], {"fc.weight": 3}])
-def test_a_state_dict_without_tensors_is_refused(tmp_path, state):
-    torch.save({"state_dict": state}, tmp_path / "file.pth.tar")
-    with pytest.raises(UsageError, match="does not consist of tensors"):
+@pytest.mark.parametrize(
+    "value, told",
+    [
+        ({"state_dict": [1, 2]}, "does not consist of tensors"),
+        ({"state_dict": {"fc.weight": 3}}, "does not consist of tensors"),
+        (torch.ones(3), "holds a Tensor"),
+    ],
+)
+def test_plain_values_of_another_kind_are_refused(tmp_path, value, told):
+    torch.save(value, tmp_path / "file.pth.tar")
+    with pytest.raises(UsageError, match=told):
         checkpoint.load(tmp_path / "file.pth.tar")
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):
-    pretraining_file(tmp_path / "file.pth.tar")
+    torch.save(saved_pretraining()[1], tmp_path / "file.pth.tar")
     content = (tmp_path / "file.pth.tar").read_bytes()
     for length in (1, 10, 100, 1000, *(len(content) * part // 6 for part in range(1, 6)), len(content) - 1):
         (tmp_path / "file.pth.tar").write_bytes(content[:length])
-        with pytest.raises(UsageError, match="not a checkpoint: it is damaged or truncated"):
+        with pytest.raises(UsageError, match="not a checkpoint: it is damaged, truncated"):
             checkpoint.load(tmp_path / "file.pth.tar")
-
-
-def test_a_tensor_is_no_checkpoint(tmp_path):
-    torch.save(torch.ones(3), tmp_path / "file.pth.tar")
-    with pytest.raises(UsageError, match="holds a Tensor"):
-        checkpoint.load(tmp_path / "file.pth.tar")
 
 
 def test_loading_never_runs_code(tmp_path, monkeypatch):
@@ -114,10 +95,10 @@ def test_a_failed_write_leaves_the_last_good_file(tmp_path, monkeypatch):
 
     def full_disk(state, file):
         file.write(b"half a file")
-        raise OSError("No space left on device")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(RunError, match="No space left on device"):
+    with pytest.raises(OSError, match="No space left on device"):
         checkpoint.save(path, {"epoch": 2})
     assert checkpoint.load(path) == {"epoch": 1} and os.listdir(tmp_path) == [path.name]
 
@@ -148,20 +129,150 @@ def test_pruning_keeps_the_last_files_of_a_pattern(tmp_path):
     assert sorted(os.listdir(tmp_path)) == left
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_backbone_that_is_not_finite_is_refused(value):
+# Whose backbone it is
+
+
+def pretraining(state):
+    """A pre-training's: the query encoder, whose head is another one, and a key encoder that must not be taken."""
+    keys = {name: torch.full_like(value, 7) for name, value in state.items()}
+    heads = {f"encoder_q.fc.{i}.{part}": torch.ones(3) for i in (0, 2) for part in ("weight", "bias")}
+    query = {name: value for name, value in prefixed("encoder_q.", state).items() if ".fc." not in name}
+    return prefixed("module.", prefixed("encoder_k.", keys) | query | heads | {"queue": torch.ones(3, 4)})
+
+
+def numbered(state):
+    """As lightly saves a ResNet: nn.Sequential(*network.children())."""
+    children = [name for name, _ in build_encoder("resnet18", 7).named_children()]
+    return {f"{children.index(name.split('.')[0])}.{name.split('.', 1)[1]}": value for name, value in state.items()}
+
+
+def prefixed(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def with_momentum_encoder(state):
+    """As solo-learn saves: the momentum backbone comes first here, and must not be taken."""
+    momentum = {name: torch.full_like(value, 7) for name, value in state.items()}
+    return (
+        prefixed("momentum_backbone.", momentum) | prefixed("backbone.", state) | {"projector.0.weight": torch.ones(3)}
+    )
+
+
+FOREIGN = {
+    "torchvision": dict,
+    "without batch counts": lambda state: {n: v for n, v in state.items() if "num_batches" not in n},
+    "DDP": lambda state: {"state_dict": prefixed("module.", state)},
+    "DDP twice": lambda state: {"state_dict": prefixed("module.module.", state)},
+    "compiled": lambda state: {"state_dict": prefixed("_orig_mod.", state)},
+    "DDP and compiled": lambda state: {"state_dict": prefixed("module._orig_mod.encoder_q.", state)},
+    "encoder": lambda state: {"state_dict": prefixed("encoder.", state)},
+    "backbone": lambda state: {"state_dict": prefixed("backbone.", state)},
+    "base_encoder": lambda state: {"state_dict": prefixed("module.base_encoder.", state)},
+    "model": lambda state: {"model": state, "epoch": 3},
+    "teacher": lambda state: {"teacher": prefixed("backbone.", state), "student": {}},
+    "solo-learn": lambda state: {"state_dict": with_momentum_encoder(state)},
+    "lightly": lambda state: {"state_dict": prefixed("backbone.", numbered(state))},
+    "numbered": numbered,
+    "linear": lambda state: {"arch": "resnet18", "state_dict": checkpoint.add_prefix(state)},
+    "pre-training": lambda state: {"state_dict": pretraining(state)},
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_weights_of_other_projects_are_found(kind):
     state = resnet().state_dict()
+    found = checkpoint.find_backbone(FOREIGN[kind](state), "x", on_meta())
+    expected = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    assert same(found.weights, expected)
+    assert f"{len(expected)} tensors from" in found.origin
+
+
+@pytest.mark.parametrize("other", ["resnet34", "resnet50", "resnet10", "shufflenet_v2_x0_5"])
+def test_another_network_is_not_taken_for_a_resnet18(other):
+    with pytest.raises(UsageError, match="check --arch"):
+        checkpoint.find_backbone({"state_dict": resnet(other).state_dict()}, "x", on_meta())
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_a_backbone_that_is_not_finite_or_not_there_is_refused(value):
+    state = copy.deepcopy(resnet().state_dict())
     state["layer1.0.bn1.weight"][3] = value
     assert checkpoint.nonfinite(state) == ["layer1.0.bn1.weight"]
-    with pytest.raises(UsageError, match="file: layer1.0.bn1.weight holds infinite values or NaN"):
-        checkpoint.find_backbone({"state_dict": state}, "file", resnet())
+    with pytest.raises(UsageError, match="file: 1 of its tensors, layer1.0.bn1.weight the first, hold infinite"):
+        checkpoint.find_backbone({"state_dict": state}, "file", on_meta())
     with pytest.raises(UsageError, match="file: it holds no weights of this --arch"):
-        checkpoint.find_backbone({"state_dict": {"fc.weight": torch.ones(2)}}, "file", resnet())
+        checkpoint.find_backbone({"state_dict": {"fc.weight": torch.ones(2)}}, "file", on_meta())
+    with pytest.raises(UsageError, match="file: it holds no backbone weights"):
+        checkpoint.find_backbone({"epoch": 3}, "file", on_meta())
+
+
+# What a file must hold
+
+
+def test_missing_unexpected_and_misshapen_entries_are_named():
+    state = resnet().state_dict()
+    for fault, change in (
+        ("lacks conv1.weight", lambda s: s.pop("conv1.weight")),
+        ("unknown other", lambda s: s.update(other=torch.ones(1))),
+        ("another shape for fc.bias", lambda s: s.update({"fc.bias": torch.ones(3)})),
+    ):
+        broken = dict(state)
+        change(broken)
+        before = copy.deepcopy(state)
+        with pytest.raises(UsageError, match=fault):
+            checkpoint.load_exactly(resnet(), broken, "file")
+        assert same(resnet().state_dict(), before)
+
+
+@pytest.mark.parametrize("change", [
+    lambda v: v.to_sparse(), lambda v: v.to("meta"), lambda v: v.long(), lambda v: v[:, :-1],
+    lambda v: v * NAN])  # fmt: skip
+def test_a_weight_of_another_kind_is_refused(change):
+    model, saved = saved_pretraining()
+    state = model.state_dict()
+    checkpoint.check_exactly(model, state, "file")
+    with pytest.raises(UsageError, match="file: .*queue"):
+        checkpoint.check_exactly(model, state | {"queue": change(state["queue"])}, "file")
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m[:-1], lambda m: m.reshape(-1), lambda m: torch.ones(()), lambda m: m * NAN, lambda m: "x",
+    lambda m: m.to_sparse(), lambda m: m.long(), lambda m: m.to("meta"), None])  # fmt: skip
+def test_a_momentum_of_another_kind_is_refused(change):
+    model, saved = saved_pretraining()
+    parameters = list(model.parameters())
+    checkpoint.check_momenta(saved["optimizer"], "file", parameters)
+    state = copy.deepcopy(saved["optimizer"])
+    if change:
+        state["state"][0]["momentum_buffer"] = change(state["state"][0]["momentum_buffer"])
+    else:
+        state["state"][len(parameters)] = state["state"][0]  # of a parameter that there is not
+    with pytest.raises(UsageError, match="file: damaged, or not written by these scripts"):
+        checkpoint.check_momenta(state, "file", parameters)
+
+
+ODD = [
+    {"epoch": None}, {"epoch": -1}, {"epoch": 1.5}, {"epoch": "3"}, {"epoch": 2**40}, {"step": -1}, {"step": 10**6},
+    {"step": "2"}, {"means": None}, {"means": {"names": ["loss"], "sums": torch.ones(3), "steps": "x"}},
+    {"images": 0}, {"images": None}, {"image_size": 10**6}, {"image_size": "x"}, {"arch": "resnet51"},
+    {"arch": ["resnet10"]}, {"seed": "x"}, {"bad_images": ["x"]}, {"scaler": {"scale": 1}}, {"options": [1]},
+    {"options": {"alpha": "x"}}, {"classes": 3}, {"classes": ["a", "a"]}, {"wnids": ["a", "a"]}, {"lrs": ["x"]},
+    {"lrs": [0.1], "best_acc1s": [1, 2]}, {"best_acc1": NAN}, {"lrs": [0.1], "winner": 1}, {"pretraining": [3]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_odd_values_beside_the_weights_are_refused_in_one_line(odd):
+    saved = saved_pretraining()[1]
+    checkpoint.check_values(saved, "file")
+    with pytest.raises(UsageError, match="^file: damaged, or not written by these scripts") as refused:
+        checkpoint.check_values(saved | odd, "file")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
 
 
 def test_a_run_that_contradicts_its_checkpoint_is_refused():
-    model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=8, K=4)
-    saved = {"epoch": 1, "arch": "resnet10", "state_dict": checkpoint.add_prefix(model.state_dict()), "optimizer": {}}
+    names = ("epoch", "arch", "state_dict")
+    saved = {name: value for name, value in saved_pretraining()[1].items() if name in names}
     options = {"arch": "resnet10", "moco_dim": 8, "moco_k": 4, "mlp": False, "aug_plus": True, "robust": "patch"}
     checkpoint.check_pretraining(saved, "file", options, ["a"])  # a published file stores neither classes nor options
     saved |= {"classes": ["a"], "options": {"aug_plus": True}}
@@ -169,8 +280,15 @@ def test_a_run_that_contradicts_its_checkpoint_is_refused():
     for name, value in {"moco_k": 8, "moco_dim": 4, "mlp": True, "arch": "resnet18", "aug_plus": False}.items():
         with pytest.raises(UsageError, match=f"with --{name.replace('_', '-')} .*, this run has {value}"):
             checkpoint.check_pretraining(saved, "file", options | {name: value}, ["a"])
-    with pytest.raises(UsageError, match="with classes 1: a, this run has 2: a, b"):
-        checkpoint.check_pretraining(saved, "file", options, ["a", "b"])
+    many = [f"class {i}" for i in range(100)]
+    for there, here, other in (
+        (["a"], ["a", "b"], "b"),
+        (many, [*many[:-1], "z"], "class 99"),
+        (["a", "b"], ["b", "a"], "their order"),
+    ):
+        told = rf"it was saved with {len(there)} classes, this run has {len(here)} \({other} differs\)"
+        with pytest.raises(UsageError, match=told):
+            checkpoint.check_pretraining(saved | {"classes": there}, "file", options, here)
 
 
 def test_within_an_epoch_the_order_of_the_data_must_match():
@@ -201,3 +319,25 @@ def test_momenta_get_the_memory_layout_of_their_weights():
     checkpoint.load_optimizer(optimizer, {"state": state, "param_groups": [{"lr": 1.0, "params": [0, 1]}]})
     loaded = optimizer.state[layer.weight]["momentum_buffer"]
     assert torch.equal(loaded, buffers[0]) and loaded.stride() == layer.weight.stride() != buffers[0].stride()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpoints_hold_cpu_tensors(tmp_path, monkeypatch, nested):
+    """Wherever the training ran, so that torch.load works without options on a machine without a GPU."""
+    saved = []
+    monkeypatch.setattr(torch, "save", lambda state, file: saved.append(state))
+    layer = torch.nn.Conv2d(2, 2, 3, device="meta").to(memory_format=torch.channels_last)
+
+    class OnGpu(torch.Tensor):
+        """A tensor that says when it is asked for its CPU copy."""
+
+        def cpu(self):
+            return torch.zeros(layer.weight.shape).to(memory_format=torch.channels_last)
+
+    tensor = layer.weight.detach().as_subclass(OnGpu)
+    state = {"optimizer": {"state": {0: {"momentum_buffer": tensor}}, "param_groups": [{"lr": 0.1, "params": (0,)}]}}
+    checkpoint.save(tmp_path / "file.pth.tar", state if nested else {"weight": tensor, "epoch": 3})
+    (written,) = saved
+    found = written["optimizer"]["state"][0]["momentum_buffer"] if nested else written["weight"]
+    assert found.device.type == "cpu" and found.stride() == layer.weight.stride()
+    assert written["optimizer"]["param_groups"] == [{"lr": 0.1, "params": (0,)}] if nested else written["epoch"] == 3

@@ -1,6 +1,6 @@
-import contextlib
-import json
+import argparse
 import math
+import os
 import signal
 
 import pytest
@@ -13,9 +13,10 @@ from moco.data import loader
 from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
 from moco.training import checkpoint
-from moco.training.run import Run, UnreadableFiles
+from moco.training.run import Run, UnreadableFiles, open_folder
 
-CPU, IMAGES, BATCH, STEPS, LATEST = torch.device("cpu"), 12, 2, 6, "latest.pth.tar"
+IMAGES, BATCH, STEPS, LATEST = 12, 2, 6, "checkpoint_latest.pth.tar"
+pytestmark = pytest.mark.usefixtures("handlers")  # a run handles signals
 
 
 class Numbers(torch.utils.data.Dataset):
@@ -32,42 +33,37 @@ class Numbers(torch.utils.data.Dataset):
         return torch.tensor([float(index)]), [(f"{index}.png", "empty")] if index in self.unreadable else []
 
 
-class Stop:
-    """A StopSignal without handlers: the test sets the signal."""
-
-    signum = 0
-    interruptible = no_broken_pipe = staticmethod(contextlib.nullcontext)
-
-
 class Training:
-    """A small model with its run: what a script builds around the loop. options: of Run."""
+    """A small model with its run: what a script builds around the loop. options: the script's."""
 
     def __init__(self, folder, resume=True, heads=1, unreadable=(), saved=None, **options):
         torch.manual_seed(0)
         distributed.seed_everything(0)
+        self.args = argparse.Namespace(
+            **{"ckpt_path": str(folder), "epochs": 2, "start_epoch": 0, "print_freq": 100, "precision": "fp32",
+               "save_steps": None, "max_bad_images": 100, **options}
+        )  # fmt: skip
+        folder.mkdir(exist_ok=True)
         self.model = nn.ModuleList(nn.Linear(1, 1) for _ in range(heads))
         groups = [{"params": head.parameters(), "lr": 0.001 / 10**i} for i, head in enumerate(self.model)]
-        optimizer = torch.optim.SGD(groups, momentum=0.9)
+        self.optimizer = torch.optim.SGD(groups, momentum=0.9)
         sampler = loader.GlobalBatchSampler(IMAGES, BATCH, 0, DistContext())
-        self.loader = loader.train_loader(Numbers(unreadable), sampler, 0, CPU)
-        self.stop = Stop()
+        self.loader = loader.train_loader(Numbers(unreadable), sampler, 0, torch.device("cpu"))
         if saved is None:
             path = checkpoint.resume_path("auto" if resume else "", folder, LATEST)
             saved = checkpoint.load(path) if path else {}
         if saved:
             self.model.load_state_dict(saved["state_dict"])
         self.run = Run(
-            DistContext(), str(folder), latest=LATEST, state=lambda: {"state_dict": self.model.state_dict()},
-            stop=self.stop, sampler=sampler, optimizer=optimizer, modules=list(self.model),
-            paths=[f"{i}.png" for i in range(IMAGES)], seed=0, probe="0199" if heads > 1 else None,
-            **{"epochs": 2, "print_freq": 100, **options},
+            DistContext(), self.args, 0, latest=LATEST, state=lambda: {"state_dict": self.model.state_dict()},
+            sampler=sampler, optimizer=self.optimizer, paths=[f"{i}.png" for i in range(IMAGES)],
+            probe="0199" if heads > 1 else None,
         )  # fmt: skip
-        self.optimizer = optimizer
         self.run.resume(saved)
 
     def train(self, on_step=lambda epoch, step: None):
         """The loop of a script. on_step(epoch, steps done of it) is called before run.after_step."""
-        for epoch in range(self.run.epoch, self.run.epochs):
+        for epoch in range(self.run.epoch, self.args.epochs):
             for batch in self.run.steps(self.loader, lambda batch, rng: (batch, rng.random()), epoch):
                 numbers, noise = batch
                 losses = torch.stack([(head(numbers) - noise).square().mean() for head in self.model])
@@ -98,7 +94,7 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(tmp_path, capsys, 
 
     def on_step(*now):
         if now == (epoch, step):
-            stopped.stop.signum = signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(SystemExit) as end:
         stopped.train(on_step)
@@ -164,18 +160,16 @@ def break_head(training, number, at=(1, 3)):
     return on_step
 
 
-@pytest.mark.parametrize("print_freq, found_at", [(1, 4), (100, 4)])
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, print_freq, found_at):
+@pytest.mark.parametrize("print_freq", [1, 100])
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, print_freq):
     training = Training(tmp_path, print_freq=print_freq)
-    with pytest.raises(RunError, match=f"the loss is not finite in epoch 1 step {found_at}; .*a smaller --lr"):
+    training.run.sampler.epoch = 1
+    first = training.run.sampler.global_batch(3)[0]
+    message = rf"the loss is not finite in epoch 1 step 4, .*first image of the batch: {first}\.png\).*a smaller --lr"
+    with pytest.raises(RunError, match=message):
         training.train(break_head(training, 0))
     assert final(tmp_path)["epoch"] == 1 and not checkpoint.nonfinite(final(tmp_path)["state_dict"])
     assert [line["epoch"] for line in log(tmp_path)] == [0]
-    diagnosis = json.loads((tmp_path / f"nonfinite_0001_{found_at}.json").read_text())
-    training.run.sampler.epoch = 1
-    images = [f"{index}.png" for index in training.run.sampler.global_batch(found_at - 1)]
-    assert diagnosis["images"] == images and "weight" in diagnosis["nonfinite_weights"]
-    assert diagnosis["largest_weights"].keys() == {"weight", "bias"}
 
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path):
@@ -226,10 +220,27 @@ def test_a_resumed_run_takes_another_learning_rate(tmp_path):
     assert [line["lr"] for line in log(tmp_path)] == [0.001, 0.001, 0.5]
 
 
-def test_a_folder_that_cannot_be_created_is_refused(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="--ckpt_path .*file: cannot be created"):
-        Training(tmp_path / "file", saved={})
+@pytest.mark.parametrize("probe", [None, "0199"])
+def test_a_folder_with_another_run_is_not_begun(tmp_path, probe):
+    Training(tmp_path, heads=2 if probe else 1).train()
+
+    def opened(folder, resume="", probe=probe):
+        args = argparse.Namespace(ckpt_path=str(folder), resume=str(resume), dry_run=True)
+        return open_folder(args, r"checkpoint_(\d{4}|latest)\.pth\.tar", probe)[1]
+
+    assert (
+        opened(tmp_path, "auto")["epoch"] == 2 and opened(tmp_path, tmp_path / "checkpoint_0000.pth.tar")["epoch"] == 1
+    )
+    with pytest.raises(UsageError, match=rf"--ckpt_path {tmp_path}: it holds another run \({LATEST}\); continue"):
+        opened(tmp_path)
+    assert opened(tmp_path / "new") == {} and not (tmp_path / "new").exists()
+    (tmp_path / LATEST).rename(tmp_path / "kept")
+    for path in tmp_path.glob("*.tar"):
+        path.unlink()
+    with pytest.raises(UsageError, match=r"it holds another run \(2 epochs in log.jsonl\)"):
+        opened(tmp_path)
+    assert opened(tmp_path, probe="0100" if probe else "0199") == {}  # a probe may share it
+    assert opened(tmp_path / "new", tmp_path / "kept")["epoch"] == 2
 
 
 def test_unreadable_files_are_reported_once_and_counted(capsys):

@@ -32,7 +32,7 @@ def as_on_windows(folder, script, arguments):
     for name in ("fork", "killpg", "setsid", "sched_getaffinity", "O_NOFOLLOW"):
         delattr(os, name)
     sys.meta_path.insert(0, Missing())
-    for name in [each for each in sys.modules if each.partition(".")[0] in ("moco", "files", *NOT_ON_WINDOWS)]:
+    for name in [each for each in sys.modules if each.partition(".")[0] in ("moco", "common", *NOT_ON_WINDOWS)]:
         del sys.modules[name]
     sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "preprocess")]
     sys.argv = [script, *arguments]
@@ -53,13 +53,13 @@ def on_windows(tmp_path, script, *arguments):
     return int(code), text
 
 
-@pytest.mark.parametrize("script", [PRETRAIN, PROBE, EVALUATE, "moco/plot.py"])
+@pytest.mark.parametrize("script", [PRETRAIN, PROBE, EVALUATE])
 def test_on_windows_a_script_ends_in_one_line(script, tmp_path):
     code, text = on_windows(tmp_path, script, "--help")
     assert code == 2 and text.count("\n") == 1 and "use WSL" in text and "Traceback" not in text, text
 
 
-@pytest.mark.parametrize("module", ["moco/negatives.py", "moco/builder.py"])
+@pytest.mark.parametrize("module", ["moco/negatives.py", "moco/builder.py", "moco/training/files.py"])
 def test_what_other_code_imports_works_on_windows(module, tmp_path):
     code, text = on_windows(tmp_path, module, "--help")
     assert code == 0 and "WSL" not in text, text

@@ -1,0 +1,164 @@
+"""Run a script with a fault put into it:  python tests/faults/inject.py FAULT SCRIPT ARGUMENT…
+
+FAULT: one of SETTINGS, or "ACTION in PLACE [CALL] [of rank R]", for example "SIGTERM in step 3" or "killed in saving":
+at the so many-th call of a function, the first by default, on one rank of torchrun's or on all. "after" and "at" may
+stand for "in". Loading processes have the fault, too. A kill writes its time to the file that KILLED_AT names.
+"""
+
+import errno
+import importlib
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import sys
+import time
+import warnings
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+from moco.errors import RunError  # noqa: E402
+
+PLACES = {  # where a fault can be: a function that the scripts call there
+    "the start": "moco.processes.launch:_join_and_run",
+    "listing": "moco.data.folders:list_images",
+    "building": "moco.training.run:Run.__init__",
+    "resuming": "moco.training.run:Run.resume",
+    "item": "moco.data.datasets:RetryDataset.__getitem__",
+    "test item": "moco.data.datasets:ImageList.__getitem__",
+    "views": "moco.views:training_views",
+    "forward": "moco.builder:MoCo.forward",
+    "step": "moco.training.run:Run.after_step",  # after the optimizer's step, before the run counts it
+    "report": "moco.training.metrics:Progress.report",
+    "saving": "moco.training.checkpoint:save",
+    "replacing": "os:replace",  # a file is written, but not yet in its place
+    "logging": "moco.training.metrics:append_jsonl",
+    "evaluating": "moco.evaluation.classifier:evaluate",
+    "kNN": "moco.evaluation.knn:accuracy",
+    "options": "moco.options:OptionParser.parse_args",
+}
+
+
+def killed():
+    if "KILLED_AT" in os.environ:
+        Path(os.environ["KILLED_AT"]).write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fails(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+def hangs(how):
+    """As on a mount that does not answer, or as a stopped process."""
+
+    def hang():
+        print("hanging", flush=True)
+        how()
+
+    return hang
+
+
+def unread():
+    """The reader of stdout has ended, as in `… | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+
+
+ACTIONS = {
+    "killed": killed,
+    "a bug": fails(ValueError("put in by a test")),
+    "data gone": fails(RunError("data are gone")),
+    "stale files": fails(OSError(errno.ESTALE, "Stale file handle")),
+    "no memory": fails(MemoryError()),
+    "hanging": hangs(lambda: os.read(os.pipe()[0], 1)),
+    "stopped": hangs(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    "slow": hangs(lambda: time.sleep(30)),
+    "unread": unread,
+    **{number.name: lambda number=number: os.kill(os.getpid(), number) for number in signal.Signals},
+}
+
+
+def close(*descriptors):
+    for descriptor in descriptors:
+        os.close(descriptor)
+        setattr(sys, ("stdout", "stderr")[descriptor - 1], None)
+
+
+def impatient(seconds=3):
+    from moco.processes import launch
+
+    launch.JOIN_SECONDS = launch.COLLECTIVE_SECONDS = seconds
+
+
+def impatient_for_batches(seconds=2):
+    from moco.data import loader
+
+    loader.DATA_SECONDS = seconds
+
+
+def workers_as_asked():
+    from moco import options
+
+    options.workers_per_rank = lambda total, ranks: -(-total // ranks)  # not at most one per core,
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # which PyTorch does not like
+
+
+def no_fast_jpeg():
+    from moco.data import images
+
+    images.has_fast_jpeg = lambda: False
+
+
+SETTINGS = {
+    "nothing": lambda: None,
+    "impatient": impatient,
+    "impatient for batches": impatient_for_batches,
+    "workers as asked": workers_as_asked,
+    "no fast JPEG decoder": no_fast_jpeg,
+    "unread stdout": unread,
+    "stdout is full": lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1),
+    "stdout cannot encode": lambda: sys.stdout.reconfigure(encoding="ascii", errors="strict"),
+    "stderr cannot encode": lambda: sys.stderr.reconfigure(encoding="ascii", errors="strict"),
+    "stdout is closed": lambda: close(1),
+    "stderr is closed": lambda: close(2),
+    "both are closed": lambda: close(1, 2),
+    "no home": lambda: os.environ.update(HOME="/proc/nobody", XDG_CACHE_HOME="/proc/nobody"),
+}
+
+
+def put(action, place, call, rank):
+    """Let the action happen in a place, at a call that is counted from 1; rank: None for all."""
+    module, _, path = PLACES[place].partition(":")
+    *owners, name = path.split(".")
+    owner = importlib.import_module(module)
+    for each in owners:
+        owner = getattr(owner, each)
+    original, calls = getattr(owner, name), []
+
+    def changed(*args, **settings):
+        calls.append(1)
+        if len(calls) == call and rank in (None, os.environ.get("RANK", "0")):
+            ACTIONS[action]()
+        return original(*args, **settings)
+
+    setattr(owner, name, changed)
+
+
+if __name__ == "__main__":
+    fault, *sys.argv = sys.argv[1:]
+    multiprocessing.set_start_method("fork", force=True)  # so that loading processes have the fault, too
+    if fault in SETTINGS:
+        SETTINGS[fault]()
+    else:
+        parts = re.fullmatch(r"(.+?) (?:in|after|at) (.+?)(?: (\d+))?(?: of rank (\d+))?", fault)
+        put(parts[1], parts[2], int(parts[3] or 1), parts[4])
+    runpy.run_path(str(REPOSITORY / sys.argv[0]), run_name="__main__")
