@@ -12,7 +12,7 @@ from helpers import EVALUATE, PRETRAIN, PROBE, REPOSITORY
 PREPARATION = [
     str(path.relative_to(REPOSITORY))
     for path in sorted((REPOSITORY / "preprocess").glob("*.py"))
-    if "files.Parser(" in path.read_text()
+    if "common.Parser(" in path.read_text()
 ]
 
 
