@@ -1,6 +1,7 @@
 """Pre-training on a GPU: the whole script beside what limits it, and beside the plain baseline of plain.py.
 
     python -m tests.benchmarks.gpu [--photos FOLDER] [--trace FILE.json]      about 25 minutes, on one GPU
+    python -m tests.benchmarks.gpu --short [--trace FILE.json]                5 minutes: the trace, one batch size
     python -m tests.benchmarks.gpu --tiny                                     tries this script on any machine
 
 Prints a table for docs/speed.md. "limit": the same model and optimizer on images that are on the GPU already; the
@@ -10,6 +11,7 @@ it writes JPEGs at ImageNet's usual size. The trace, for Perfetto, shows whether
 
 import argparse
 import itertools
+import json
 import os
 import platform
 import shutil
@@ -34,6 +36,7 @@ FULL = {
     "arch": "resnet50", "size": plain.SIZE, "patches": plain.PATCH_SIDES, "K": plain.K, "batches": (256, 32),
     "photos": 512, "links": 32, "workers": (4, 8, 16), "steps": 20, "kinds": KINDS,
 }  # fmt: skip
+SHORT = FULL | {"batches": (256,), "links": 16, "workers": (16,)}
 TINY = {
     "arch": "resnet10", "size": 32, "patches": (4, 12), "K": 64, "batches": (8,), "photos": 4, "links": 4,
     "workers": (1,), "steps": 2, "kinds": KINDS[:2],
@@ -99,6 +102,23 @@ def script(case, folder, batch_size, precision, compiled, workers):
     return last["images_per_s"], last["data_share"]
 
 
+def overlap(trace):
+    """The share of the time of copies to the GPU during which a kernel of another stream runs."""
+    events = [event for event in json.loads(Path(trace).read_text())["traceEvents"] if event.get("ph") == "X"]
+    copies = [event for event in events if event.get("cat") == "gpu_memcpy" and "HtoD" in event["name"]]
+    kernels = [event for event in events if event.get("cat") == "kernel"]
+    hidden = total = 0.0
+    for copy in copies:
+        start, end = copy["ts"], copy["ts"] + copy["dur"]
+        covered = start
+        for kernel in sorted(kernels, key=lambda kernel: kernel["ts"]):
+            if kernel["args"]["stream"] != copy["args"]["stream"]:
+                first, last = max(covered, kernel["ts"]), min(end, kernel["ts"] + kernel["dur"])
+                hidden, covered = hidden + max(0.0, last - first), max(covered, last)
+        total += end - start
+    return hidden / total if total else None
+
+
 def write_trace(case, batch_size, path, device):
     training = Training(case, *case["kinds"][-2], device)
     training.prefetched_steps(batch_size, 3)
@@ -147,15 +167,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--photos", help="a folder of photos at ImageNet's size")
     parser.add_argument("--trace", default="gpu-trace.json", help="where to write the profiler's trace")
+    parser.add_argument("--short", action="store_true", help="the most important figures, in 5 minutes")
     parser.add_argument("--tiny", action="store_true", help="small sizes, also without a GPU")
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.tiny:
         raise SystemExit("there is no CUDA GPU; --tiny tries this script on the CPU")
-    case = {**(TINY if args.tiny else FULL)}
+    case = {**(TINY if args.tiny else SHORT if args.short else FULL)}
     case["arch_plain"] = "resnet18" if args.tiny else case["arch"]  # plain knows torchvision's networks only
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     configure_device(device, strict_fp32=False, deterministic=False)
     describe(device, sys.argv[1:])
+    write_trace(case, case["batches"][-1], args.trace, device)
+    hidden = overlap(args.trace)
+    print(f"Copies to the GPU beside kernels of another stream: {hidden:.0%} of their time" if hidden else "No copies.")
+    print(f"The trace is {args.trace}\n", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         photos, data = Path(folder, "photos"), Path(folder, "data")
         if args.photos:
@@ -166,9 +191,8 @@ def main():
         for link in range(case["links"]):  # hard links: the script refuses symbolic ones to the same files
             shutil.copytree(photos, data / "train" / f"n{link}", copy_function=os.link)
         speeds(case, data, device)
-        worker_shares(case, data)
-    write_trace(case, case["batches"][-1], args.trace, device)
-    print(f"\nThe trace is {args.trace}")
+        if len(case["workers"]) > 1 or args.tiny:
+            worker_shares(case, data)
 
 
 if __name__ == "__main__":
