@@ -193,7 +193,7 @@ def test_a_backbone_that_is_not_finite_or_not_there_is_refused(value):
         checkpoint.find_backbone({"state_dict": state}, "file", on_meta())
     with pytest.raises(UsageError, match="file: it holds no weights of this --arch"):
         checkpoint.find_backbone({"state_dict": {"fc.weight": torch.ones(2)}}, "file", on_meta())
-    with pytest.raises(UsageError, match="file: it holds no backbone weights"):
+    with pytest.raises(UsageError, match="file: it holds no weights of this --arch"):
         checkpoint.find_backbone({"epoch": 3}, "file", on_meta())
 
 
