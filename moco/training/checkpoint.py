@@ -220,19 +220,6 @@ def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Se
         )
 
 
-def check_data_order(saved: Mapping, source: str, seed: int | None, images: int, images_per_step: int) -> None:
-    """Raise UsageError unless the order of the data is still the same, if `saved` was saved within an epoch."""
-    if saved.get("step"):
-        check_same(
-            source,
-            {
-                "training images:": (saved["images"], images),
-                "images per step:": (saved["images_per_step"], images_per_step),
-                "--seed": (saved["seed"], saved["seed"] if seed is None else seed),
-            },
-        )
-
-
 def check_same(source: str, pairs: Mapping[str, tuple]) -> None:
     """Raise UsageError for the first {what: (saved value, this run's)} that differs."""
     for what, (there, here) in pairs.items():

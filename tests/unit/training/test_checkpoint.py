@@ -282,15 +282,6 @@ def test_a_run_that_contradicts_its_checkpoint_is_refused():
             checkpoint.check_pretraining(saved | {"classes": there}, "file", options, here)
 
 
-def test_within_an_epoch_the_order_of_the_data_must_match():
-    saved = {"step": 3, "images": 10, "images_per_step": 2, "seed": 5}
-    checkpoint.check_data_order(saved, "file", None, 10, 2)
-    checkpoint.check_data_order(saved | {"step": 0}, "file", 6, 11, 4)  # between epochs it may change
-    for seed, images, per_step in ((6, 10, 2), (5, 11, 2), (5, 10, 4)):
-        with pytest.raises(UsageError, match="it was saved with"):
-            checkpoint.check_data_order(saved, "file", seed, images, per_step)
-
-
 def test_momenta_are_loaded_and_the_runs_options_kept():
     weight = torch.nn.Parameter(torch.ones(2))
     saved = torch.optim.SGD([weight], lr=1.0, momentum=0.5)
