@@ -13,19 +13,16 @@ from helpers import (
     SMALL,
     TORCHRUN,
     TORCHRUN_RANK,
-    completed,
     log,
     refused,
     run_script,
     same,
-    started,
     weights,
     write_folder,
 )
 from PIL import Image
 
 from moco import augment
-from moco.processes.launch import free_port
 
 
 def without_seed(settings):
@@ -108,21 +105,6 @@ def test_torchrun_trains_with_two_processes(data, tmp_path):
     assert (tmp_path / "checkpoint_0001.pth.tar").exists()
 
 
-@pytest.mark.slow
-def test_torchrun_and_two_nodes_are_the_same_training(data, tmp_path):
-    settings = [*SMALL, "--epochs", 1, data]
-    run_script(PRETRAIN, *settings, "--ckpt_path", tmp_path / "torchrun", launcher=[*TORCHRUN, "--nproc-per-node=2"])
-    url = f"tcp://127.0.0.1:{free_port()}"
-    node = [*settings, "--batch-size", 4, "--multiprocessing-distributed", "--world-size", 2, "--dist-url", url]
-    nodes = [started(PRETRAIN, *node, "--rank", rank, "--ckpt_path", tmp_path / f"node{rank}") for rank in (0, 1)]
-    results = [completed(process) for process in nodes]
-    assert [result.returncode for result in results] == [0, 0]
-    assert "images per step  8" in results[0].stdout and not (tmp_path / "node1").exists()
-    assert log(tmp_path / "torchrun") == log(tmp_path / "node0")
-    name = "checkpoint_0000.pth.tar"
-    assert same(weights(tmp_path / "torchrun" / name), weights(tmp_path / "node0" / name))
-
-
 def test_plain_moco_has_no_negatives(shared_data, tmp_path):
     for options in (["--robust", "none"], ["--num-nonsem", 0]):
         folder = tmp_path / options[0]
@@ -178,64 +160,30 @@ def test_only_changed_settings_are_printed_unless_verbose(shared_data):
     assert long.items() >= short.items()
 
 
-def test_several_processes_say_once_what_starts_nothing(shared_data):
-    launcher = [*TORCHRUN, "--nproc-per-node=2"]
-    plan = run_script(PRETRAIN, *SMALL, "--batch-size", 4, "--dry-run", shared_data, launcher=launcher).stdout
-    assert plan.count("nothing was started") == plan.count("steps per epoch") == 1 and "processes  2" in plan
-
-
-def test_folders_are_listed_once(shared_data, tmp_path):
-    settings = [*SMALL, "--epochs", 1, "--knn", "--ckpt_path", tmp_path / "c", shared_data]
-    run = run_script(FAULTS, "report listings", PRETRAIN, *settings)
-    listed = [line for line in run.stdout.splitlines() if line.startswith("listed ")]
-    assert listed == [f"listed {shared_data / split}" for split in ("train", "val")]
-
-
 def test_what_has_no_effect_is_reported(shared_data, tmp_path):
     settings = [*SMALL, "--epochs", 1, "--patch-size", 16, "--ckpt_path", tmp_path, shared_data]
     run = run_script(FAULTS, "no fast JPEG decoder", PRETRAIN, *settings)
     assert "--patch-size is ignored" in run.stdout
-    assert "PIL reads the JPEGs, which is slower" in run.stdout and len(log(tmp_path)) == 1
+    assert "PIL reads the JPEGs, which is slower" in run.stderr and len(log(tmp_path)) == 1
 
 
 # Refusals
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ("--patch-ratio 0 16", "'0' is not an integer of 1 or more"),
-        ("--patch-ratio 72 16", "--patch-ratio 72 16"),
-        ("--patch-ratio 16 500", "224 px"),
-        ("--alpha -1", "'-1' is not a number of 0 or more"),
-        ("--alpha nan", "'nan'"),
-        ("--num-nonsem -1", "--num-nonsem"),
-        ("--moco-k 0", "--moco-k"),
-        ("--batch-size 0", "--batch-size"),
-        ("--lr 0", "'0' is not a number above 0"),
-        ("--robust shapes", "invalid choice"),
-        ("--arch resnet51", "resnet51"),
-        ("--resume nowhere.pth.tar", "no such file"),
-        (f"--resume {REPOSITORY}/README.md", "not a checkpoint"),
-        ("--robust texture", "ends in -texture"),
-        ("--robust texture --num-nonsem 2", "--num-nonsem 2"),
-        ("--gpu 99", "--gpu 99"),
-        ("--world-size 2 --rank 0 --multiprocessing-distributed --batch-size 4", "--dist-url"),
-        ("--batch-size 64", "16 training images do not fill one batch of 64"),
-        ("--start-epoch 5 --epochs 5", "--start-epoch 5"),
-        ("--unknown 3", "unrecognized arguments: --unknown"),
-    ],
-)
+@pytest.mark.parametrize("options, message", [
+    ("--patch-ratio 0 16", "'0' is not an integer of 1 or more"), ("--patch-ratio 72 16", "--patch-ratio 72 16"),
+    ("--patch-ratio 16 500", "224 px"), ("--alpha nan", "'nan' is not a number of 0 or more"),
+    ("--robust shapes", "invalid choice"), ("--arch resnet51", "resnet51"), ("--unknown 3", "unrecognized arguments"),
+    ("--resume nowhere.pth.tar", "no such file"), (f"--resume {REPOSITORY}/README.md", "not a checkpoint"),
+    ("--robust texture", "ends in -texture"), ("--robust texture --num-nonsem 2", "--num-nonsem 2"),
+    ("--gpu 99", "--gpu 99"), ("--start-epoch 5 --epochs 5", "--start-epoch 5"),
+    ("--world-size 2 --rank 0 --multiprocessing-distributed --batch-size 4", "--dist-url"),
+    ("--batch-size 64", "16 training images do not fill one batch of 64")])  # fmt: skip
 def test_bad_options_are_refused_before_anything_is_built(shared_data, tmp_path, options, message):
     batch = () if "--batch-size" in options else ("-b", 8)
     line = refused(PRETRAIN, *shlex.split(options), "--ckpt_path", tmp_path / "ckpt", *batch, shared_data)
     assert message in line
     assert [path.name for path in tmp_path.glob("ckpt/*")] in ([], [".lock"])  # until this process ends
-
-
-def test_a_refusal_is_one_line_and_exit_code_2_in_the_shell(tmp_path):
-    run = run_script(PRETRAIN, tmp_path / "nowhere", check=False)
-    assert (run.returncode, run.stdout) == (2, "") and run.stderr.count("\n") == 1, run.stderr
 
 
 def test_bad_data_are_refused(data, tmp_path):
@@ -258,29 +206,14 @@ def test_a_batch_that_does_not_divide_is_refused(shared_data, tmp_path, monkeypa
 
 def test_a_checkpoint_that_does_not_fit_is_refused(shared_data, whole, tmp_path):
     resume = [PRETRAIN, *SETTINGS, "--epochs", 9, "--ckpt_path", tmp_path / "new", "--resume"]
-    for options, message in (
-        (["--image-size", 48], "--image-size 32, this run has 48"),
-        (["-a", "resnet18"], "--arch resnet10, this run has resnet18"),
-        (["--moco-dim", 64], "--moco-dim 128, this run has 64"),
-        (["--moco-k", 32], "--moco-k 64, this run has 32"),
-        (["--robust", "none"], "--robust patch, this run has none"),
-    ):
-        assert f"it was saved with {message}" in refused(*resume, whole / LATEST, *options, shared_data)
-    without = [word for word in resume if word not in ("--mlp", "--aug-plus")]
-    assert "--mlp True, this run has False" in refused(*without, whole / LATEST, shared_data)
+    for options, message in ((["--image-size", 48], "--image-size 32"), (["--robust", "none"], "--robust patch")):
+        message = f"it was saved with {message}, this run has {options[1]}"
+        assert message in refused(*resume, whole / LATEST, *options, shared_data)
     other = write_folder(tmp_path / "data", classes=("n01", "n07"))
     assert "it was saved with 2 classes, this run has 2 (n02 differs)" in refused(*resume, whole / LATEST, other)
     assert "already finished (3 epochs)" in refused(*resume, whole / LATEST, "--epochs", 3, shared_data)
     (tmp_path / "two\nlines.pth.tar").write_bytes(b"x")
     assert "two lines.pth.tar" in refused(*resume, tmp_path / "two\nlines.pth.tar", shared_data)
-
-
-def test_within_an_epoch_the_data_order_must_be_the_same(shared_data, stopped, tmp_path):
-    resume = [PRETRAIN, *SETTINGS, "--resume", stopped / LATEST, "--ckpt_path", tmp_path / "new"]
-    assert "--seed 1, this run has 2" in refused(*resume, "--seed", 2, shared_data)
-    assert "images per step: 8, this run has 4" in refused(*resume, "-b", 4, shared_data)
-    more = write_folder(tmp_path / "more", train=10)
-    assert "training images: 16, this run has 20" in refused(*resume, more)
 
 
 def test_a_folder_with_another_run_is_refused_and_stays(shared_data, whole):
@@ -291,7 +224,7 @@ def test_a_folder_with_another_run_is_refused_and_stays(shared_data, whole):
     assert {path.name: path.read_bytes() for path in whole.glob("*[lr]")} == before
 
 
-def test_a_restart_by_torchrun_resumes(shared_data, whole, monkeypatch):
+def test_a_restart_by_torchrun_resumes(shared_data, whole):
     settings = [PRETRAIN, *SETTINGS, "--epochs", 4, "--ckpt_path", whole, "--dry-run", shared_data]
     run = run_script(*settings, env={**TORCHRUN_RANK, "TORCHELASTIC_RESTART_COUNT": "1"})
     assert f"resume  {whole / LATEST}" in run.stdout

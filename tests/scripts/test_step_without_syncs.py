@@ -49,13 +49,13 @@ def build(device):
         return MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=8, K=10, mlp=True, alpha=2.0)
 
 
-def forward(model, device, robust, count, recipe=augment.V2):
+def views(device, robust, count, recipe=augment.V2):
     crops = torch.empty(4, 3 if robust == "texture" else 2, 3, 32, 32, dtype=torch.uint8, device=device)
-    views = training_views(
+    made = training_views(
         crops, np.random.default_rng(0), recipe=recipe, robust=robust, num_nonsem=count, patch_ratio=(4, 10)
     )
-    assert all(view.device.type == device and view.dtype == torch.float32 for view in views)
-    return model(*views)
+    assert all(view.device.type == device and view.dtype == torch.float32 for view in made)
+    return made
 
 
 @pytest.mark.parametrize("recipe", [augment.V1, augment.V2], ids=["v1", "v2"])
@@ -64,7 +64,7 @@ def test_views_and_forward_never_wait_for_a_gpu(robust, count, recipe):
     with FakeTensorMode():
         model = build("cuda")
         with OneDevice():
-            logits, labels = forward(model, "cuda", robust, count, recipe)
+            logits, labels = model(*views("cuda", robust, count, recipe))
     assert logits.shape == (4, 1 + 10 + count)
     assert {t.device.type for t in (logits, labels, model.queue, *model.similarities.values())} == {"cuda"}
 
@@ -76,7 +76,7 @@ def test_a_whole_step_never_looks_at_values(robust, count):
     means = metrics.RunningMeans()
     with OneDevice():
         for _ in range(2):
-            logits, labels = forward(model, "meta", robust, count)
+            logits, labels = model(*views("meta", robust, count))
             loss = F.cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -84,6 +84,27 @@ def test_a_whole_step_never_looks_at_values(robust, count):
             accuracy = classifier.correct_counts(logits, labels, ks=(1,))[0] / len(labels)
             means.add({"loss": loss, "contrast_acc": accuracy, **model.similarities})
     assert means.sums.device.type == "meta" and means.steps == 2
+
+
+class Copies(TorchDispatchMode):
+    """Counts the copies from the host to a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default:
+            self.count += args[0].device.type == "cpu" and result.device.type == "cuda"
+        return result
+
+
+@pytest.mark.parametrize("recipe", [augment.V1, augment.V2], ids=["v1", "v2"])
+@pytest.mark.parametrize("robust, count", CASES)
+def test_the_parameters_of_a_step_travel_together(robust, count, recipe):
+    """One small copy for the augmentations, and one for patches, whatever the batch."""
+    with FakeTensorMode(), Copies() as copies:
+        views("cuda", robust, count, recipe)
+    assert copies.count == 1 + (robust == "patch")
 
 
 class NoOuterProducts(TorchDispatchMode):
@@ -99,7 +120,7 @@ class NoOuterProducts(TorchDispatchMode):
 def test_a_step_multiplies_no_outer_products(robust, count):
     model = build("meta")
     with NoOuterProducts():
-        logits, labels = forward(model, "meta", robust, count)
+        logits, labels = model(*views("meta", robust, count))
         F.cross_entropy(logits, labels).backward()
 
 

@@ -2,7 +2,6 @@
 
 import ast
 
-import pytest
 from helpers import REPOSITORY
 
 MODULES = {
@@ -93,17 +92,3 @@ def test_every_file_is_written_for_the_oldest_python():
     for path in FILES:
         tree = ast.parse(path.read_text(), str(path), feature_version=OLDEST)
         assert not without_byteorder(tree), path
-
-
-@pytest.mark.parametrize(
-    "call, lines",
-    [
-        ("int.from_bytes(b'x')", [1]),
-        ("int.from_bytes(b'x', signed=True)", [1]),
-        ("(5).to_bytes(2)", [1]),
-        ("int.from_bytes(b'x', 'big')", []),
-        ("int.from_bytes(b'x', byteorder='big')", []),
-    ],
-)
-def test_a_missing_byteorder_is_found(call, lines):
-    assert without_byteorder(ast.parse(call)) == lines

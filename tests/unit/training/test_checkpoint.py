@@ -103,30 +103,21 @@ def test_a_failed_write_leaves_the_last_good_file(tmp_path, monkeypatch):
     assert checkpoint.load(path) == {"epoch": 1} and os.listdir(tmp_path) == [path.name]
 
 
-def test_auto_resume_takes_the_last_epoch(tmp_path):
-    for name in (
-        "checkpoint_0009.pth.tar",
-        "checkpoint_0019.pth.tar",
-        "checkpoint_10000.pth.tar",
-        "checkpoint_0029.pth.tar.partial",
-        "checkpoint_robust_0199.pth.tar",
-        "log.jsonl",
-    ):
+def test_auto_resume_takes_the_last_epoch_and_pruning_keeps_it(tmp_path):
+    numbered = [f"checkpoint_{epoch}.pth.tar" for epoch in ("0009", "0019", "10000")]
+    others = ["checkpoint_0029.pth.tar.partial", "checkpoint_robust_0199.pth.tar", "log.jsonl"]
+    for name in (*numbered, *others):
         (tmp_path / name).touch()
     pattern = r"checkpoint_(\d{4,}|latest)\.pth\.tar"
-    assert checkpoint.resume_path("auto", tmp_path, pattern) == str(tmp_path / "checkpoint_10000.pth.tar")
+    assert checkpoint.resume_path("auto", tmp_path, pattern) == str(tmp_path / numbered[-1])
     (tmp_path / "checkpoint_latest.pth.tar").touch()
-    assert checkpoint.resume_path("auto", tmp_path, pattern) == str(tmp_path / "checkpoint_latest.pth.tar")
+    latest = str(tmp_path / "checkpoint_latest.pth.tar")
+    assert checkpoint.resume_path("auto", tmp_path, pattern) == latest
+    assert checkpoint.resume_path("a/file", tmp_path, pattern, restarted=True) == latest
     assert checkpoint.resume_path("auto", tmp_path / "nowhere", pattern) == ""
     assert checkpoint.resume_path("a/file", tmp_path, pattern) == "a/file"
-
-
-def test_pruning_keeps_the_last_files_of_a_pattern(tmp_path):
-    for name in ("checkpoint_0009.pth.tar", "checkpoint_0019.pth.tar", "checkpoint_10000.pth.tar", "other.pth.tar"):
-        (tmp_path / name).touch()
     checkpoint.prune(tmp_path, 2, r"checkpoint_\d{4,}\.pth\.tar")
-    left = ["checkpoint_0019.pth.tar", "checkpoint_10000.pth.tar", "other.pth.tar"]
-    assert sorted(os.listdir(tmp_path)) == left
+    assert {path.name for path in tmp_path.iterdir()} == {*numbered[1:], *others, "checkpoint_latest.pth.tar"}
 
 
 # Whose backbone it is
@@ -202,7 +193,7 @@ def test_a_backbone_that_is_not_finite_or_not_there_is_refused(value):
         checkpoint.find_backbone({"state_dict": state}, "file", on_meta())
     with pytest.raises(UsageError, match="file: it holds no weights of this --arch"):
         checkpoint.find_backbone({"state_dict": {"fc.weight": torch.ones(2)}}, "file", on_meta())
-    with pytest.raises(UsageError, match="file: it holds no backbone weights"):
+    with pytest.raises(UsageError, match="file: it holds no weights of this --arch"):
         checkpoint.find_backbone({"epoch": 3}, "file", on_meta())
 
 
