@@ -1,22 +1,17 @@
-"""Exceptions as one line, and without PyTorch."""
+import pytest
 
-import subprocess
-import sys
-
-from helpers import REPOSITORY
-
-from moco.errors import PeerError, RunError, UsageError, first_line, one_line
+from moco.errors import Finished, PeerError, RunError, UsageError, first_line, one_line
 
 
-def test_messages_become_one_line():
-    assert one_line("two\n lines  of\ttext") == "two lines of text\n"
-    assert first_line("\n first\nsecond") == "first" and first_line(ValueError()) == ""
+def test_the_first_line_of_a_long_reason():
+    assert first_line(ValueError("\n  too large\nat /usr/lib")) == "too large" and first_line("") == ""
 
 
-def test_an_ended_peer_is_a_run_error_and_bad_input_is_not():
-    assert issubclass(PeerError, RunError) and not issubclass(UsageError, RunError)
+def test_a_message_of_several_lines_is_printed_as_one():
+    assert one_line("--lr 0:\n  too   small") == "--lr 0: too small\n"
 
 
-def test_exceptions_need_no_pytorch():
-    code = "import sys, moco.errors; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0
+@pytest.mark.parametrize("kind", [UsageError, RunError, Finished])
+def test_kinds_that_scripts_end_with_differently_are_no_kinds_of_each_other(kind):
+    assert [each for each in (UsageError, RunError, Finished) if issubclass(kind, each)] == [kind]
+    assert issubclass(PeerError, RunError)
