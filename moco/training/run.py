@@ -325,8 +325,9 @@ def check_resumable(
         message = f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue"
         raise Finished(message) if args.auto_resume else UsageError(message)
     if saved.get("step"):  # the order of the data continues
+        with checkpoint.reading(source):
+            there = saved["images"], saved["images_per_step"], saved["seed"]
         seed = saved["seed"] if args.seed is None else args.seed
-        there = saved["images"], saved["images_per_step"], saved["seed"]
         here = sampler.num_images, sampler.global_batch_size, seed
         checkpoint.check_same(source, dict(zip(("training images:", "images per step:", "--seed"), zip(there, here))))
     if momenta := saved.get("optimizers") or saved.get("optimizer"):  # published files may come without them
