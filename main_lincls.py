@@ -39,13 +39,13 @@ from moco.data.folders import ImageFolder
 from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_device
-from moco.errors import Finished, UsageError
+from moco.errors import UsageError
 from moco.evaluation import classifier, released
 from moco.evaluation.classifier import LinearHeads
 from moco.processes import launch
 from moco.processes.exits import cli_main
 from moco.training import checkpoint
-from moco.training.run import Run, open_folder
+from moco.training.run import Run, check_resumable, open_folder
 
 
 class Inputs(NamedTuple):
@@ -189,12 +189,7 @@ def check_resume(
     heads = len(saved.get("lrs", [None]))
     if heads != len(args.lr):
         raise UsageError(f"{source}: it has heads for {heads} learning rates, --lr has {len(args.lr)}")
-    if saved["epoch"] >= args.epochs:
-        message = f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue"
-        raise Finished(message) if args.auto_resume else UsageError(message)
-    checkpoint.check_data_order(saved, source, args.seed, sampler.num_images, sampler.global_batch_size)
-    shapes = [own[name] for name in checkpoint.FC_KEYS] * heads
-    checkpoint.check_momenta(saved["optimizers"] if "optimizers" in saved else saved["optimizer"], source, shapes)
+    check_resumable(args, saved, sampler, [own[name] for name in checkpoint.FC_KEYS] * heads)
 
 
 def find_backbone(args: argparse.Namespace, pretrained: Mapping) -> tuple[dict, str]:

@@ -34,13 +34,13 @@ from moco.data.folders import ImageFolder, TrainingImages
 from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_device
-from moco.errors import Finished, UsageError
+from moco.errors import UsageError
 from moco.evaluation import classifier, knn
 from moco.negatives import NEGATIVES, PUBLISHED_NAMES
 from moco.processes import launch
 from moco.processes.exits import cli_main
 from moco.training import checkpoint
-from moco.training.run import Run, open_folder
+from moco.training.run import Run, check_resumable, open_folder
 
 SAVED_OPTIONS = (
     "moco_dim", "moco_k", "moco_m", "moco_t", "mlp", "aug_plus", "robust", "num_nonsem", "alpha",
@@ -147,13 +147,8 @@ def check_resume(
     """Refuse the checkpoint of --resume if this run cannot continue it. model: on the meta device."""
     source = f"--resume {args.resume}"
     checkpoint.check_pretraining(saved, source, vars(args), data.classes)
-    checkpoint.check_data_order(saved, source, args.seed, sampler.num_images, sampler.global_batch_size)
     checkpoint.check_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), source)
-    if saved.get("optimizer", {}) != {}:  # published files may come without one
-        checkpoint.check_momenta(saved["optimizer"], source, list(model.parameters()))
-    if saved["epoch"] >= args.epochs:
-        message = f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue"
-        raise Finished(message) if args.auto_resume else UsageError(message)
+    check_resumable(args, saved, sampler, list(model.parameters()))
 
 
 def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[ImageFolder, ...]:

@@ -46,7 +46,7 @@ def main() -> None:
         data = folders.list_texture_pairs(str(textures))
         crops = datasets.TwoCrops(data.photos, SIZE, data.textures)
         torch.manual_seed(0)
-        firsts = {name: data.labels.index(label) for label, name in enumerate(data.classes)}
+        firsts = {name: data.labels.tolist().index(label) for label, name in enumerate(data.classes)}
         batch = torch.stack([crops[firsts[name] + number] for name, number in IMAGES.items()])
     rng = distributed.derive_rng("picture")
     query, key, texture = views.training_views(

@@ -41,17 +41,17 @@ CORRUPTIONS = (
     "speckle_noise", "gaussian_blur", "spatter", "saturate",
 )
 # fmt: on
-OWN_SEED = ("impulse_noise", "glass_blur")  # take theirs as an argument, the others use numpy's global generator
+OWN_SEED = ("impulse_noise", "glass_blur")  # take a seed as an argument; the others use numpy's global generator
 SEVERITIES = range(1, 6)
 LEAST_SIZE = 32  # px, the library's limit
 DRAWS = 20  # of random numbers for one image; for spatter at 32 px, 1 in 60 is of no use
-QUALITY = 85  # of the JPEGs, as of ImageNet-C's
+QUALITY = 85  # of the JPEGs, as in ImageNet-C
 MARK = "corruptions.json"  # in OUT: how its images were made
 PACKAGE = "imagecorruptions-imaug"
 
 
 class Recipe(NamedTuple):
-    """How corrupted images are made."""
+    """The settings that corrupted images are made with."""
 
     source: Path  # the folder of class folders
     out: Path
@@ -75,7 +75,7 @@ def library() -> ModuleType:
 
 
 def version() -> str:
-    """The library's version: another one may make other images."""
+    """The version of the library: another one may make other images."""
     try:
         return importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError:

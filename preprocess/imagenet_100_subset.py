@@ -88,8 +88,7 @@ class Job(NamedTuple):
 def take(job: Job, mode: str) -> None:
     """Make the class folder. OSError if it cannot be made."""
     if mode == "symlink":
-        # Relative, so that links survive moving the whole tree.
-        job.target.symlink_to(os.path.relpath(job.source.resolve(), job.target.parent.resolve()))
+        job.target.symlink_to(relative(job.source, job.target.parent), target_is_directory=True)
         return
     shutil.rmtree(job.partial, ignore_errors=True)
     for name in job.images:
@@ -100,6 +99,14 @@ def take(job: Job, mode: str) -> None:
         else:
             shutil.copy2(job.source / name, copy)
     job.partial.rename(job.target)
+
+
+def relative(path: Path, start: Path) -> str | Path:
+    """The path relative to `start` where possible: links then survive moving the whole tree."""
+    try:
+        return os.path.relpath(path.resolve(), start.resolve())
+    except ValueError:  # another drive of Windows
+        return path.resolve()
 
 
 def take_smaller(job: Job, side: int) -> list[tuple[Path, str]]:

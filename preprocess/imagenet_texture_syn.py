@@ -32,7 +32,7 @@ from moco.data.rgb import check_resizable, to_rgb
 
 
 class Recipe(NamedTuple):
-    """How textures are made."""
+    """The settings that textures are made with."""
 
     source: Path  # SRC
     seed: int

@@ -55,7 +55,8 @@ def _results(waiting: list[Future]) -> Iterator:
 
 def _leave_with_parent() -> None:
     """In a worker: end when the parent does, even if that is killed, and take along the programs that run for it."""
-    os.setpgrp()  # a group of this worker and its programs; an interrupt at the terminal reaches the parent only
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, frame: os.killpg(0, signal.SIGKILL))
-    signals.end_with_program()
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()  # a group of this worker and its programs; an interrupt at the terminal reaches the parent only
+        signal.signal(signal.SIGTERM, lambda signum, frame: os.killpg(0, signal.SIGKILL))
+    signals.end_with_parent()

@@ -128,7 +128,7 @@ class Canvas:
         return errors
 
     def colour_uses(self) -> np.ndarray:
-        """How often the colours of the block at each position were used so far, on average: (P, rows, columns)."""
+        """The mean number of earlier uses of the colours in the block at each position: (P, rows, columns)."""
         uses = (self.bin_uses / np.maximum(self.bin_sizes, 1))[self.bins]
         return block_means(uses.reshape(self.patches.shape[:3]), self.blocks.side)
 
@@ -147,7 +147,7 @@ class Canvas:
         count_use(self.used[place[0]], *place[1:], blocks.side)
 
     def kept(self, before: np.ndarray, block: np.ndarray, neighbours: tuple) -> np.ndarray:
-        """Where the pixels laid before stay: up to the cheapest cut through each overlap, (N, side, side) of bool."""
+        """Mask (N, side, side) of the earlier pixels that stay: up to the cheapest cut through each overlap."""
         overlap = self.blocks.overlap
         difference = np.square(self.pixels[block] - self.pixels[before]).sum(3)
         strips = difference[:, :, :overlap], difference[:, :overlap].transpose(0, 2, 1)
@@ -189,7 +189,7 @@ def block_means(values: np.ndarray, side: int) -> np.ndarray:
 
 
 def cost_of_positions(error: np.ndarray, samples: int, uses: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """What taking a block from each position (P, rows, columns) costs: overlap error, earlier uses, a little chance.
+    """Cost of taking a block from each position (P, rows, columns): overlap error, earlier uses, a little chance.
 
     error: squared, summed over `samples` numbers. Its unit is what the best twentieth of the positions reach, or one
     level a sample, which nobody sees. Its cost levels off: where flat regions fit a thousand times better than what has

@@ -93,7 +93,7 @@ STYLES = "flat", "cartoon", "painterly"  # of renditions
 
 
 class Scene(NamedTuple):
-    """What a photo-like image shows. Colours and strengths are (3,) for R, G and B, from 0, black, to 1, white."""
+    """Content of a photo-like image. Colours and strengths are (3,) for R, G and B, from 0, black, to 1, white."""
 
     shape: str
     texture: str
@@ -227,7 +227,7 @@ def generator(seed: int, split: str, label: int, number: int) -> np.random.Gener
 
 
 def scene_of(seed: int, split: str, label: int, number: int) -> tuple[Scene, np.random.Generator]:
-    """What image `number` of class `label` in one of PHOTOS shows, and the generator that paints it."""
+    """The scene of image `number` of class `label` in one of PHOTOS, and the generator that paints it."""
     shapes, rng = list(SHAPES), generator(seed, split, label, number)
     if split != "stylized":
         return draw_scene(rng, shapes[label]), rng

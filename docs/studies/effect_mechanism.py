@@ -52,7 +52,7 @@ def load_classifier(checkpoint: Path) -> torch.nn.Module:
 
 
 def load_backbone(checkpoint: Path) -> torch.nn.Module:
-    """As load_classifier, the head replaced by the identity."""
+    """The network of load_classifier with the identity as its head."""
     model = load_classifier(checkpoint)
     model.fc = torch.nn.Identity()
     return model
@@ -109,7 +109,7 @@ def cosines(encode: Encoder, paths: list[Path], seed: int = 0) -> dict[str, floa
 
 
 def readouts(encode: Encoder, data: Path, seed: int) -> dict[str, float]:
-    """How well linear maps of the features tell what the generator drew; trained on train/, tested on val/.
+    """Accuracy of linear readouts of what the generator drew, trained on train/, tested on val/.
 
     data, seed: a folder of preprocess/shapes.py and its seed. Returns R² in percent of the image's mean colour (mean
     over R, G and B) and of the log of the texture's period, and accuracies in percent of texture family and shape.

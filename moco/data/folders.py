@@ -78,12 +78,12 @@ class TrainingImages(NamedTuple):
 
 
 def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
-    """List a folder of class folders: the regular files, at any depth, whose suffix is an image's.
+    """List the images of a folder of class folders: regular files at any depth with a suffix of IMG_EXTENSIONS.
 
-    Links are followed, and a link to an image is an image of its own name. Hidden entries and those of NOT_DATA are no
-    data. flat: images in the folder itself, without class folders, are accepted as one class, FLAT. Raises UsageError
-    if the directory is missing or has no class folders, if a class has no image or images lie beside the class folders,
-    if something cannot be read or a link leads nowhere, and if links lead to the same folder twice, as all loops do.
+    Follows links; a link to an image is listed under its own name. Skips hidden entries and NOT_DATA. flat: accept
+    images in the folder itself, if it has no class folders, as one class, FLAT. Raises UsageError if the directory is
+    missing or has no class folders, if a class is empty or images lie beside the class folders, if something cannot be
+    read, if a link leads nowhere, or if links lead to the same folder twice, as every loop does.
     """
     directory = Path(directory)
     if not is_folder(directory):
@@ -143,9 +143,10 @@ def images_in(class_folder: str | Path, listed: dict[str, str] | None = None) ->
 
 
 def scan_folder(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The names of the subfolders and of the regular files in a folder, links followed, what is no data left out.
+    """The names of a folder's subfolders and of its regular files; follows links, skips hidden entries and NOT_DATA.
 
-    Costs no system call per entry, links aside. Raises UsageError for what cannot be read and links that lead nowhere.
+    Makes no system call per entry, except for links. Raises UsageError if something cannot be read or a link leads
+    nowhere.
     """
     folders, files = [], []
     try:
@@ -166,7 +167,7 @@ def scan_folder(folder: str | Path) -> tuple[list[str], list[str]]:
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether there is such a folder. Raises UsageError if that cannot be read, or for a link that leads nowhere."""
+    """Whether the folder exists. Raises UsageError if it cannot be examined, or is a link that leads nowhere."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except (OSError, ValueError) as error:  # ValueError: a NUL character
@@ -176,7 +177,7 @@ def is_folder(path: str | Path) -> bool:
 
 
 def _list_once(folder: str | Path, real: str, listed: dict[str, str]) -> None:
-    """Raise UsageError if the folder is, or lies above, one that is listed already: it was reached by a link.
+    """Raise UsageError if a link led to this folder, and it is, or contains, one that is listed already.
 
     listed: {real path of a listed folder or of one above it: the path by which it was reached}; the folder is added.
     """

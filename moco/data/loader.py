@@ -1,11 +1,9 @@
 """Samplers, data loaders, and prefetching to the training device."""
 
 import functools
-import multiprocessing
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from multiprocessing.context import BaseContext, ForkContext, ForkProcess
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
@@ -16,7 +14,7 @@ from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
 from moco.processes import signals
 
-DATA_SECONDS = 600  # for a batch, after which the run is saved and ends; less than the limit for collectives
+DATA_SECONDS = 600  # limit for one batch, then the run is saved and ends; below the limit for collectives
 
 
 class GlobalBatchSampler(Sampler):
@@ -61,8 +59,9 @@ class GlobalBatchSampler(Sampler):
 
 
 class WorkerLoader(DataLoader):
-    """A DataLoader with `workers` processes, which persist over all passes.
+    """A DataLoader whose worker processes leave stop signals to the trainer and end with it, however it ends.
 
+    They are forked, whatever Python's default, to share the memory of the lists of files, and persist over all passes:
     CPython can deadlock in a process that is forked while a thread of the last pass's workers is ending. Raises
     RunError if there is no batch for DATA_SECONDS.
     """
@@ -70,13 +69,17 @@ class WorkerLoader(DataLoader):
     def __init__(self, dataset: Dataset, workers: int, device: torch.device, **settings):
         if workers:
             settings |= {
-                "multiprocessing_context": worker_context(),
+                "multiprocessing_context": "spawn" if sys.platform == "darwin" else "fork",
                 "persistent_workers": True,
-                "worker_init_fn": signals.leave_signals_to_trainer(),
+                "worker_init_fn": functools.partial(_start_worker, signals.leave_signals_to_trainer()),
                 "timeout": DATA_SECONDS,
             }
         super().__init__(dataset, num_workers=workers, pin_memory=device.type == "cuda", **settings)
         _tell_slow_decoding()
+
+    def _get_iterator(self) -> Iterator:
+        with signals.blocked():  # in the workers until they are ready; and PyTorch cannot clean up half an iterator
+            return super()._get_iterator()
 
     def __iter__(self) -> Iterator:
         try:
@@ -90,35 +93,15 @@ class WorkerLoader(DataLoader):
             ) from error
 
 
+def _start_worker(leave_signals: Callable[[int], None], worker_id: int) -> None:
+    signals.signal_when_parent_ends(signal.SIGKILL)  # the kernel ends it even if it is stopped
+    leave_signals(worker_id)
+
+
 @functools.cache
 def _tell_slow_decoding() -> None:
     if distributed.is_main() and not images.has_fast_jpeg():
         print(images.NO_FAST_JPEG, file=sys.stderr, flush=True)
-
-
-class _Worker(ForkProcess):
-    """A process that starts with STOP_SIGNALS blocked, until it has set its own handlers, and dies with its parent.
-
-    A signal that came earlier would raise the training process's StopWaiting in it. The kernel ends it even if it is
-    stopped, or if its parent was killed.
-    """
-
-    def start(self) -> None:
-        with signals.blocked():
-            super().start()
-
-    def run(self) -> None:
-        signals.signal_when_parent_ends(signal.SIGKILL)
-        super().run()
-
-
-class _WorkerContext(ForkContext):
-    Process = _Worker
-
-
-def worker_context() -> BaseContext:
-    """Fork workers, whatever Python's default, so that they share the memory of the lists of files."""
-    return multiprocessing.get_context("spawn") if sys.platform == "darwin" else _WorkerContext()
 
 
 def train_loader(dataset: Dataset, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:

@@ -11,7 +11,7 @@ from moco import augment, distributed
 from moco.data.folders import ImageFolder
 from moco.distributed import DistContext
 from moco.encoders import autocast, build_encoder
-from moco.errors import RunError, UsageError
+from moco.errors import UsageError
 from moco.training import checkpoint, files
 
 DIVERGED = 2  # times ln(classes), the loss at chance: over an epoch, heads that learn stay below 1.2
@@ -73,18 +73,14 @@ def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
 
     A published head does not say its classes; one at least as wide as the data is accepted.
     """
-    own = saved.get("wnids")
-    if own is not None and own != classes:
-        other = sorted(set(own) ^ set(classes))
-        raise UsageError(
-            f"{source}: its head was trained on {len(own)} classes that differ from the {len(classes)} of this data"
-            f" (for example {other[0] if other else own[0]}); use the data it was trained on"
-        )
-    width = checkpoint.num_outputs(saved, source)
-    if width < len(classes):
-        raise UsageError(
-            f"{source}: its head has {width} outputs, the data {len(classes)} classes; use the data it was trained on"
-        )
+    own, width = saved.get("wnids", classes), checkpoint.num_outputs(saved, source)
+    if own == classes and width >= len(classes):
+        return
+    different = sorted(set(own) ^ set(classes)) or own  # or the same in another order
+    found = f"{width} outputs, the data {len(classes)} classes"
+    if own != classes:
+        found = f"{len(own)} classes that differ from the {len(classes)} of this data (for example {different[0]})"
+    raise UsageError(f"{source}: its head has {found}; use the data that it was trained on")
 
 
 def check_frozen(backbone: nn.Module, frozen: Mapping[str, torch.Tensor]) -> None:
@@ -199,17 +195,14 @@ def gather_in_order(rows: torch.Tensor, total: int, ctx: DistContext) -> torch.T
 def save_features(path: str, features: torch.Tensor, folder: ImageFolder, split: str) -> None:
     """Write the features (N, d) of the folder's images, in its order, with labels, paths and classes, for numpy.load.
 
-    Raises RunError if the file cannot be written.
+    Raises OSError.
     """
-    arrays = {
-        "features": features.numpy(),
-        "labels": np.array(folder.labels, dtype=np.int64),
-        "paths": np.array(list(folder.paths)),
-        "classes": np.array(folder.classes),
-        "split": np.array(split),
-    }
-    try:
-        with files.atomic_write(path, "wb") as file:
-            np.savez(file, **arrays)
-    except OSError as error:
-        raise RunError(f"{path} could not be written ({error}); free some space") from error
+    with files.atomic_write(path, "wb") as file:
+        np.savez(
+            file,
+            features=features.numpy(),
+            labels=np.array(folder.labels, dtype=np.int64),
+            paths=np.array(list(folder.paths)),
+            classes=np.array(folder.classes),
+            split=np.array(split),
+        )

@@ -46,7 +46,7 @@ def category_logits(logits: torch.Tensor, categories: Iterable[Sequence[int]]) -
 
 
 def textures(paths: Iterable[str], shapes: Iterable[str], known: Collection[str]) -> list[str] | None:
-    """The texture class of each image, from its file name; None unless all names tell one of the `known` classes.
+    """The texture class of each image, from its file name; None unless each name gives one of the `known` classes.
 
     Either all are named <texture class>-*, or all <shape class><number>-<texture class><number>. shapes: the class of
     each image, by its folder.

@@ -62,7 +62,7 @@ def figures(report: Mapping, run: int) -> dict[str, float]:
 
 
 def _cue_figures(result: Mapping, prefix: str) -> dict[str, float]:
-    """Shape bias, shape accuracy and texture accuracy in percent, if the set tells both cues."""
+    """Shape bias, shape accuracy and texture accuracy in percent, if file names give both classes."""
     if result.get("shape_bias") is None:
         return {}
     n = result.get("conflicts", result["n"])

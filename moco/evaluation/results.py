@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from moco.errors import RunError, UsageError, first_line
+from moco.errors import UsageError, first_line
 from moco.evaluation.testsets import TestSet
 from moco.training import files
 
@@ -103,14 +103,9 @@ def add(report: dict, test_set: TestSet, results: Iterable[Mapping]) -> None:
 
 
 def save(path: str, report: Mapping) -> None:
-    """Write the report atomically. Raises RunError if it cannot be written."""
-    try:
-        with files.atomic_write(path) as file:
-            json.dump(report, file, indent=1)
-    except OSError as error:
-        raise RunError(
-            f"{path} could not be written ({error}); free some space, then run the same command again to resume"
-        ) from error
+    """Write the report atomically. Raises OSError."""
+    with files.atomic_write(path) as file:
+        json.dump(report, file, indent=1)
 
 
 def _images_sha256(test_set: TestSet) -> str:

@@ -18,22 +18,11 @@ from moco.evaluation.testsets import TestSet
 
 EXTRA, MCE = "Corruption, extra four", "mCE"  # columns beside those of the suites
 ALEXNET_ERRORS = {  # mean top-1 error over the severities, percent: the authors' divisors of mCE
-    "gaussian_noise": 88.6428,
-    "shot_noise": 89.4468,
-    "impulse_noise": 92.2640,
-    "defocus_blur": 81.9880,
-    "glass_blur": 82.6268,
-    "motion_blur": 78.5948,
-    "zoom_blur": 79.8360,
-    "snow": 86.6816,
-    "frost": 82.6572,
-    "fog": 81.9324,
-    "brightness": 56.4592,
-    "contrast": 85.3204,
-    "elastic_transform": 64.6056,
-    "pixelate": 71.7840,
-    "jpeg_compression": 60.6500,
-}
+    "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880, "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360,
+    "snow": 86.6816, "frost": 82.6572, "fog": 81.9324, "brightness": 56.4592,
+    "contrast": 85.3204, "elastic_transform": 64.6056, "pixelate": 71.7840, "jpeg_compression": 60.6500,
+}  # fmt: skip
 
 
 def score(
@@ -52,9 +41,9 @@ def score(
     models: in eval mode, on the context's device; wnids: the class of output 0, 1, …; outputs beyond them count as
     wrong; chosen: {key of a test set: indices of the models to score on it}, all by default. A result has the top-1 in
     percent over all outputs and over the classes present in the set, n, counts per class, and the preprocessing. If
-    file names tell conflicting cues, it also has their number, the decisions for shape and for texture in these images,
-    and the shape bias: the percentage of shape among the decisions for either cue. Each image is read once, by one
-    rank; all ranks must call this and get the same results.
+    file names give shape and texture class, it also has the number of images where these differ, the decisions for
+    shape and for texture in these images, and the shape bias: the percentage of shape among the decisions for either.
+    Each image is read once, by one rank; all ranks must call this and get the same results.
     """
     if not test_sets:
         return

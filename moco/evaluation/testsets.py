@@ -72,7 +72,7 @@ class TestSet(NamedTuple):
     folder: str
     paths: Sequence[str]
     labels: Sequence[int]  # indices in the list of the head's classes, or in `categories`
-    textures: list[int] | None = None  # like labels, -1 for another class; None: not in the file names
+    textures: list[int] | None = None  # like labels, -1 for another class; None: file names do not give them
     categories: Mapping[str, list[int]] | None = None  # {category: outputs}, if the folders are categories of classes
 
     @property

@@ -5,6 +5,7 @@ import atexit
 import datetime
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -13,7 +14,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ JOIN_SECONDS = 300  # for all ranks to come, at the start; torchrun has limits o
 COLLECTIVE_SECONDS = 900  # for a rank that is cut off, or waits for its data: NCCL's and gloo's limit in a step
 GRACE_SECONDS = 30  # for the other ranks to save once one has failed; torchrun and Slurm give 30 s, too
 METHOD = "spawn" if sys.platform == "darwin" else "forkserver"
-PRELOADED = ["torch", "torch.distributed", "torch.optim.swa_utils", "torchvision"]  # before ranks are forked
+PRELOADED = ["torch", "torch.distributed", "torch.optim.swa_utils", "torchvision.transforms.v2"]  # by the fork server
 
 
 def launch(worker: Callable, args: argparse.Namespace, inputs: object, agree: Mapping[str, object]) -> None:
@@ -185,9 +185,9 @@ def _start_ranks(node: int, count: int, world_size: int, job: tuple) -> None:
             sys.exit(128 + received[-1])
         if 0 < error.exit_code < 255:
             sys.exit(error.exit_code)
+        how = f"by {error.signal_name}" if error.exit_code < 0 else "with the fork server"
         raise RunError(
-            f"process {error.error_index} was killed ({first_line(error)}); if memory ran out, use a smaller"
-            " --batch-size or fewer -j"
+            f"process {error.error_index} was killed {how}; if memory ran out, use a smaller --batch-size or fewer -j"
         ) from error
 
 
@@ -267,30 +267,24 @@ def check_agreement(agree: Mapping[str, object]) -> None:
     """Raise UsageError on all ranks if a value differs between them: they would hang, or train different things."""
     mine = {name: str(value) for name, value in {**agree, "PyTorch": torch.__version__}.items()}
     everyone = distributed.gather_lists([(socket.gethostname(), mine)])
-    differing = []
-    for name in dict.fromkeys(name for _, own in everyone for name in own):
-        first = {}  # value → the first rank that has it
-        for rank, (host, own) in enumerate(everyone):
-            first.setdefault(own.get(name, "not given"), f"rank {rank} ({host})")
-        if len(first) > 1:
-            equal = max(0, len(os.path.commonprefix(list(first))) - 20)  # of a long value, print what differs
-            values = {value if len(value) < 80 else f"…{value[equal:][:60]}…": rank for value, rank in first.items()}
-            differing.append(f"{name} is {', but '.join(f'{value} on {rank}' for value, rank in values.items())}")
+    first_host, first = everyone[0]
+    differing: dict[str, str] = {}
+    for rank, (host, own) in enumerate(everyone):
+        for name in [name for name in first if own.get(name) != first[name] and name not in differing]:
+            values = first[name], own.get(name, "not given")
+            start = max(0, len(os.path.commonprefix(values)) - 20)  # of long values, print what differs
+            here, there = (value if len(value) < 80 else f"…{value[start:][:60]}…" for value in values)
+            differing[name] = f"{name} is {here} on rank 0 ({first_host}), but {there} on rank {rank} ({host})"
     if differing:
         raise UsageError(
-            f"the processes of this run do not agree: {'; '.join(differing)}; start all of them with the same options,"
-            " data and code"
+            f"the processes of this run do not agree: {'; '.join(differing.values())}; start all of them with the same"
+            " options, data and code"
         )
 
 
 def _check_url(url: str) -> None:
     """Raise UsageError unless it is tcp://HOST:PORT; PyTorch no longer supports the published default."""
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme == "tcp" and parts.hostname and parts.port and url != MULTICAST_DEFAULT
-    except ValueError:  # a port that is not a number, or too large
-        good = False
-    if not good:
+    if url == MULTICAST_DEFAULT or not re.fullmatch(r"tcp://(\[[\da-fA-F:]+\]|[^:/\[\]]+):\d{1,5}/?", url):
         raise UsageError(
             f"--dist-url {url}: several nodes need the first one's address and a free port, for example"
             " tcp://10.0.0.1:10001"

@@ -24,6 +24,15 @@ from moco.training import files, metrics
 PREFIX = "module."
 FC_KEYS = ("fc.weight", "fc.bias")
 COUNTER = "num_batches_tracked"
+CONTAINERS = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "teacher",
+    "network",
+    "net",
+)  # of weights, in any project's files
+MOMENTUM = re.compile("momentum|encoder_k|target|student|ema")
 
 
 def save(path: str, state: Mapping) -> None:
@@ -99,9 +108,7 @@ def _why_not_loaded(path: str, error: Exception) -> str:
             f"loading it would run code ({code[1]}), so it is not loaded; if you trust it, save its tensors alone:"
             " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
         )
-    return (
-        f"it is damaged, truncated or another kind of file ({first_line(error) or 'empty'}); copy or download it again"
-    )
+    return f"it is damaged, truncated or another kind of file ({first_line(error)}); copy or download it again"
 
 
 def add_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -211,20 +218,6 @@ def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Se
         raise UsageError(
             f"{source}: it was saved with {len(there)} classes, this run has {len(classes)} ({other} differs)"
         )
-
-
-def check_data_order(saved: Mapping, source: str, seed: int | None, images: int, images_per_step: int) -> None:
-    """Raise UsageError unless the order of the data is still the same, if `saved` was saved within an epoch."""
-    with reading(source):
-        if not saved.get("step"):
-            return
-        there = {
-            "training images:": saved["images"],
-            "images per step:": saved["images_per_step"],
-            "--seed": saved["seed"],
-        }
-    here = (images, images_per_step, there["--seed"] if seed is None else seed)
-    check_same(source, dict(zip(there, zip(there.values(), here))))
 
 
 def check_same(source: str, pairs: Mapping[str, tuple]) -> None:
@@ -343,57 +336,29 @@ def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> Backb
     numbered as in nn.Sequential(*network.children()). Raises UsageError if the network is not in the file, is only
     a part of a larger one, or if a weight has another shape or is not finite.
     """
-    state, container = _tensors_of(checkpoint)
-    if not state:
-        raise UsageError(f"{source}: it holds no backbone weights")
+    containers = {name: checkpoint.get(name) for name in CONTAINERS} | {"": checkpoint}
+    container, state = next(((name, each) for name, each in containers.items() if _are_tensors(each)), ("", {}))
     own = {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}
-    found, prefix = _named_as(network, list(own), state)
-    if not found:
-        names = ", ".join(list(state)[:2])
-        raise UsageError(f"{source}: it holds no weights of this --arch ({names}, …); check --arch")
-    modules = {name.split(".")[0] for name in own}
-    weights = {name: value for name, value in found.items() if name.split(".")[0] in modules}
-    check_exactly(network, weights, source, FC_KEYS)
-    for name, value in own.items():  # PyTorch before 0.4.1 did not count batches
-        weights.setdefault(name, torch.zeros_like(value, device="cpu"))
-    where = f"{container + ': ' if container else ''}{prefix}*"
-    return Backbone(weights, f"{len(weights)} tensors from {where}, {len(state) - len(weights)} others left out")
-
-
-def _named_as(network: nn.Module, own: list[str], state: Mapping) -> tuple[dict[str, torch.Tensor], str]:
-    """The tensors under the first prefix that has all of the network's names, and that prefix; ({}, "") if none has."""
-    children = {str(i): name for i, (name, _) in enumerate(network.named_children())}
-    for prefix in _prefixes(state, own[0], children):
+    numbers = {name: str(number) for number, (name, _) in enumerate(network.named_children())}
+    numbered = {numbers[name.partition(".")[0]] + "." + name.partition(".")[2]: name for name in own}
+    first = next(iter(own))
+    ends = [first, next(iter(numbered))]
+    prefixes = {name.removesuffix(end) for name in state for end in ends if f".{name}".endswith(f".{end}")}
+    # A momentum encoder comes last.
+    for prefix in sorted(prefixes, key=lambda prefix: (MOMENTUM.search(prefix) is not None, len(prefix), prefix)):
         found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        if not found.keys() & set(own):
-            found = {_by_name(name, children): value for name, value in found.items()}
-        if all(name in found or name.endswith(COUNTER) for name in own):
-            return found, prefix
-    return {}, ""
+        names = numbered if first not in found else dict(zip(own, own))
+        if not all(name in found or name.endswith(COUNTER) for name in names):
+            continue
+        modules = {name.partition(".")[0] for name in names}
+        weights = {names.get(n, n): value for n, value in found.items() if n.partition(".")[0] in modules}
+        check_exactly(network, weights, source, FC_KEYS)
+        for name, value in own.items():  # PyTorch before 0.4.1 did not count batches
+            weights.setdefault(name, torch.zeros_like(value, device="cpu"))
+        where = f"{container + ': ' if container else ''}{prefix}*"
+        return Backbone(weights, f"{len(weights)} tensors from {where}, {len(state) - len(weights)} others left out")
+    raise UsageError(f"{source}: it holds no weights of this --arch ({', '.join(list(state)[:2])}, …); check --arch")
 
 
-def _tensors_of(checkpoint: Mapping) -> tuple[dict[str, torch.Tensor], str]:
-    """The state_dict in a file, and its name there ("" if it is the file itself)."""
-    for container in ("state_dict", "model_state_dict", "model", "teacher", "network", "net"):
-        state = checkpoint.get(container)
-        if isinstance(state, Mapping) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
-            return dict(state), container
-    if all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        return dict(checkpoint), ""
-    return {}, ""
-
-
-def _prefixes(state: Mapping, first: str, children: Mapping[str, str]) -> list[str]:
-    """What precedes the network's first weight in the file's names; a momentum encoder's prefix comes last."""
-    numbers = {name: number for number, name in children.items()}
-    module, rest = first.split(".", 1)
-    ends = [first] + ([f"{numbers[module]}.{rest}"] if module in numbers else [])
-    found = {name.removesuffix(end) for name in state for end in ends if name.endswith(end)}
-    found = [prefix for prefix in found if prefix == "" or prefix.endswith(".")]
-    momentum = re.compile("momentum|encoder_k|target|student|ema")
-    return sorted(found, key=lambda prefix: (momentum.search(prefix) is not None, len(prefix), prefix))
-
-
-def _by_name(name: str, children: Mapping[str, str]) -> str:
-    first, _, rest = name.partition(".")
-    return f"{children.get(first, first)}.{rest}"
+def _are_tensors(state: object) -> bool:
+    return isinstance(state, Mapping) and len(state) > 0 and all(isinstance(v, torch.Tensor) for v in state.values())

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from moco import distributed
 from moco.data.loader import GlobalBatchSampler, prefetch
 from moco.distributed import DistContext
-from moco.errors import RunError, UsageError, one_line
+from moco.errors import Finished, RunError, UsageError, one_line
 from moco.processes import environment
 from moco.processes.exits import exit_now
 from moco.processes.signals import StopSignal, StopWaiting
@@ -56,7 +56,9 @@ class Run:
         self.ctx, self.args, self.seed, self.latest, self.state = ctx, args, seed, latest, state
         self.sampler, self.optimizer, self.scaler, self.paths, self.probe = sampler, optimizer, scaler, paths, probe
         self.stop = StopSignal()
-        self.unreadable = UnreadableFiles(args.max_bad_images)
+        # {path: reason} of unreadable images, which all ranks know: of this run and, until met again, of the one it
+        # resumes, since they may have been repaired; then those met by this process, and the epoch's count.
+        self.bad_images, self.bad_now, self.bad_in_epoch = {}, set(), 0
         self.means = metrics.RunningMeans()
         self.epoch = self.step = 0  # whole epochs done, and steps of the epoch after them
         self.stopping = False  # a signal came, or too many files are unreadable: end after this step
@@ -72,8 +74,7 @@ class Run:
             checkpoint.load_optimizer(self.optimizer, momenta)
             if self.scaler is not None and saved.get("scaler"):  # empty if it was saved in another precision
                 self.scaler.load_state_dict(saved["scaler"])
-            self.unreadable.known = dict(saved.get("bad_images", {}))
-            self.unreadable.in_epoch = saved.get("bad_in_epoch", 0)
+            self.bad_images, self.bad_in_epoch = dict(saved.get("bad_images", {})), saved.get("bad_in_epoch", 0)
         if self.step:
             self.means.load_state_dict(saved["means"], self.ctx.device)
         if distributed.is_main():
@@ -158,8 +159,8 @@ class Run:
                 self.progress.report(self.means.compute(), self._learning_rate())
         self._signum, unreadable = distributed.all_reduce_max(self.stop.signum, len(self._unreadable_now))
         if unreadable:
-            self.unreadable.add(self._unreadable_now)
-        self.stopping = bool(self._signum) or self.unreadable.too_many()
+            self._count_unreadable()
+        self.stopping = bool(self._signum) or len(self.bad_now) > self.args.max_bad_images
         if self.step == len(self.sampler):  # end_epoch saves
             return
         if self.stopping or self.args.save_steps and self.step % self.args.save_steps == 0:
@@ -175,7 +176,7 @@ class Run:
             "epoch": self.epoch,
             "lr": self._learning_rate(),
             **means,
-            "bad_images": self.unreadable.in_epoch,
+            "bad_images": self.bad_in_epoch,
             **self.progress.speed(),
         }
 
@@ -187,7 +188,7 @@ class Run:
         done = self.epoch
         self.epoch, self.step = self.epoch + 1, 0
         self.save([*also, self.latest])
-        self.means, self.unreadable.in_epoch = metrics.RunningMeans(), 0
+        self.means, self.bad_in_epoch = metrics.RunningMeans(), 0
         if self.stopping:
             self._end(f"after epoch {done}")
 
@@ -211,8 +212,8 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else {},
             "seed": self.seed,
-            "bad_images": self.unreadable.known,
-            "bad_in_epoch": self.unreadable.in_epoch if self.step else 0,
+            "bad_images": self.bad_images,
+            "bad_in_epoch": self.bad_in_epoch if self.step else 0,
             "images": self.sampler.num_images,
             "images_per_step": self.sampler.global_batch_size,
             **self.state(),
@@ -228,10 +229,26 @@ class Run:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return rates if self.probe else rates[0]
 
+    def _count_unreadable(self) -> None:
+        """Count the images of this step, over all ranks, that could not be read; name each file once."""
+        for path, reason in distributed.gather_lists(self._unreadable_now):
+            self.bad_in_epoch += 1
+            if path not in self.bad_images and distributed.is_main():
+                sys.stderr.write(one_line(f"unreadable image, replaced by another of its class: {path}: {reason}"))
+                sys.stderr.flush()
+            self.bad_images[path] = reason
+            self.bad_now.add(path)
+
     def _end(self, where: str) -> None:
         if self._signum:
             exit_on_signal(self._signum, where)
-        self.unreadable.give_up()
+        if distributed.is_main():
+            raise RunError(
+                f"{len(self.bad_now)} images could not be read, more than --max-bad-images {self.args.max_bad_images};"
+                " repair them or raise the limit, then continue with --resume auto:"
+                f" {', '.join(sorted(self.bad_now))}"
+            )
+        distributed.barrier()  # until rank 0 has reported it
 
     def _check_finite(self, weights: bool = False) -> None:
         """Raise RunError rather than report or save a loss, or weights of every head, that are not finite."""
@@ -254,39 +271,6 @@ class Run:
 def _is_broken(group: Mapping) -> bool:
     """Whether a parameter group of an optimizer has an infinite or NaN weight."""
     return not all(weight.isfinite().all() for weight in group["params"])
-
-
-class UnreadableFiles:
-    """The images of a run that could not be read, equal on all ranks: reported once each, counted per epoch.
-
-    limit: how many different files may be unreadable. known: {path: reason} from the run that this one resumes; they
-    are not reported again, and count towards the limit only if they are met again, since they may have been repaired.
-    """
-
-    def __init__(self, limit: int):
-        self.limit, self.known, self.seen, self.in_epoch = limit, {}, set(), 0
-
-    def add(self, unreadable: list[tuple[str, str]]) -> None:
-        """Add the (path, reason) of this rank's batch. All ranks must call this."""
-        for path, reason in distributed.gather_lists(unreadable):
-            self.in_epoch += 1
-            if path not in self.known and distributed.is_main():
-                sys.stderr.write(one_line(f"unreadable image, replaced by another of its class: {path}: {reason}"))
-                sys.stderr.flush()
-            self.known[path] = reason
-            self.seen.add(path)
-
-    def too_many(self) -> bool:
-        return len(self.seen) > self.limit
-
-    def give_up(self) -> None:
-        """Raise RunError on rank 0; the other ranks wait for its end."""
-        if distributed.is_main():
-            raise RunError(
-                f"{len(self.seen)} images could not be read, more than --max-bad-images {self.limit}; repair them or"
-                f" raise the limit, then continue with --resume auto: {', '.join(sorted(self.seen))}"
-            )
-        distributed.barrier()
 
 
 def exit_on_signal(signum: int, where: str, in_step: bool = True) -> NoReturn:
@@ -327,3 +311,24 @@ def open_folder(
                 " another folder"
             )
     return lock, checkpoint.load(args.resume) if args.resume else {}
+
+
+def check_resumable(
+    args: argparse.Namespace, saved: Mapping, sampler: GlobalBatchSampler, parameters: Sequence[torch.Tensor]
+) -> None:
+    """Refuse a checkpoint whose run is finished, whose epoch had other data, or whose momenta do not fit.
+
+    Raises Finished instead of UsageError for a finished run if --resume auto asked for it: job scripts can be rerun.
+    """
+    source = f"--resume {args.resume}"
+    if saved["epoch"] >= args.epochs:
+        message = f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue"
+        raise Finished(message) if args.auto_resume else UsageError(message)
+    if saved.get("step"):  # the order of the data continues
+        with checkpoint.reading(source):
+            there = saved["images"], saved["images_per_step"], saved["seed"]
+        seed = saved["seed"] if args.seed is None else args.seed
+        here = sampler.num_images, sampler.global_batch_size, seed
+        checkpoint.check_same(source, dict(zip(("training images:", "images per step:", "--seed"), zip(there, here))))
+    if momenta := saved.get("optimizers") or saved.get("optimizer"):  # published files may come without them
+        checkpoint.check_momenta(momenta, source, parameters)

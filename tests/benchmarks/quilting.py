@@ -75,7 +75,7 @@ def plain_cut(difference):
 
 
 def measures(patches, sources, texture):
-    """How a texture relates to its patches: the figures that tell quilting's known faults."""
+    """Figures that show the known faults of quilting in a texture."""
     width, pixels = patches.shape[2], patches[0].size // 3
     across, within = [], []
     for axis, stride in enumerate((width, 1)):

@@ -79,7 +79,8 @@ def measure(root: str) -> dict[str, float]:
     start = time.perf_counter()
     dataset = datasets.RetryDataset(Lookup(data.photos), data.labels)
     sampler = loader.GlobalBatchSampler(len(data.photos), 32, 0, DistContext(0, RANKS, 0, RANKS))
-    steps = iter(loader.train_loader(dataset, sampler, WORKERS, torch.device("cpu")))
+    batches = loader.train_loader(dataset, sampler, WORKERS, torch.device("cpu"))
+    steps = iter(batches)
     next(steps)
     found["from the list to the first batch, s"] = time.perf_counter() - start
     found["private memory of a worker at the first batch, MB"] = private_memory()

@@ -24,7 +24,11 @@ def whole(tmp_path_factory):
 
     def assert_equal(script, folder, other=None):
         other, name = other or root / script, LATEST[script]
-        assert log(folder) == log(other) and same(weights(folder / name), weights(other / name))
+        mine, theirs = log(folder), log(other)
+        for line, wanted in zip(mine, theirs):
+            if "knn_top1" not in line:  # a signal in the last step of an epoch skips its kNN
+                wanted.pop("knn_top1", None)
+        assert mine == theirs and same(weights(folder / name), weights(other / name))
 
     def assert_continues(script, folder, *options, launcher=(), other=None):
         again = run_script(*command(script, folder, *options, "--resume", "auto"), launcher=launcher)

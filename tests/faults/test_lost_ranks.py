@@ -129,7 +129,7 @@ def start_two(*commands):
     [
         (PRETRAIN, ["--lr", 0.06], "--lr is 0.03 on rank 0"),
         (PRETRAIN, ["--seed", 2], "--seed is 1 on rank 0"),
-        (PROBE, ["-b", 4], "is 8 on rank 0"),
+        (PROBE, ["-b", 4], "the images per step is 16 on rank 0"),
     ],
 )
 def test_ranks_with_other_options_are_refused(whole, tmp_path, script, change, message):

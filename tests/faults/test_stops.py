@@ -152,7 +152,7 @@ def test_a_signal_while_an_evaluation_hangs_ends_the_run(whole, tmp_path):
     process.send_signal(signal.SIGTERM)
     code, out, err = ended(process)
     assert code == 128 + signal.SIGTERM and err == ""
-    assert "stopped by SIGTERM in the evaluation after epoch 0, saved before it" in out
+    assert "stopped by SIGTERM in the evaluation after epoch 0, saved" in out
     whole.assert_continues(PROBE, tmp_path)
 
 

@@ -256,6 +256,6 @@ def test_a_head_without_class_list_needs_one(linear, tmp_path):
     classes.write_text("\n".join((OTHER, DOG, CAT)))
     settings = ["--pretrained", path, "--sketch", linear / "data" / "val", "--json", tmp_path / "r.json"]
     assert "--classes" in refused(EVALUATE, *settings)
-    assert "nowhere.txt: not a readable" in refused(EVALUATE, *settings, "--classes", tmp_path / "nowhere.txt")
+    assert "nowhere.txt: no" in refused(EVALUATE, *settings, "--classes", tmp_path / "nowhere.txt")
     run_script(EVALUATE, *settings, "--classes", classes, "-j", 0)
     assert stored(tmp_path / "r.json")["wnids"] == [DOG, CAT, OTHER]  # sorted

@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from helpers import REPOSITORY
 
 from tests.benchmarks import start_up
 
@@ -16,7 +15,7 @@ def test_imagenets_list_costs_a_worker_no_memory():
     root = Path(tempfile.mkdtemp(dir="/dev/shm"))  # where a file may have a million links
     try:
         start_up.write_links(root, files=1_281_167, classes=1000)
-        found = start_up.measured(REPOSITORY, "--measure", root, "forkserver")
+        found = start_up.measured(root)
     finally:
         shutil.rmtree(root)
     memory = [value for name, value in found.items() if "private memory" in name]  # at the first batch, and the last

@@ -151,7 +151,7 @@ def test_the_package_can_be_installed_without_its_scripts(tmp_path):
     metadata = (target / "non_semantic_negatives-0.dist-info" / "METADATA").read_text()
     for line in (REPOSITORY / "requirements.txt").read_text().split():
         assert f"Requires-Dist: {line}\n" in metadata
-    program = "from moco import builder, negatives, published; print(builder.__file__, len(published.rows()))"
+    program = "from moco import builder; from moco.evaluation import paper; print(builder.__file__, len(paper.rows()))"
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=ENVIRONMENT | {"PYTHONPATH": str(target)},
         capture_output=True, text=True, check=True,

@@ -1,4 +1,4 @@
-"""All scripts of preprocess/: their --help, and where their output goes."""
+"""All scripts of preprocess/: what they import, and where their output goes."""
 
 import subprocess
 import sys
@@ -9,23 +9,18 @@ from preprocessing import SCRIPTS, subset_command, write_imagenet
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_needs_no_pytorch_fits_the_terminal_and_shows_defaults_that_exist(script, tmp_path):
+def test_help_needs_no_pytorch(script, tmp_path):
     program = f"""
 import runpy, sys
-sys.argv = ["{script}.py", "--help"]
+sys.argv, sys.path[0] = ["{script}.py", "--help"], "{REPOSITORY}/preprocess"  # as for a script
 try:
-    sys.path[0] = "{REPOSITORY}/preprocess"  # as for a script
     runpy.run_path("{REPOSITORY}/preprocess/{script}.py", run_name="__main__")
 finally:
     print(*sys.modules, file=sys.stderr)
 """
-    environment = {**ENVIRONMENT, "COLUMNS": "80"}
-    run = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    assert "numpy" in run.stderr.split() and not {"torch", "torchvision"} & set(run.stderr.split())
-    assert max(map(len, run.stdout.splitlines())) <= 80
-    assert "None" not in run.stdout and "\n" + 30 * " " not in run.stdout.partition("options:")[2]
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith(f"usage: {script}.py") and "numpy" in run.stderr.split()
+    assert not {"torch", "torchvision"} & set(run.stderr.split())
 
 
 @pytest.mark.parametrize("shell", ['"$@" | true', '"$@" >&-'])

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import PRETRAIN, SMALL, run_script, started, write_photo
+from helpers import PRETRAIN, SMALL, run_script, started
 from PIL import Image
 from preprocessing import TEXTURE, refusal, subset_command, texture_command, tree, write_imagenet
 
@@ -113,11 +113,6 @@ canvas.save(sys.argv[4])""",
 def test_bad_options_end_in_one_line(imagenet, tmp_path, options, told):
     assert told in refusal(run_script(*texture_command(imagenet, *options), check=False))
     assert not (tmp_path / "t").exists()
-
-
-def test_two_photos_of_one_texture_are_refused(imagenet):
-    write_photo(imagenet / "train" / "n01" / "part0" / "n01_0.png")
-    assert "1 photos have the name of another but" in refusal(run_script(*texture_command(imagenet), check=False))
 
 
 def test_a_narrow_photo_is_a_broken_image(imagenet):

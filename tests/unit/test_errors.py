@@ -1,16 +1,17 @@
 import pytest
 
-from moco.errors import PeerError, RunError, first_line, one_line
+from moco.errors import Finished, PeerError, RunError, UsageError, first_line, one_line
 
 
-@pytest.mark.parametrize("text, first", [("", ""), ("\n\n a\nb", "a"), (ValueError("a\nb"), "a"), (ValueError(), "")])
-def test_the_first_line_of_an_error_is_taken_or_nothing(text, first):
-    assert first_line(text) == first
+def test_the_first_line_of_a_long_reason():
+    assert first_line(ValueError("\n  too large\nat /usr/lib")) == "too large" and first_line("") == ""
 
 
-def test_a_message_becomes_one_line():
-    assert one_line("two\nlines,\t and  more ") == "two lines, and more\n"
+def test_a_message_of_several_lines_is_printed_as_one():
+    assert one_line("--lr 0:\n  too   small") == "--lr 0: too small\n"
 
 
-def test_the_end_of_another_process_is_an_error_of_the_run():
+@pytest.mark.parametrize("kind", [UsageError, RunError, Finished])
+def test_kinds_that_scripts_end_with_differently_are_no_kinds_of_each_other(kind):
+    assert [each for each in (UsageError, RunError, Finished) if issubclass(kind, each)] == [kind]
     assert issubclass(PeerError, RunError)

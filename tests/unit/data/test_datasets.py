@@ -60,11 +60,12 @@ def test_texture_is_cropped_at_the_querys_relative_place(tmp_path):
     assert (query - key).abs().max() > 20
 
 
-def test_relative_box_stays_inside():
-    assert datasets._rescale((0, 0, 375, 500), (375, 500), (224, 224)) == (0, 0, 224, 224)
-    for box in ((374, 499, 1, 1), (100, 200, 275, 300)):
-        top, left, height, width = datasets._rescale(box, (375, 500), (224, 224))
-        assert min(top, left) >= 0 and min(height, width) >= 1 and top + height <= 224 and left + width <= 224
+def test_a_texture_of_one_pixel_gives_crops_of_its_colour(tmp_path):
+    write_photo(tmp_path / "photo.png", size=(50, 37))
+    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "texture.png")
+    views = datasets.RetryDataset(datasets.TwoCrops([tmp_path / "photo.png"], 8, [tmp_path / "texture.png"]), [0])
+    for seed in range(20):
+        assert views[0, seed][0][2].flatten(1).unique(dim=1).flatten().tolist() == [10, 20, 30]
 
 
 def views_of(path):

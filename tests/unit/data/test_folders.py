@@ -338,19 +338,15 @@ def test_texture_needs_its_name_and_its_sibling(data, tmp_path):
         folders.list_texture_pairs(tmp_path / "y-texture")
 
 
-def write_scattered_pairs(tmp_path):
-    """Photos and textures whose order differs: a-b sorts before a, once a name follows."""
+def test_pairs_keep_their_labels_whatever_their_order(tmp_path):
+    """Here a-b sorts before a, once a name follows."""
     for root, suffix in (("x", ".JPEG"), ("x-texture", ".png")):
         for name in ("a/1", "a/2", "a-b/1", "a/sub/1", "b/1"):
             path = tmp_path / root / "train" / (name + suffix)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     (tmp_path / "x/train/b/only.JPEG").touch()
-    return tmp_path / "x-texture"
-
-
-def test_pairs_keep_their_labels_whatever_their_order(tmp_path):
-    data = folders.list_texture_pairs(str(write_scattered_pairs(tmp_path)))
+    data = folders.list_texture_pairs(str(tmp_path / "x-texture"))
     stems = [os.path.relpath(path, tmp_path / "x" / "train")[: -len(".JPEG")] for path in data.photos]
     assert stems == ["a-b/1", "a/1", "a/2", "a/sub/1", "b/1"] and data.labels.tolist() == [1, 0, 0, 0, 2]
     assert [path.replace("-texture", "").replace(".png", ".JPEG") for path in data.textures] == list(data.photos)

@@ -105,21 +105,19 @@ def test_workers_are_forked_whatever_the_default_and_persist(forkserver):
     assert [indices.tolist() for indices, _, _ in passes[0]] == [[0, 1, 2, 3], [4, 5]] * 2
 
 
-def test_signals_are_blocked_while_a_worker_starts():
-    def body(connection):
-        connection.send((signal.pthread_sigmask(signal.SIG_BLOCK, []), os.getppid()))
-        signals.leave_signals_to_trainer()(0)
-        connection.send(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+def test_signals_are_blocked_until_workers_have_their_handlers(monkeypatch):
+    """A stop signal in between would run the training process's handler in a worker."""
 
-    ours, theirs = multiprocessing.Pipe()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    process = loader.worker_context().Process(target=body, args=(theirs,))
-    process.start()
+    def note_mask(leave_signals, worker_id):
+        masks.put(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        leave_signals(worker_id)
+        masks.put(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+    masks, before = multiprocessing.SimpleQueue(), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    monkeypatch.setattr(loader, "_start_worker", note_mask)
+    list(loader.eval_loader(Described(), 6, 1, DistContext()))
+    assert set(signals.STOP_SIGNALS) <= masks.get() and masks.get() == before
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
-    blocked, parent = ours.recv()
-    assert set(signals.STOP_SIGNALS) <= blocked and parent == os.getpid()
-    assert ours.recv() == before
-    process.join()
 
 
 class Hanging(torch.utils.data.Dataset):

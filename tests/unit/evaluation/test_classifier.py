@@ -5,10 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn as nn
-from helpers import write_folder
 
-from moco.data import datasets, folders, loader
-from moco.distributed import DistContext
 from moco.encoders import build_encoder
 from moco.errors import UsageError
 from moco.evaluation import classifier
@@ -85,25 +82,6 @@ def test_a_linear_checkpoint_loads_with_a_head_of_its_width(tmp_path):
     model, loaded = classifier.load_classifier(tmp_path / "model_best_0199.pth.tar")
     assert model.fc.out_features == 1000 and not model.training and loaded["best_acc1"] == 77
     assert torch.equal(model.fc.weight, saved["state_dict"]["module.fc.weight"])
-
-
-class ByBrightness(nn.Module):
-    """Predicts class 1 for bright images, else class 0."""
-
-    def forward(self, images):
-        bright = images.mean(dim=(1, 2, 3)) > 0
-        return torch.stack([~bright, bright, torch.zeros_like(bright)], dim=1).float()
-
-
-def test_evaluate_counts_every_image_once(tmp_path):
-    paths, labels, _ = folders.list_images(write_folder(tmp_path) / "train")
-    dataset = datasets.ImageList(paths, labels, datasets.eval_transform(16))
-    batches = loader.eval_loader(dataset, 5, 0, DistContext())
-    model = ByBrightness()
-    (result,) = classifier.evaluate(lambda images: [model(images)], batches, torch.device("cpu"))
-    bright = [classifier.to_input(dataset[i][0][None], torch.device("cpu")).mean().item() > 0 for i in range(16)]
-    correct = sum(guess == label for guess, label in zip(bright, labels))
-    assert result == {"acc1": 100 * correct / 16, "acc5": 100.0, "n": 16}
 
 
 def test_heads_side_by_side_give_each_heads_logits():

@@ -72,15 +72,6 @@ def test_a_suite_that_is_added_is_a_column_in_its_place(monkeypatch):
     assert row == "| mine | – | – | 4.00 | 1.00 | 2.00 | 33.33 | 25.00 | 50.00 | 3.00 |"
 
 
-def test_shape_and_texture_accuracy_stand_beside_the_shape_bias():
-    assert report.table(report_of({"stylized": CUES}, ["plain", "patch"])).splitlines() == [
-        "| model | K | alpha | Stylized | Shape bias | Shape accuracy | Texture accuracy |",
-        "|---|---|---|---|---|---|---|",
-        "| plain | – | – | 50.00 | 33.33 | 25.00 | 50.00 |",
-        "| patch | – | – | 75.00 | 100.00 | 75.00 | 0.00 |",
-    ]
-
-
 def test_a_further_set_has_columns_of_its_own():
     cells = {"val": [60.0, 60.0], "set/a": [10.0, shared(20.0, 30.0)], "set/b": [1.0, 2.0]}
     made = report_of(cells, ["plain", "patch"])

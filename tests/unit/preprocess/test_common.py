@@ -26,12 +26,6 @@ def test_photos_that_differ_in_the_suffix_only_are_refused():
         common.check_stems("--val x", ["n01/a.jpg", "n01/a.png"])
 
 
-def test_broken_images_are_listed_and_make_the_exit_code(capsys):
-    assert common.report_broken([]) == 0 and capsys.readouterr().err == ""
-    assert common.report_broken([("n01/a.jpg", "truncated")]) == 1
-    assert capsys.readouterr().err == "1 broken images were left out:\n  n01/a.jpg: truncated\n"
-
-
 @pytest.mark.parametrize(
     "convert, good, result, bad",
     [(common.at_least_one, "12", 12, ("0", "-1", "1.5", "²")), (common.png_path, "a.png", Path("a.png"), ("a.jpg",))],

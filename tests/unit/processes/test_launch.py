@@ -168,10 +168,10 @@ def compared(monkeypatch, *ranks):
 
 
 def test_equal_ranks_agree_and_a_difference_names_values_ranks_and_hosts(monkeypatch):
-    one, other = {"--lr": 0.03, "--alpha": 2}, {"--lr": 0.06, "--alpha": 2, "--cos": True}
+    one, other = {"--lr": 0.03, "--alpha": 2, "--cos": True}, {"--lr": 0.06, "--alpha": 2}
     assert compared(monkeypatch, one, one, one) == ""
     message = compared(monkeypatch, one, one, other)
-    assert "--lr is 0.03 on rank 0 (n0), but 0.06 on rank 2 (n2); --cos is not given on rank 0" in message
+    assert "--lr is 0.03 on rank 0 (n0), but 0.06 on rank 2 (n2); --cos is True on rank 0 (n0), but not" in message
     assert "alpha" not in message
 
 

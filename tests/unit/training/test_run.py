@@ -11,9 +11,9 @@ from helpers import log
 from moco import distributed
 from moco.data import loader
 from moco.distributed import DistContext
-from moco.errors import RunError, UsageError
+from moco.errors import Finished, RunError, UsageError
 from moco.training import checkpoint
-from moco.training.run import Run, UnreadableFiles, open_folder
+from moco.training.run import Run, check_resumable, open_folder
 
 IMAGES, BATCH, STEPS, LATEST = 12, 2, 6, "checkpoint_latest.pth.tar"
 pytestmark = pytest.mark.usefixtures("handlers")  # a run handles signals
@@ -243,15 +243,21 @@ def test_a_folder_with_another_run_is_not_begun(tmp_path, probe):
     assert opened(tmp_path / "new", tmp_path / "kept")["epoch"] == 2
 
 
-def test_unreadable_files_are_reported_once_and_counted(capsys):
-    files = UnreadableFiles(limit=1)
-    for _ in range(3):
-        files.add([("a.png", "no image")])
-    assert capsys.readouterr().err.count("a.png: no image") == 1
-    assert files.in_epoch == 3 and not files.too_many()
-    known, files = files.known, UnreadableFiles(limit=1)
-    files.known = known
-    files.add([("a.png", "no image"), ("b.png", "empty")])
-    assert "a.png" not in capsys.readouterr().err and files.in_epoch == 2 and files.too_many()
-    with pytest.raises(RunError, match="2 images could not be read, more than --max-bad-images 1.*a.png, b.png"):
-        files.give_up()
+def test_only_a_run_that_can_continue_is_resumed():
+    """Within an epoch the order of the data must be the same; between epochs it may change."""
+    sampler = loader.GlobalBatchSampler(10, 2, 0, DistContext())
+
+    def check(saved, auto=False, **options):
+        args = argparse.Namespace(**{"resume": "file", "auto_resume": auto, "epochs": 3, "seed": None, **options})
+        check_resumable(
+            args, {"epoch": 1, "step": 3, "images": 10, "images_per_step": 2, "seed": 5, **saved}, sampler, []
+        )
+
+    check({})
+    check({"step": 0, "images": 11, "images_per_step": 4}, seed=6)
+    for saved, seed in ({}, 6), ({"images": 11}, 5), ({"images_per_step": 4}, 5):
+        with pytest.raises(UsageError, match="it was saved with"):
+            check(saved, seed=seed)
+    for auto, error in (False, UsageError), (True, Finished):  # a job script that is run again is no failure
+        with pytest.raises(error, match=r"already finished \(3 epochs\)"):
+            check({"epoch": 3}, auto)
