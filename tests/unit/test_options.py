@@ -17,7 +17,7 @@ def parser():
     return made
 
 
-DERIVED = {"steps_per_epoch": 12, "memory": "1 GB"}
+DERIVED = {"steps_per_epoch": 12, "images": "16"}
 
 
 def printed(capsys, *arguments, verbose=False):
@@ -29,14 +29,8 @@ def printed(capsys, *arguments, verbose=False):
 
 def test_only_what_differs_from_the_defaults_is_printed(capsys):
     settings = printed(capsys, "DIR", "--lr", "0.03", "--schedule", "1", "2", "--strict-fp32", "--save-steps", "7")
-    assert settings == {
-        "data": "DIR",
-        "save steps": "7",
-        "schedule": "1 2",
-        "strict fp32": "True",
-        "steps per epoch": "12",
-        "memory": "1 GB",
-    }
+    given = {"data": "DIR", "save steps": "7", "schedule": "1 2", "strict fp32": "True"}
+    assert settings == given | {"steps per epoch": "12", "images": "16"}
 
 
 def test_verbose_prints_all_settings(capsys):
@@ -44,17 +38,6 @@ def test_verbose_prints_all_settings(capsys):
     settings = printed(capsys, "DIR", verbose=True)
     assert settings.keys() == {name.replace("_", " ") for name in {**vars(args), **DERIVED} if name != "defaults"}
     assert settings["schedule"] == "3 4" and settings["lr"] == "0.03" and settings["seed"] == "None"
-
-
-def test_the_help_shows_defaults_but_no_empty_ones(monkeypatch):
-    for columns in (80, 120):
-        monkeypatch.setenv("COLUMNS", str(columns))
-        text = parser().format_help()
-        assert max(map(len, text.splitlines())) <= columns
-        words = " ".join(text.split())
-        assert "(default: None)" not in words and "(default: False)" not in words and "(default: )" not in words
-        for default in ("(default: 0.03)", "(default: 3 4)", "(default: ckpts)", "(default: 32)"):
-            assert default in words
 
 
 def test_an_option_error_is_one_line_of_the_first_process(capsys, monkeypatch):
