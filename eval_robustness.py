@@ -25,15 +25,13 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from moco import distributed, options, plot
+from moco import options, plot
 from moco.distributed import DistContext
 from moco.errors import UsageError
 from moco.evaluation import classifier, paper, released, report, results, scores, testsets
 from moco.evaluation.testsets import TestSet
 from moco.processes import launch
-from moco.processes.environment import is_main
 from moco.processes.exits import cli_main
-from moco.training import files
 
 
 class Inputs(NamedTuple):
@@ -44,7 +42,7 @@ class Inputs(NamedTuple):
     image_size: int
     test_sets: list[TestSet]
     result: dict
-    lock: files.FolderLock  # on --json
+    lock: object  # on --json: held while an input of a process
 
 
 def parse_args() -> argparse.Namespace:
@@ -164,28 +162,28 @@ def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> 
 def evaluate(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Score the test sets that the result lacks; rank 0 saves it after each. All ranks must call this."""
     result, test_sets = inputs.result, inputs.test_sets
+    main_rank = ctx.rank == 0
     models = [model.to(ctx.device, memory_format=torch.channels_last) for model in inputs.models]
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
-    distributed.barrier()  # all ranks have read the file before one writes it
     chosen = {test_set.key: results.unfinished(result, test_set) for test_set in test_sets}
     todo = [test_set for test_set in test_sets if chosen[test_set.key]]
-    if distributed.is_main() and len(todo) < len(test_sets):
+    if main_rank and len(todo) < len(test_sets):
         done = len(test_sets) - len(todo)
         print(f"{done} of {len(test_sets)} test sets are already in {args.json}; evaluating the rest", file=sys.stderr)
     # In a log every update is a line: one per half minute.
     interval = 0.1 if sys.stderr.isatty() else 30
     total = sum(len(test_set.labels) for test_set in todo)
-    with tqdm(total=total, unit="image", disable=not distributed.is_main(), mininterval=interval) as bar:
+    with tqdm(total=total, unit="image", disable=not main_rank, mininterval=interval) as bar:
         for test_set, scored in scores.score(
             todo, models, inputs.wnids, inputs.image_size, args.batch_size, workers, ctx, bar.update, chosen
         ):
             bar.set_description(test_set.key, refresh=False)
             results.add(result, test_set, scored)
-            if distributed.is_main():
+            if main_rank:
                 results.save(args.json, result)
                 if warning := report.unusual_preprocessing(result, test_set):
                     bar.write(warning, file=sys.stderr)
-    if distributed.is_main():
+    if main_rank:
         # In the order of the suites, also after a resumed evaluation.
         result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
         result["table"] = report.by_row(result)
@@ -213,7 +211,7 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
 def main() -> None:
     args = parse_args()
     if args.list_released:
-        return print(released.listing()) if is_main() else None
+        return print(released.listing()) if launch.is_main() else None
     rows, sets = parse_rows(args.pretrained), parse_sets(args.sets)
     validate_args(args, rows)
     models, pretraining, wnids, image_size = load_models(rows, args)
@@ -223,8 +221,8 @@ def main() -> None:
     test_sets = testsets.list_test_sets(directories, wnids, args.limit)
     unknown = testsets.unknown_corruptions(args.corruption) if args.corruption else []
     result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
-    inputs = Inputs(models, wnids, image_size, test_sets, result, files.lock_file("--json", args.json))
-    if is_main() and not args.dry_run:
+    inputs = Inputs(models, wnids, image_size, test_sets, result, results.lock("--json", args.json))
+    if launch.is_main() and not args.dry_run:
         inputs.lock.acquire()  # before the file is read
     results.reuse_results(args.json, result, test_sets)
     if args.dry_run:
@@ -237,7 +235,7 @@ def main() -> None:
             **({"corruptions": report.not_evaluated(unknown)} if unknown else {}),
         }
         return options.print_dry_run(args, derived)
-    if unknown and is_main():
+    if unknown and launch.is_main():
         print(report.not_evaluated(unknown), file=sys.stderr)
     agree = {
         "--pretrained": len(models),

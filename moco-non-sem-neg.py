@@ -35,7 +35,7 @@ from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
 from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_device
 from moco.errors import UsageError
-from moco.evaluation import classifier, knn
+from moco.evaluation import knn
 from moco.negatives import NEGATIVES, PUBLISHED_NAMES
 from moco.processes import launch
 from moco.processes.exits import cli_main
@@ -233,7 +233,7 @@ def train_one_epoch(
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        accuracy = classifier.correct_counts(logits, labels, ks=(1,))[0] * (100 / len(labels))
+        accuracy = (logits.argmax(dim=1) == labels).sum() * (100 / len(labels))
         run.after_step(loss=loss, contrast_acc=accuracy, **model.similarities)
 
 

@@ -109,15 +109,18 @@ def plan(params: AugParams) -> Plan:
     )
 
 
-def apply(
-    recipe: Recipe, params: AugParams, images: torch.Tensor, on_device: Sequence[torch.Tensor] | None = None
-) -> torch.Tensor:
+def send(params: Sequence[AugParams], device: torch.device) -> list[Plan]:
+    """The plans of several groups of images as tensors on the device, in one copy."""
+    return [Plan(*tensors) for tensors in to_device([plan(each) for each in params], device)]
+
+
+def apply(recipe: Recipe, params: AugParams, images: torch.Tensor, on_device: Plan | None = None) -> torch.Tensor:
     """uint8 crops (N, 3, S, S) → normalised float32 images (N, 3, S, S).
 
-    on_device: plan(params) on the device of the images, for a caller that sent it there with other things.
+    on_device: the plan of params on the device of the images, for a caller that has sent it there.
     """
     host = plan(params)
-    on_device = to_device([host], images.device)[0] if on_device is None else on_device
+    (on_device,) = send([params], images.device) if on_device is None else (on_device,)
     result = torch.empty(images.shape, device=images.device)
     for chunk in chunks(images):
         parts = (Plan(*(values[chunk] for values in plans)) for plans in (host, on_device))

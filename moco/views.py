@@ -4,7 +4,6 @@ import numpy as np
 import torch
 
 from moco import augment
-from moco.distributed import to_device
 from moco.negatives import NEGATIVES
 
 
@@ -18,7 +17,7 @@ def training_views(
     Returns normalised query (N, 3, S, S), key (N, 3, S, S) and negatives (N, n, 3, S, S) on the device of the crops.
     """
     query_params, key_params = augment.draw(recipe, len(crops), rng), augment.draw(recipe, len(crops), rng)
-    query_plan, key_plan = to_device([augment.plan(query_params), augment.plan(key_params)], crops.device)
+    query_plan, key_plan = augment.send([query_params, key_params], crops.device)
     query = augment.apply(recipe, query_params, crops[:, 0], query_plan)
     key = augment.apply(recipe, key_params, crops[:, 1], key_plan)
     if robust == "none":

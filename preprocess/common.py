@@ -9,14 +9,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[variable] = "1"  # one thread per worker process; numpy reads these when it is loaded
 
-from moco.data.folders import NOT_DATA  # noqa: E402
-from moco.errors import UsageError  # noqa: E402
+# The scripts import these from here, after the lines above.
+from moco.data import folders  # noqa: E402
+from moco.data.rgb import check_resizable, to_rgb  # noqa: E402, F401
+from moco.errors import RunError, UsageError  # noqa: E402, F401
+from moco.options import OptionParser, positive_int  # noqa: E402
 from moco.processes import signals  # noqa: E402
 from moco.processes.exits import cli_main  # noqa: E402
 from moco.training.files import PARTIAL, atomic_write, lock_folder  # noqa: E402
@@ -30,35 +32,11 @@ def run(main: Callable[[], int | None]) -> None:
     cli_main(main, again=RESUME)
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Help as wide as the terminal, with the defaults of those options that have one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.required or action.default is None or action.default is False:
-            return action.help
-        if isinstance(action.default, list):
-            return f"{action.help} (default: {' '.join(action.default)})"
-        return super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with defaults in the help, and errors of one line."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+class Parser(OptionParser):
+    """The scripts' own parser, for several worker processes."""
 
     def add_workers(self) -> None:
-        self.add_argument("--workers", type=at_least_one, default=os.cpu_count(), metavar="N", help="worker processes")
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, " ".join(f"{self.prog}: error: {message}".split()) + "\n")
-
-
-def at_least_one(text: str) -> int:
-    """A whole number of 1 or more; argparse.ArgumentTypeError otherwise."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+        self.add_argument("--workers", type=positive_int, default=os.cpu_count(), metavar="N", help="worker processes")
 
 
 def png_path(text: str) -> Path:
@@ -88,7 +66,9 @@ def claim(option: str, out: Path, mark: str, settings: dict) -> None:
     wanted, path = json.dumps(settings) + "\n", out / mark
     made = path.read_text(errors="replace") if path.is_file() else ""
     others = [
-        name for name in os.listdir(out) if not (name.startswith(".") or name in NOT_DATA or PARTIAL.search(name))
+        name
+        for name in os.listdir(out)
+        if not (name.startswith(".") or name in folders.NOT_DATA or PARTIAL.search(name))
     ]
     if not made and not others:
         write_atomically(path, wanted.encode())

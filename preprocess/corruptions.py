@@ -26,11 +26,8 @@ from typing import NamedTuple
 import common  # before numpy
 import numpy as np
 import pool
+from common import UsageError, check_resizable, folders, to_rgb
 from PIL import Image
-
-from moco.data import folders
-from moco.data.rgb import check_resizable, to_rgb
-from moco.errors import UsageError
 
 os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # per worker process; read when the library loads OpenCV
 
@@ -155,9 +152,9 @@ def parse_args() -> argparse.Namespace:
         "--out", type=Path, required=True, metavar="OUT", help="images, OUT/<corruption>/<severity>/<class>/*.JPEG"
     )
     parser.add_argument(
-        "--size", type=common.at_least_one, default=224, metavar="PX", help="side of the images: the tested crop size"
+        "--size", type=common.positive_int, default=224, metavar="PX", help="side of the images: the tested crop size"
     )
-    parser.add_argument("--limit", type=common.at_least_one, metavar="N", help="only the first N photos of each class")
+    parser.add_argument("--limit", type=common.positive_int, metavar="N", help="only the first N photos of each class")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same images")
     parser.add_workers()
     args = parser.parse_args()

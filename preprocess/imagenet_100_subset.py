@@ -19,11 +19,8 @@ from typing import NamedTuple
 
 import common
 import pool
+from common import UsageError, folders, to_rgb
 from PIL import Image
-
-from moco.data import folders
-from moco.data.rgb import to_rgb
-from moco.errors import UsageError
 
 SPLITS = {"train": range(600, 1301), "val": range(50, 51)}  # how many photos a class of ImageNet has
 
@@ -40,7 +37,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         "--resize",
-        type=common.at_least_one,
+        type=common.positive_int,
         metavar="S",
         help="write JPEGs (quality 95) whose shorter side is S px instead; smaller photos keep their size",
     )

@@ -25,10 +25,8 @@ import common  # before numpy
 import numpy as np
 import pool
 import quilting
+from common import check_resizable, folders, to_rgb
 from PIL import Image, ImageDraw
-
-from moco.data import folders
-from moco.data.rgb import check_resizable, to_rgb
 
 
 class Recipe(NamedTuple):
@@ -161,10 +159,10 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--imagenet_t_path", type=Path, required=True, metavar="DST", help="textures, DST/<split>/<class>/*.png"
     )
-    parser.add_argument("--patch", type=common.at_least_one, default=96, metavar="PX", help="side of the patches")
-    parser.add_argument("--size", type=common.at_least_one, default=224, metavar="PX", help="side of the textures")
+    parser.add_argument("--patch", type=common.positive_int, default=96, metavar="PX", help="side of the patches")
+    parser.add_argument("--size", type=common.positive_int, default=224, metavar="PX", help="side of the textures")
     parser.add_argument("--splits", nargs="+", default=["train"], metavar="SPLIT", help="folders of SRC: train, val")
-    parser.add_argument("--limit", type=common.at_least_one, metavar="N", help="only the first N photos of each class")
+    parser.add_argument("--limit", type=common.positive_int, metavar="N", help="only the first N photos of each class")
     parser.add_argument("--shard", type=shard, default="1/1", metavar="I/N", help="only the I-th of N parts")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same textures")
     parser.add_argument("--overwrite", action="store_true", help="replace existing textures")
@@ -179,7 +177,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
         "--texture-synthesis", metavar="BIN", help="run this program, as the authors did, instead of quilting"
     )
     parser.add_argument(
-        "--time-limit", type=common.at_least_one, default=60, metavar="S", help="seconds per photo for BIN"
+        "--time-limit", type=common.positive_int, default=60, metavar="S", help="seconds per photo for BIN"
     )
     args = parser.parse_args()
     check(parser, args)

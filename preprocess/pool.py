@@ -10,11 +10,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from common import RESUME
+from common import RESUME, RunError, signals
 from tqdm import tqdm
-
-from moco.errors import RunError
-from moco.processes import signals
 
 
 def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, unit: str) -> Iterator:

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 
 from moco import augment, distributed
-from moco.data.folders import ImageFolder
 from moco.distributed import DistContext
 from moco.encoders import autocast, build_encoder
 from moco.errors import UsageError
@@ -192,7 +192,7 @@ def gather_in_order(rows: torch.Tensor, total: int, ctx: DistContext) -> torch.T
     return distributed.all_reduce(whole).cpu()
 
 
-def save_features(path: str, features: torch.Tensor, folder: ImageFolder, split: str) -> None:
+def save_features(path: str, features: torch.Tensor, folder: NamedTuple, split: str) -> None:
     """Write the features (N, d) of the folder's images, in its order, with labels, paths and classes, for numpy.load.
 
     Raises OSError.

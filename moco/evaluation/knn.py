@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from moco import distributed
-from moco.data import datasets, folders, loader
+from moco.data import datasets, loader
 from moco.distributed import DistContext
 from moco.evaluation.classifier import to_input
 
@@ -24,7 +25,7 @@ K, TEMPERATURE = 200, 0.07
 class _ReadableImages(Dataset):
     """Labelled images; an unreadable one is replaced by another of its class, as in training."""
 
-    def __init__(self, folder: folders.ImageFolder, image_size: int):
+    def __init__(self, folder: NamedTuple, image_size: int):
         images = datasets.ImageList(folder.paths, folder.labels, datasets.eval_transform(image_size))
         self.dataset = datasets.RetryDataset(images, folder.labels)
 
@@ -37,7 +38,7 @@ class _ReadableImages(Dataset):
 
 
 def loaders(
-    folders: Sequence[folders.ImageFolder], image_size: int, batch_size: int, workers: int, ctx: DistContext
+    folders: Sequence[NamedTuple], image_size: int, batch_size: int, workers: int, ctx: DistContext
 ) -> list[DataLoader]:
     """Loaders of the training and validation images for `accuracy`."""
     return [loader.eval_loader(_ReadableImages(folder, image_size), batch_size, workers, ctx) for folder in folders]

@@ -102,6 +102,12 @@ def add(report: dict, test_set: TestSet, results: Iterable[Mapping]) -> None:
     report["earlier"] = {sha: sets for sha, sets in report["earlier"].items() if sets}
 
 
+def lock(option: str, path: str) -> files.FolderLock:
+    """The lock on a report's file, to be acquired before the file is read."""
+    folder, name = os.path.split(path)
+    return files.FolderLock(f"{option} {path}", os.path.join(folder, f".{name}.lock"))
+
+
 def save(path: str, report: Mapping) -> None:
     """Write the report atomically. Raises OSError."""
     with files.atomic_write(path) as file:

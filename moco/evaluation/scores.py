@@ -12,7 +12,7 @@ import torch.nn as nn
 from moco import distributed
 from moco.data import loader
 from moco.distributed import DistContext
-from moco.evaluation import cues, testsets
+from moco.evaluation import testsets
 from moco.evaluation.classifier import predictions
 from moco.evaluation.testsets import TestSet
 
@@ -64,9 +64,8 @@ def score(
         done = 0
         while done < own.shape[1]:
             logits, used = next(batches)
-            if test_set.categories:
-                logits = [cues.category_logits(values, test_set.categories.values()) for values in logits]
-            decided = [row for values in logits for row in (values.argmax(1), present[values[:, present].argmax(1)])]
+            decisive = map(test_set.decisive, logits)
+            decided = [row for values in decisive for row in (values.argmax(1), present[values[:, present].argmax(1)])]
             own[:, done : done + len(used)] = torch.stack([*decided, used])
             done += len(used)
             on_batch(len(used) * ctx.world_size)

@@ -4,6 +4,7 @@ ImageNet-C: Hendrycks & Dietterich, ICLR 2019. ImageNet-Sketch: Wang et al., Neu
 al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021. Any other set of images in class folders has a name of its own.
 """
 
+import functools
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -83,6 +84,10 @@ class TestSet(NamedTuple):
     def kind(self) -> str:
         return "stylized" if self.categories else self.suite.kind
 
+    def decisive(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits (N, outputs) of a head as those that decide on this set: of categories, if there are some."""
+        return cues.category_logits(logits, self.categories.values()) if self.categories else logits
+
     def preprocessing(self, size: int) -> str:
         """The preprocessing of images of the published size, for crops of `size` px."""
         return presets(size)[preset_index(self.kind, 2 * size if self.kind == "photos" else size, size)][0]
@@ -146,7 +151,8 @@ class PreprocessedImages(datasets.ImageList):
     """The images of a test set: item i is (the i-th image, the index of its preset)."""
 
     def __init__(self, test_set: TestSet, size: int):
-        super().__init__(test_set.paths, test_set.labels, open_rgb)
+        narrowest = functools.partial(open_rgb, resizable_to=round(size * 256 / 224))
+        super().__init__(test_set.paths, test_set.labels, narrowest)
         self.kind, self.size, self.presets = test_set.kind, size, [preset for _, preset in presets(size)]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:

@@ -19,7 +19,7 @@ import torch.nn as nn
 
 from moco.encoders import ARCHS
 from moco.errors import Finished, UsageError, first_line
-from moco.training import files, metrics
+from moco.training import files
 
 PREFIX = "module."
 FC_KEYS = ("fc.weight", "fc.bias")
@@ -175,10 +175,6 @@ def check_values(saved: Mapping, source: str) -> None:
         if saved.get("scaler"):
             torch.amp.GradScaler("cpu").load_state_dict(dict(saved["scaler"]))
         operator.index(saved.get("bad_in_epoch", 0)), dict(saved.get("bad_images", {})).items()
-        if saved.get("step"):
-            metrics.RunningMeans().load_state_dict(saved["means"], torch.device("cpu"))
-            if saved["step"] > saved["images"] // saved["images_per_step"]:  # as many: before the evaluation at the end
-                raise ValueError(f"its step is {saved['step']}, more than an epoch has")
 
 
 def arch_of(saved: Mapping, source: str) -> str | None:

@@ -155,12 +155,6 @@ def lock_folder(option: str, folder: str | os.PathLike) -> FolderLock:
     return FolderLock(f"{option} {folder}", os.path.join(folder, ".lock"))
 
 
-def lock_file(option: str, path: str) -> FolderLock:
-    """The lock on one output file."""
-    folder, name = os.path.split(path)
-    return FolderLock(f"{option} {path}", os.path.join(folder, f".{name}.lock"))
-
-
 def _lock(descriptor: int, wait: bool = False) -> bool | None:
     """Whether the open file could be locked; None where the file system, or Windows, has no locks."""
     if fcntl is None:

@@ -327,6 +327,9 @@ def check_resumable(
     if saved.get("step"):  # the order of the data continues
         with checkpoint.reading(source):
             there = saved["images"], saved["images_per_step"], saved["seed"]
+            metrics.RunningMeans().load_state_dict(saved["means"], torch.device("cpu"))
+            if saved["step"] > saved["images"] // saved["images_per_step"]:  # as many: before the evaluation at the end
+                raise ValueError(f"its step is {saved['step']}, more than an epoch has")
         seed = saved["seed"] if args.seed is None else args.seed
         here = sampler.num_images, sampler.global_batch_size, seed
         checkpoint.check_same(source, dict(zip(("training images:", "images per step:", "--seed"), zip(there, here))))

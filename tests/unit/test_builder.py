@@ -1,6 +1,5 @@
 """The method against the published code, against an independent slow oracle, and piece by piece."""
 
-
 import math
 
 import pytest

@@ -28,7 +28,7 @@ def test_photos_that_differ_in_the_suffix_only_are_refused():
 
 @pytest.mark.parametrize(
     "convert, good, result, bad",
-    [(common.at_least_one, "12", 12, ("0", "-1", "1.5", "²")), (common.png_path, "a.png", Path("a.png"), ("a.jpg",))],
+    [(common.positive_int, "12", 12, ("0", "-1", "1.5", "²")), (common.png_path, "a.png", Path("a.png"), ("a.jpg",))],
 )
 def test_values_of_options(convert, good, result, bad):
     assert convert(good) == result

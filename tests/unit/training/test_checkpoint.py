@@ -243,9 +243,8 @@ def test_a_momentum_of_another_kind_is_refused(change):
 
 
 ODD = [
-    {"epoch": None}, {"epoch": -1}, {"epoch": 1.5}, {"epoch": "3"}, {"epoch": 2**40}, {"step": -1}, {"step": 10**6},
-    {"step": "2"}, {"means": None}, {"means": {"names": ["loss"], "sums": torch.ones(3), "steps": "x"}},
-    {"images": 0}, {"images": None}, {"image_size": 10**6}, {"image_size": "x"}, {"arch": "resnet51"},
+    {"epoch": None}, {"epoch": -1}, {"epoch": 1.5}, {"epoch": "3"}, {"epoch": 2**40}, {"step": -1},
+    {"step": "2"}, {"image_size": 10**6}, {"image_size": "x"}, {"arch": "resnet51"},
     {"arch": ["resnet10"]}, {"seed": "x"}, {"bad_images": ["x"]}, {"scaler": {"scale": 1}}, {"options": [1]},
     {"options": {"alpha": "x"}}, {"classes": 3}, {"classes": ["a", "a"]}, {"wnids": ["a", "a"]}, {"lrs": ["x"]},
     {"lrs": [0.1], "best_acc1s": [1, 2]}, {"best_acc1": NAN}, {"lrs": [0.1], "winner": 1}, {"pretraining": [3]},

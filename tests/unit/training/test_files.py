@@ -61,7 +61,10 @@ def test_a_lock_names_its_owner_and_is_kept(tmp_path, monkeypatch):
 
 
 def test_a_busy_lock_is_refused_or_waited_for(tmp_path):
-    lock, busy = files.lock_file("--json", str(tmp_path / "r.json")), Busy(tmp_path / ".r.json.lock", "process 1 on a")
+    lock, busy = (
+        files.FolderLock(f"--json {tmp_path}/r.json", tmp_path / ".r.json.lock"),
+        Busy(tmp_path / ".r.json.lock", "process 1 on a"),
+    )
     with pytest.raises(UsageError, match=r"--json .*r\.json: another run is writing here \(process 1 on a\); wait"):
         lock.acquire()
     told = []

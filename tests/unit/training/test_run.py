@@ -243,21 +243,32 @@ def test_a_folder_with_another_run_is_not_begun(tmp_path, probe):
     assert opened(tmp_path / "new", tmp_path / "kept")["epoch"] == 2
 
 
+MEANS = {"names": ["loss"], "sizes": [None], "sums": torch.ones(1, 1), "steps": 3}
+
+
+def check(saved, auto=False, **options):
+    """check_resumable of a checkpoint saved within its second epoch."""
+    args = argparse.Namespace(**{"resume": "file", "auto_resume": auto, "epochs": 3, "seed": None, **options})
+    within = {"epoch": 1, "step": 3, "images": 10, "images_per_step": 2, "seed": 5, "means": MEANS}
+    check_resumable(args, within | saved, loader.GlobalBatchSampler(10, 2, 0, DistContext()), [])
+
+
 def test_only_a_run_that_can_continue_is_resumed():
     """Within an epoch the order of the data must be the same; between epochs it may change."""
-    sampler = loader.GlobalBatchSampler(10, 2, 0, DistContext())
-
-    def check(saved, auto=False, **options):
-        args = argparse.Namespace(**{"resume": "file", "auto_resume": auto, "epochs": 3, "seed": None, **options})
-        check_resumable(
-            args, {"epoch": 1, "step": 3, "images": 10, "images_per_step": 2, "seed": 5, **saved}, sampler, []
-        )
-
     check({})
     check({"step": 0, "images": 11, "images_per_step": 4}, seed=6)
-    for saved, seed in ({}, 6), ({"images": 11}, 5), ({"images_per_step": 4}, 5):
+    for saved, seed in ({}, 6), ({"images": 11}, 5), ({"images_per_step": 3}, 5):
         with pytest.raises(UsageError, match="it was saved with"):
             check(saved, seed=seed)
     for auto, error in (False, UsageError), (True, Finished):  # a job script that is run again is no failure
         with pytest.raises(error, match=r"already finished \(3 epochs\)"):
             check({"epoch": 3}, auto)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [{"step": 10**6}, {"images": 0}, {"seed": None, "images": None}, {"means": None}, {"means": {"names": ["loss"]}}],
+)
+def test_an_epoch_that_cannot_be_continued_is_refused_in_one_line(odd):
+    with pytest.raises(UsageError, match="^--resume file: damaged, or not written by these scripts"):
+        check(odd)
