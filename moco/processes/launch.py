@@ -260,7 +260,8 @@ def _meet(ctx: DistContext, url: str) -> dist.Store:
             f"rank {ctx.rank} of {ctx.world_size} could not join the others at {url} ({first_line(error)}); start all"
             f" nodes within {JOIN_SECONDS} s, with an address of node 0 that they can reach and a free port of it"
         ) from error
-    return store
+    # After a restart, torchrun's store may still hold what the attempt before has left.
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def check_agreement(agree: Mapping[str, object]) -> None:

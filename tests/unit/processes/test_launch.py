@@ -132,6 +132,7 @@ def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: calls.update(backend=backend, **more))
     monkeypatch.setattr(dist, "rendezvous", lambda url, **more: iter([(url, 3, 4)]))
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.update(ended=True))
     launch._join_and_run(ctx, "env://", "nccl", lambda *given: calls.update(given=given), "args", "inputs", {})
     assert calls == {
@@ -139,7 +140,7 @@ def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
         "backend": "cpu:gloo,cuda:nccl",
         "world_size": 4,
         "rank": 3,
-        "store": "env://",
+        "store": ("attempt 0", "env://"),
         "timeout": datetime.timedelta(seconds=launch.COLLECTIVE_SECONDS),
         "given": (ctx, "args", "inputs"),
         "ended": True,
