@@ -1,6 +1,8 @@
-"""Exact accuracy counts, running means without CPU-GPU syncs, and log.jsonl."""
+"""Running means without CPU-GPU syncs, log.jsonl, and the progress of an epoch."""
 
 import contextlib
+import datetime
+import itertools
 import json
 import os
 import sys
@@ -47,11 +49,11 @@ class RunningMeans:
         return max(steps) if isinstance(steps, list) else steps
 
     def _by_name(self, flat: list) -> dict:
-        result, start = {}, 0
-        for name, size in self.sizes.items():
-            result[name] = flat[start] if size is None else flat[start : start + size]
-            start += 1 if size is None else size
-        return result
+        rest = iter(flat)
+        return {
+            name: next(rest) if size is None else list(itertools.islice(rest, size))
+            for name, size in self.sizes.items()
+        }
 
     def state_dict(self) -> dict:
         """The sums of all ranks, which must all call this."""
@@ -135,7 +137,7 @@ class Progress:
         epoch: int,
         images_per_step: int,
         print_freq: int,
-        epochs_left: int = 0,
+        epochs_left: int,
         first_step: int = 0,
     ):
         self.batches, self.title, self.images_per_step = batches, f"epoch {epoch}", images_per_step
@@ -169,13 +171,19 @@ class Progress:
     def report(self, means: Mapping[str, float | list[float]], lr: float | list[float]) -> None:
         speed = self.speed()
         steps_left = len(self.batches) - self.done - 1 + self.steps_after
-        eta = f"ETA {_clock(steps_left * self.images_per_step / speed['images_per_s'])}"
+        left = datetime.timedelta(seconds=int(steps_left * self.images_per_step / speed["images_per_s"]))
         rate = f"{speed['images_per_s']:.0f} images/s"
         if self.bar:
             watched = {name: means[name] for name in WATCHED if name in means} or means
-            self.bar.set_description_str(" ".join([self.title, *_figures(watched), rate, eta]))
+            self.bar.set_description_str(" ".join([self.title, *_figures(watched), rate, f"ETA {left}"]))
         else:
-            figures = [*_figures(means), f"lr {_text(lr, '.4g')}", rate, f"data {speed['data_share']:.0%}", eta]
+            figures = [
+                *_figures(means),
+                f"lr {_text(lr, '.4g')}",
+                rate,
+                f"data {speed['data_share']:.0%}",
+                f"ETA {left}",
+            ]
             print(f"{self.title} [{self.done + 1}/{len(self.batches)}]  {'  '.join(figures)}", flush=True)
 
     def speed(self) -> dict[str, float]:
@@ -191,8 +199,3 @@ def _figures(means: Mapping[str, float | list[float]]) -> list[str]:
 
 def _text(value: float | list[float], form: str) -> str:
     return " ".join(format(item, form) for item in value) if isinstance(value, list) else format(value, form)
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
