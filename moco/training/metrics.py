@@ -1,7 +1,6 @@
 """Running means without CPU-GPU syncs, log.jsonl, and the progress of an epoch."""
 
 import contextlib
-import datetime
 import itertools
 import json
 import os
@@ -50,10 +49,7 @@ class RunningMeans:
 
     def _by_name(self, flat: list) -> dict:
         rest = iter(flat)
-        return {
-            name: next(rest) if size is None else list(itertools.islice(rest, size))
-            for name, size in self.sizes.items()
-        }
+        return {name: next(rest) if n is None else list(itertools.islice(rest, n)) for name, n in self.sizes.items()}
 
     def state_dict(self) -> dict:
         """The sums of all ranks, which must all call this."""
@@ -132,13 +128,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        batches: Iterable,
-        epoch: int,
-        images_per_step: int,
-        print_freq: int,
-        epochs_left: int,
-        first_step: int = 0,
+        self, batches: Iterable, epoch: int, images_per_step: int, print_freq: int, epochs_left: int = 0, first_step=0
     ):
         self.batches, self.title, self.images_per_step = batches, f"epoch {epoch}", images_per_step
         self.print_freq, self.first_step, self.done = print_freq, first_step, first_step
@@ -171,19 +161,13 @@ class Progress:
     def report(self, means: Mapping[str, float | list[float]], lr: float | list[float]) -> None:
         speed = self.speed()
         steps_left = len(self.batches) - self.done - 1 + self.steps_after
-        left = datetime.timedelta(seconds=int(steps_left * self.images_per_step / speed["images_per_s"]))
+        eta = f"ETA {_clock(steps_left * self.images_per_step / speed['images_per_s'])}"
         rate = f"{speed['images_per_s']:.0f} images/s"
         if self.bar:
             watched = {name: means[name] for name in WATCHED if name in means} or means
-            self.bar.set_description_str(" ".join([self.title, *_figures(watched), rate, f"ETA {left}"]))
+            self.bar.set_description_str(" ".join([self.title, *_figures(watched), rate, eta]))
         else:
-            figures = [
-                *_figures(means),
-                f"lr {_text(lr, '.4g')}",
-                rate,
-                f"data {speed['data_share']:.0%}",
-                f"ETA {left}",
-            ]
+            figures = [*_figures(means), f"lr {_text(lr, '.4g')}", rate, f"data {speed['data_share']:.0%}", eta]
             print(f"{self.title} [{self.done + 1}/{len(self.batches)}]  {'  '.join(figures)}", flush=True)
 
     def speed(self) -> dict[str, float]:
@@ -199,3 +183,8 @@ def _figures(means: Mapping[str, float | list[float]]) -> list[str]:
 
 def _text(value: float | list[float], form: str) -> str:
     return " ".join(format(item, form) for item in value) if isinstance(value, list) else format(value, form)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
