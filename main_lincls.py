@@ -49,7 +49,7 @@ from moco.training.run import Run, check_resumable, open_folder
 
 
 class Inputs(NamedTuple):
-    """What validation found: the data, the checkpoints, and what follows from them."""
+    """The data, the checkpoints, and what follows from them, as validation found them."""
 
     train: ImageFolder | None  # None with --evaluate and --features
     val: ImageFolder

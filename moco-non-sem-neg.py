@@ -50,7 +50,7 @@ CHECKPOINTS = r"checkpoint_(\d{4,}|latest)\.pth\.tar"
 
 
 class Inputs(NamedTuple):
-    """What validation found: the data, and the checkpoint of --resume."""
+    """The data and the checkpoint of --resume, as validation found them."""
 
     train: TrainingImages
     knn: tuple[ImageFolder, ...]  # train/ and val/ with --knn; empty if there is no val/ with the same classes

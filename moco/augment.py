@@ -75,7 +75,7 @@ def draw(recipe: Recipe, n: int, rng: np.random.Generator) -> AugParams:
 
 
 class Plan(NamedTuple):
-    """What is done to N images, by operation: NumPy arrays on the host, tensors on the device.
+    """The operations on N images, in order: NumPy arrays on the host, tensors on the device.
 
     The j-th blend of an image is with black, its mean gray (`contrast`) or each pixel's gray (`saturation`).
     """
@@ -92,7 +92,7 @@ class Plan(NamedTuple):
 
 
 def plan(params: AugParams) -> Plan:
-    """What to do to the images with these parameters, on the host."""
+    """The operations that these parameters mean, on the host."""
     factors = np.take_along_axis(params.factors, params.order, axis=1)
     before_hue = np.arange(3) < params.hue_slot[:, None]
     jittered, one = params.jittered[:, None], np.float32(1)

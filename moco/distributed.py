@@ -104,7 +104,7 @@ def gather(x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def gather_uneven(x: torch.Tensor) -> torch.Tensor:
-    """As `gather`, for tensors whose length N differs between ranks."""
+    """`gather` for tensors whose length N differs between ranks."""
     if world_size() == 1:
         return x
     lengths = gather(torch.tensor([len(x)], device=x.device)).tolist()

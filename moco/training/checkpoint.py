@@ -128,7 +128,7 @@ def nonfinite(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def num_outputs(saved: Mapping, source: str) -> int:
-    """How many outputs the head of a linear checkpoint has. Raises UsageError if it has no linear head."""
+    """The number of outputs of a linear checkpoint's head. Raises UsageError if it has no linear head."""
     state = strip_prefix(saved.get("state_dict", {}))
     if not set(FC_KEYS) <= state.keys():
         raise UsageError(

@@ -43,7 +43,7 @@ class RunningMeans:
         return self._by_name((sums / self.steps).tolist())
 
     def finite_steps(self, name: str) -> int:
-        """How many steps passed before the named value was NaN or infinite in all its elements; all steps if never."""
+        """The number of steps before the named value was NaN or infinite in all its elements; all steps if never."""
         steps = self._by_name(self._finite_steps.tolist())[name]
         return max(steps) if isinstance(steps, list) else steps
 
