@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from moco import augment, distributed, options, plot, views
-from moco.builder import MoCo
+from moco.builder import MoCo, chance_loss
 from moco.data import folders, loader
 from moco.data.datasets import RetryDataset, TwoCrops
 from moco.data.folders import ImageFolder, TrainingImages
@@ -137,7 +137,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         "images": f"{len(data.photos)} in {folders.count_classes(args.data, data.classes)}",
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
-        "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
+        "chance loss": f"{chance_loss(args.moco_k, args.num_nonsem):.3f}",
     }
 
 
