@@ -38,7 +38,7 @@ def contrastive_logits(
 
 
 def chance_loss(K: int, n: int) -> float:
-    """The loss of features that tell nothing apart, for K older keys and n negatives; it belongs to the logits above."""
+    """The loss of features that tell nothing apart, for K older keys and n negatives: of the logits above."""
     return math.log(1 + K + n)
 
 
