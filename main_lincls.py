@@ -179,8 +179,8 @@ def check_resume(
     own = checkpoint.strip_prefix(saved["state_dict"])
     if different := [name for name, value in backbone.items() if not torch.equal(own.get(name, value), value)]:
         raise UsageError(
-            f"{source}: it is the probe of another backbone than --pretrained {args.pretrained} ({different[0]}"
-            f" differs); it was made from {saved.get('pretrained') or 'an unknown file'}"
+            f"{source}: this probe was trained on a different backbone than --pretrained {args.pretrained}"
+            f" ({different[0]} differs); it was made from {saved.get('pretrained') or 'an unknown file'}"
         )
     if sampler is None:
         return
