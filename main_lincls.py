@@ -212,7 +212,7 @@ def check_arch(args: argparse.Namespace, saved: Mapping, source: str) -> None:
 
 def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Train the heads in one process, on ctx.device; every way of launching ends here."""
-    seed = distributed.resolve_seed(args.seed, inputs.saved, ctx.device)
+    seed = distributed.resolve_seed(args.seed, inputs.saved)
     configure_device(ctx.device, args.strict_fp32, deterministic=args.seed is not None)
 
     # --- data: all transforms run in the workers
