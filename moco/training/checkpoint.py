@@ -251,7 +251,7 @@ def check_exactly(
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UsageError(
-                f"{source}: does not fit this model: it {fault} {names[0]}{more}; check --arch and the options of head and queue"
+                f"{source}: does not fit this model: it {fault} {names[0]}{more}; check --arch, --mlp and --moco-k"
             )
     if broken := nonfinite(state_dict):
         raise UsageError(
