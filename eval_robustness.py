@@ -8,7 +8,6 @@
 """
 
 import argparse
-import importlib.util
 import os
 import re
 import shutil
@@ -92,13 +91,11 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
         paper.check_rows(rows)
     if args.by_class and len(rows) < 2:
         raise UsageError("--by-class: it compares rows with the first; name two or more, as --pretrained A=FILE B=FILE")
-    if args.plot and not args.corruption:
-        raise UsageError(f"--plot {args.plot}: it draws corruptions; add --corruption DIR")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(f"--plot {args.plot}: matplotlib is not installed; pip install matplotlib")
     options.check_file("--json", args.json)
     if args.plot:
-        options.check_file("--plot", args.plot, endings=(".png", ".pdf", ".svg"))
+        if not args.corruption:
+            raise UsageError(f"--plot {args.plot}: it draws corruptions; add --corruption DIR")
+        plot.check_picture("--plot", args.plot)
     launch.resolve_world_size(args)
 
 
@@ -181,8 +178,6 @@ def evaluate(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None
             results.add(result, test_set, scored)
             if main_rank:
                 results.save(args.json, result)
-                if warning := report.unusual_preprocessing(result, test_set):
-                    bar.write(warning, file=sys.stderr)
     if main_rank:
         # In the order of the suites, also after a resumed evaluation.
         result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
@@ -232,11 +227,8 @@ def main() -> None:
             "crops": f"{image_size} px",
             "test_sets": f"{len(test_sets)}, of which {len(result['cells'])} are done",
             "images": sum(len(test_set.labels) for test_set in test_sets),
-            **({"corruptions": report.not_evaluated(unknown)} if unknown else {}),
         }
         return options.print_dry_run(args, derived)
-    if unknown and launch.is_main():
-        print(report.not_evaluated(unknown), file=sys.stderr)
     agree = {
         "--pretrained": len(models),
         "the class list": wnids,

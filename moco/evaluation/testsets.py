@@ -186,7 +186,7 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     kept = np.flatnonzero((labels >= 0) & (np.arange(len(labels)) - starts < (limit or len(labels))))
     if categories is not None and len(categories) < 2:
         raise UsageError(
-            f"{directory}: its folders are categories of ImageNet's classes, and those of the head ({wnids[0]}, …) cover"
+            f"{directory}: its folders are categories of ImageNet's classes; those of the head ({wnids[0]}, …) cover"
             f" {'only ' + next(iter(categories)) if categories else 'none of them'}; at least two are needed"
         )
     if not len(kept):
