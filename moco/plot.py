@@ -32,14 +32,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOG_NAME = "log.jsonl"
-PANELS = {  # title: {key of the log: line style}
+PANELS = {  # title: {key of the log: line style}; titles of a probe's panels begin with "probe"
     "loss": {"loss": "-"},
     "cosine": {"q_k": "-", "q_t": "--", "q_queue": ":"},
     "spread": {"spread": "-"},
     "contrast accuracy, %": {"contrast_acc": "-"},
     "200-nearest-neighbour top-1, %": {"knn_top1": "-"},
-}
-PROBE_PANELS = {
     "probe: loss": {"loss": "-"},
     "probe: top-1 on train/, %": {"acc1": "-"},
     "probe: top-1 on val/, %": {"val_acc1": "-"},
@@ -119,20 +117,18 @@ def curves(runs: Sequence[Series]) -> "Figure":
     """A panel for each figure that any of the runs has, over the epochs. Raises UsageError if they have none."""
     from matplotlib import colormaps
 
-    panels = [
-        (title, keys, is_probe)
-        for kinds, is_probe in ((PANELS, False), (PROBE_PANELS, True))
-        for title, keys in kinds.items()
-        if any(run.is_probe == is_probe and keys.keys() & run.values.keys() for run in runs)
-    ]
+    shown = {title: [run for run in runs if run.is_probe == title.startswith("probe")] for title in PANELS}
+    panels = {
+        title: keys for title, keys in PANELS.items() if any(keys.keys() & run.values.keys() for run in shown[title])
+    }
     if not panels:
         raise UsageError("nothing to draw: the logs have no epoch with figures of a training run")
     columns = min(3, len(panels))
     figure, axes = _panels(len(panels), columns, (4.5, 3), 0.25 * len(runs))
     colours = colormaps["turbo"](torch.linspace(0.05, 0.95, len(runs)).numpy())
-    for axis, (title, keys, is_probe) in zip(axes, panels):
+    for axis, (title, keys) in zip(axes, panels.items()):
         for run, colour in zip(runs, colours):
-            if run.is_probe == is_probe:
+            if run in shown[title]:
                 _draw_run(axis, run, keys, colour)
         axis.set_title(title, fontsize=10)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -181,8 +177,8 @@ def plain_text(name: str, longest: int = 60) -> str:
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves labels out that begin with _
 
 
-def corruptions(evaluation: Mapping, path: str) -> None:
-    """Draw accuracy against severity for each corruption, one line per row. Needs matplotlib.
+def corruptions(evaluation: Mapping) -> "Figure":
+    """Accuracy against severity for each corruption, one line per row.
 
     Dashed: the row's accuracy on val, if that was evaluated. Dotted: chance.
     """
@@ -207,7 +203,7 @@ def corruptions(evaluation: Mapping, path: str) -> None:
     if "val" in cells:
         handles, labels = [*handles, axes[0].plot([], [], "--", color="gray")[0]], [*labels, "on val"]
     figure.legend([*handles, chance], [*labels, "chance"], loc="outside upper center", ncols=min(4, len(handles) + 1))
-    figure.savefig(path)
+    return figure
 
 
 def class_bars(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure":

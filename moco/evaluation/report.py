@@ -15,7 +15,6 @@ SETTINGS = ("model", "K", "alpha")  # the first columns
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
 
 # Figures
@@ -116,7 +115,6 @@ def mean_std(runs: Sequence[float]) -> str:
 
 
 def mean_top1(cell: Mapping, runs: Iterable[int]) -> float:
-    """The mean top-1 of these runs on a test set."""
     return statistics.fmean(cell["results"][run]["top1"] for run in runs)
 
 
@@ -210,8 +208,6 @@ def differences(report: Mapping) -> list[str]:
 def notes(report: Mapping) -> list[str]:
     """A line per column: its images and preprocessing, and what is unexpected or missing."""
     lines = [_note(report, suite, title) for suite, title in titles(report).items()]
-    if report.get("not_evaluated"):
-        lines.append(f"not evaluated, since ImageNet-C has no such corruption: {', '.join(report['not_evaluated'])}")
     if report["limit"]:
         lines.append(f"partial evaluation: only the first {report['limit']} images of each class (--limit)")
     return lines

@@ -25,17 +25,12 @@ def sha256(data: bytes) -> str:
 
 
 def new(
-    rows: Mapping[str, Sequence[str]],
-    pretraining: Iterable[Mapping],
-    wnids: Sequence[str],
-    image_size: int,
+    rows: Mapping[str, Sequence[str]], pretraining: Iterable[Mapping], wnids: Sequence[str], image_size: int,
     limit: int | None,
-    not_evaluated: Sequence[str] = (),
-) -> dict:
+) -> dict:  # fmt: skip
     """An empty report on {row name: checkpoint files}.
 
-    pretraining: the pre-training options of each file, {} if the file does not store them; not_evaluated: folders
-    beside the corruptions that are not one of them.
+    pretraining: the pre-training options of each file, {} if the file does not store them.
     """
     entries = [(name, file) for name, files in rows.items() for file in files]
     return {
@@ -44,7 +39,6 @@ def new(
         "limit": limit,
         "wnids": wnids,
         "wnids_sha256": sha256("\n".join(wnids).encode()),
-        "not_evaluated": list(not_evaluated),
         "checkpoints": [
             {
                 "row": name,
@@ -81,22 +75,21 @@ def unfinished(report: Mapping, test_set: TestSet) -> list[int]:
 def add(report: dict, test_set: TestSet, results: Iterable[Mapping]) -> None:
     """Complete the test set's cell with the results of its `unfinished` checkpoints, in their order."""
     fresh, known = iter(results), _earlier(report, test_set)
-    usual = next((entry["preprocessing"] for entry in known if entry), test_set.preprocessing(report["image_size"]))
     merged = [dict(entry["result"] if entry else next(fresh)) for entry in known]
-    preprocessing = [result.pop("preprocessing", usual) for result in merged]
+    used = [entry["preprocessing"] if entry else new.pop("preprocessing") for entry, new in zip(known, merged)]
     report["cells"][test_set.key] = {
         "folder": os.path.abspath(test_set.folder),
         "n": len(test_set.labels),
         "images_sha256": _images_sha256(test_set),
-        "preprocessing": preprocessing[-1],
+        "preprocessing": used[-1],
         "warning": test_set.warning(report["wnids"]),
         "results": merged,
     }
     if test_set.categories:
         report["cells"][test_set.key]["categories"] = list(test_set.categories)
-    used = {id(entry) for entry in known}
+    taken = {id(entry) for entry in known}
     for sha, sets in list(report["earlier"].items()):
-        left = {key: [each for each in entries if id(each) not in used] for key, entries in sets.items()}
+        left = {key: [each for each in entries if id(each) not in taken] for key, entries in sets.items()}
         report["earlier"][sha] = {key: entries for key, entries in left.items() if entries}
     report["earlier"] = {sha: sets for sha, sets in report["earlier"].items() if sets}
 

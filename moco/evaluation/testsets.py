@@ -90,10 +90,6 @@ class TestSet(NamedTuple):
         """The logits (N, outputs) of a head as those that decide on this set: of categories, if there are some."""
         return cues.category_logits(logits, self.categories.values()) if self.categories else logits
 
-    def preprocessing(self, size: int) -> str:
-        """The preprocessing of images of the published size, for crops of `size` px."""
-        return presets(size)[preset_index(self.kind, 2 * size if self.kind == "photos" else size, size)][0]
-
     def warning(self, wnids: Sequence[str]) -> str:
         """`Suite.odd_counts` of this set if all classes are ImageNet's; "" if not."""
         if not all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids):
