@@ -9,6 +9,7 @@ All but the views need matplotlib.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -25,7 +26,6 @@ from moco.errors import UsageError, first_line, one_line
 from moco.evaluation import report, testsets
 from moco.processes.exits import cli_main
 from moco.training import metrics
-from moco.training.metrics import SYMBOLS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,6 @@ PANELS = {  # title: {key of the log: line style}; titles of a probe's panels be
     "probe: top-1 on train/, %": {"acc1": "-"},
     "probe: top-1 on val/, %": {"val_acc1": "-"},
 }
-LOG_SCALE_FROM = 100  # times the smallest loss: one head that diverged must not flatten all others
 MARKED = 20  # values up to which each is marked: a single one would be invisible without, and many hide the dashes
 CLASSES = 20  # of the most helped and of the most harmed classes that are named
 HELPED, HARMED = "#0b66b3", "#d9730d"
@@ -62,26 +61,19 @@ class Series(NamedTuple):
 
 
 def read_runs(paths: Sequence[str]) -> list[Series]:
-    """The pre-training runs and the probes' heads in these logs, labelled by folder.
+    """The pre-training runs and the probes' heads in these logs, labelled by the folder as it was given.
 
     Damaged lines and logs without a line are left out, which stderr says. Raises UsageError if a file is missing.
     """
     runs = []
-    for path, name in zip(paths, run_names(paths)):
+    for path in paths:
         if not os.path.isfile(path):
             raise UsageError(f"{path}: no such file; name the {LOG_NAME} of a run")
         records, damaged = metrics.read_jsonl(path)
         if damaged or not records:
             sys.stderr.write(one_line(f"{path}: {len(records)} epochs, {damaged} damaged lines are left out"))
-        runs += series_of(name, records)
+        runs += series_of(path.removesuffix(f"/{LOG_NAME}"), records)
     return runs
-
-
-def run_names(paths: Sequence[str]) -> list[str]:
-    """The folder of each log, as far as they differ. A log of another name than log.jsonl adds that name."""
-    whole = [os.path.splitext(os.path.abspath(path).removesuffix(f"/{LOG_NAME}"))[0] for path in paths]
-    shared = os.path.commonpath([os.path.dirname(path) for path in whole])
-    return [os.path.relpath(path, shared) for path in whole]
 
 
 def series_of(name: str, records: Sequence[Mapping]) -> list[Series]:
@@ -107,7 +99,7 @@ def _as_list(value: object) -> list:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 # Pictures of training logs
@@ -132,15 +124,13 @@ def curves(runs: Sequence[Series]) -> "Figure":
                 _draw_run(axis, run, keys, colour)
         axis.set_title(title, fontsize=10)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if "loss" in keys:
-            losses = [value for line in axis.lines for value in line.get_ydata() if value > 0]
-            if losses and max(losses) > LOG_SCALE_FROM * min(losses):
-                axis.set_yscale("log")
+        if title == "probe: loss":
+            axis.set_yscale("log")  # one head that diverged must not flatten all others
         if "spread" in keys:
             axis.set_ylim(0, 1.03)  # its own range would make noise look like a collapse
         if len(keys) > 1:
             styles = [axis.plot([], [], style, color="gray", linewidth=1.3)[0] for style in keys.values()]
-            axis.legend(styles, [SYMBOLS[key] for key in keys], fontsize=8)
+            axis.legend(styles, [metrics.SYMBOLS[key] for key in keys], fontsize=8)
     figure.supxlabel("epoch", fontsize=10)
     handles = [axes[0].plot([], [], color=colour)[0] for colour in colours]
     labels = [plain_text(run.label) for run in runs]
@@ -183,8 +173,8 @@ def corruptions(evaluation: Mapping) -> "Figure":
     Dashed: the row's accuracy on val, if that was evaluated. Dotted: chance.
     """
     cells = evaluation["cells"]
-    names = [name for group in testsets.CORRUPTIONS.values() for name in group]
-    names = [name for name in names if report.cells_of(evaluation, f"corruption/{name}")]
+    known = itertools.chain(*testsets.CORRUPTIONS.values())
+    names = [name for name in known if report.cells_of(evaluation, f"corruption/{name}")]
     figure, axes = _panels(len(names), min(5, len(names)), (2.6, 2.4), 0.6, sharey=True)
     for name, axis in zip(names, axes):
         severities = {s: cells[key] for s in testsets.SEVERITIES if (key := f"corruption/{name}/{s}") in cells}

@@ -74,12 +74,13 @@ def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
     A published head does not say its classes; one at least as wide as the data is accepted.
     """
     own, width = saved.get("wnids", classes), checkpoint.num_outputs(saved, source)
-    if own == classes and width >= len(classes):
-        return
-    different = sorted(set(own) ^ set(classes)) or own  # or the same in another order
-    found = f"{width} outputs, the data {len(classes)} classes"
     if own != classes:
+        different = sorted(set(own) ^ set(classes)) or own  # or the same in another order
         found = f"{len(own)} classes that differ from the {len(classes)} of this data (for example {different[0]})"
+    elif width < len(classes):
+        found = f"{width} outputs, the data {len(classes)} classes"
+    else:
+        return
     raise UsageError(f"{source}: its head has {found}; use the data that it was trained on")
 
 
@@ -161,14 +162,12 @@ def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list
 
     predict(images) returns each classifier's logits (N, classes). Returns for each {"acc1", "acc5"} in percent and "n".
     """
-    counts, seen = None, 0
+    counts, seen = torch.zeros(1, 2, dtype=torch.long, device=device), 0
     for logits, labels in predictions(predict, batches, device):
-        new = torch.stack([correct_counts(own, labels) for own in logits])  # classifiers×2
-        counts, seen = new if counts is None else counts + new, seen + len(labels)
-    (classifiers,) = distributed.all_reduce_max(0 if counts is None else len(counts))
-    if counts is None:  # more ranks than images
-        counts = torch.zeros(classifiers, 2, dtype=torch.long, device=device)
-    counts = torch.cat([counts, counts.new_full((classifiers, 1), seen)], dim=1)
+        counts = counts + torch.stack([correct_counts(own, labels) for own in logits])  # classifiers×2
+        seen += len(labels)
+    (classifiers,) = distributed.all_reduce_max(len(counts))  # 1×2 on a rank without images
+    counts = torch.cat([counts.expand(classifiers, 2), counts.new_full((classifiers, 1), seen)], dim=1)
     return [
         {"acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "n": n}
         for top1, top5, n in distributed.all_reduce(counts).tolist()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from moco import distributed
 from moco.data import datasets, loader
@@ -21,25 +21,20 @@ from moco.evaluation.classifier import to_input
 K, TEMPERATURE = 200, 0.07
 
 
-class _ReadableImages(Dataset):
+class _ReadableImages(datasets.RetryDataset):
     """Labelled images; an unreadable one is replaced by another of its class, as in training."""
 
-    def __init__(self, folder: NamedTuple, image_size: int):
-        images = datasets.ImageList(folder.paths, folder.labels, datasets.eval_transform(image_size))
-        self.dataset = datasets.RetryDataset(images, folder.labels)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.dataset[index, index][0]
+        return super().__getitem__((index, index))[0]
 
 
 def loaders(
     folders: Sequence[NamedTuple], image_size: int, batch_size: int, workers: int, ctx: DistContext
 ) -> list[DataLoader]:
     """Loaders of the training and validation images for `accuracy`."""
-    return [loader.eval_loader(_ReadableImages(folder, image_size), batch_size, workers, ctx) for folder in folders]
+    transform = datasets.eval_transform(image_size)
+    images = [datasets.ImageList(folder.paths, folder.labels, transform) for folder in folders]
+    return [loader.eval_loader(_ReadableImages(each, each.labels), batch_size, workers, ctx) for each in images]
 
 
 def _top_k(cosines: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,9 +30,7 @@ def rows() -> dict[str, dict]:
 def check_rows(names: Iterable[str]) -> None:
     """Raise UsageError unless all rows have names of published.csv."""
     if unknown := [name for name in names if name not in rows()]:
-        raise UsageError(
-            f"--compare paper: {unknown[0]} is not a row of the published table; its rows are {', '.join(rows())}"
-        )
+        raise UsageError(f"--compare paper: {unknown[0]} is not a row of the published table: {', '.join(rows())}")
 
 
 def incomplete(report: Mapping, suite: str) -> str:

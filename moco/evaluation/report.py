@@ -76,9 +76,7 @@ def check_set_name(name: str, others: Iterable[str]) -> None:
     if same is not None:
         raise UsageError(f"--set {name}=…: there is a column {same} already; use another name")
     if not re.fullmatch(r"\w[\w .+-]{0,39}", name):
-        raise UsageError(
-            f"--set {name}=…: a name is up to 40 letters, digits, spaces and . + - _, as in imagenet-a=DIR"
-        )
+        raise UsageError(f"--set {name}=…: a name is up to 40 letters, digits, spaces and . + - _")
 
 
 def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
@@ -87,11 +85,12 @@ def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
     for run, checkpoint in enumerate(report["checkpoints"]):
         for column, figure in figures(report, run).items():
             rows.setdefault(checkpoint["row"], {}).setdefault(column, []).append(figure)
-    pairs = {column: column.removesuffix(SHARED) for row in rows.values() for column in row if column.endswith(SHARED)}
-    repeated = [
-        column for column, own in pairs.items() if all(row.get(column) == row.get(own) for row in rows.values())
-    ]
-    return {name: {column: row[column] for column in row if column not in repeated} for name, row in rows.items()}
+
+    def repeated(column: str) -> bool:
+        own = column.removesuffix(SHARED)
+        return own != column and all(row.get(column) == row.get(own) for row in rows.values())
+
+    return {name: {column: row[column] for column in row if not repeated(column)} for name, row in rows.items()}
 
 
 def missing(report: Mapping) -> list[str]:
@@ -101,11 +100,8 @@ def missing(report: Mapping) -> list[str]:
 
 def resized(report: Mapping) -> list[str]:
     """The corruptions and severities whose images do not have the size of the crop, as published ones do."""
-    return [
-        key.removeprefix("corruption/")
-        for key, cell in report["cells"].items()
-        if key.startswith("corruption/") and "Resize" in cell["preprocessing"]
-    ]
+    cells = {key.partition("/")[2]: cell for key, cell in report["cells"].items() if key.startswith("corruption/")}
+    return [key for key, cell in cells.items() if "Resize" in cell["preprocessing"]]
 
 
 def mean_std(runs: Sequence[float]) -> str:
@@ -238,14 +234,10 @@ class ClassDifference(NamedTuple):
     """One class under two rows of a report. Accuracies are top-1 in percent, means over the runs of a row."""
 
     wnid: str
-    n: int  # images; of a suite with several test sets, those of the largest
     base: float
     top1: float
+    change: float  # top1 - base
     error: float  # one standard error of `change`, from the number of images, taken as independent
-
-    @property
-    def change(self) -> float:
-        return self.top1 - self.base
 
 
 def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[ClassDifference]:
@@ -265,13 +257,13 @@ def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[
     for wnid in dict.fromkeys(wnid for cell in cells for wnid in cell["results"][0]["classes"]):
         classes = [[result["classes"].get(wnid) for result in cell["results"]] for cell in cells]
         counts = [runs for runs in classes if runs[0]]  # the test sets that have this class
-        means = [
-            statistics.fmean(runs[run]["correct"] / runs[run]["n"] for runs in counts for run in rows[name])
+        before, after = (
+            statistics.fmean(100 * runs[run]["correct"] / runs[run]["n"] for runs in counts for run in rows[name])
             for name in (base, row)
-        ]
-        n = max(runs[0]["n"] for runs in counts)
-        error = 100 * (sum(mean * (1 - mean) for mean in means) / n) ** 0.5
-        changes.append(ClassDifference(wnid, n, *(100 * mean for mean in means), error))
+        )
+        n = max(runs[0]["n"] for runs in counts)  # of the largest of them
+        error = (sum(mean * (100 - mean) for mean in (before, after)) / n) ** 0.5
+        changes.append(ClassDifference(wnid, before, after, after - before, error))
     return sorted(changes, key=lambda each: (-each.change, each.wnid))
 
 

@@ -180,13 +180,8 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     labels = np.array([index_of.get(name, -1) for name in folder.classes])[folder_labels]
     starts = np.searchsorted(folder_labels, folder_labels)  # images are sorted by class
     kept = np.flatnonzero((labels >= 0) & (np.arange(len(labels)) - starts < (limit or len(labels))))
-    if categories is not None and len(categories) < 2:
-        raise UsageError(
-            f"{directory}: its folders are categories of ImageNet's classes; those of the head ({wnids[0]}, …) cover"
-            f" {'only ' + next(iter(categories)) if categories else 'none of them'}; at least two are needed"
-        )
-    if not len(kept):
-        hint = "; images in these categories are a further set: --set cue-conflict=DIR" if by_category else ""
+    if not len(kept) or categories is not None and len(categories) < 2:
+        hint = "; as cue conflicts, --set NAME=DIR, it needs a head with classes in two of them" if by_category else ""
         raise UsageError(
             f"{directory}: none of its {len(folder.classes)} class folders ({folder.classes[0]}, …) is a class of the"
             f" head ({wnids[0]}, …){hint}"
@@ -204,14 +199,12 @@ def corruption_folders(directory: str) -> dict[str, str]:
     """
     found = {}
     for group, names in CORRUPTIONS.items():
-        for name in names:
-            for severity in SEVERITIES:
-                for parent in (directory, os.path.join(directory, group)):
-                    folder = os.path.join(parent, name, str(severity))
-                    if folders.is_folder(folder):
-                        other = found.setdefault(f"corruption/{name}/{severity}", folder)
-                        if not os.path.samefile(folder, other):
-                            raise UsageError(f"{directory}: {folder} and {other} are the same test set; remove one")
+        for name, severity, parent in itertools.product(names, SEVERITIES, (directory, os.path.join(directory, group))):
+            folder = os.path.join(parent, name, str(severity))
+            if folders.is_folder(folder):
+                other = found.setdefault(f"corruption/{name}/{severity}", folder)
+                if not os.path.samefile(folder, other):
+                    raise UsageError(f"{directory}: {folder} and {other} are the same test set; remove one")
     if not found:
         raise UsageError(f"{directory}: no <corruption>/<severity>/<wnid> folders, for example gaussian_noise/1/")
     return found
