@@ -203,7 +203,9 @@ def test_bad_checkpoints_are_refused(data, whole, tmp_path):
     saved = torch.load(pretrained, weights_only=True)
     saved["state_dict"]["module.encoder_q.stages.0.conv1.weight"][0, 0, 0, 0] = float("inf")
     torch.save(saved, pretrained)
-    assert "stages.0.conv1.weight the first, hold infinite" in refused(PROBE, *SMALL_PROBE, "--pretrained", pretrained, data)
+    assert "stages.0.conv1.weight the first, hold infinite" in refused(
+        PROBE, *SMALL_PROBE, "--pretrained", pretrained, data
+    )
 
 
 def test_an_export_without_its_inputs_is_refused(data, whole, tmp_path):

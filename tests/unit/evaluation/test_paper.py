@@ -51,34 +51,21 @@ def with_fewer_images(made, key):
 
 
 @pytest.mark.parametrize(
-    "spoil, message, column",
+    "column, message, spoil",
     [
-        (lambda made: classes_of(made, "val").popitem(), "5000 images of 99 classes, published: 100", "val"),
+        ("val", "5000 images of 99 classes, published: 100", lambda made: classes_of(made, "val").popitem()),
+        ("Sketch", "1 of 100 classes do not have 40 to 51", lambda made: with_fewer_images(made, "sketch")),
+        ("Corruption", "1 of 100 classes do not have 50", lambda made: with_fewer_images(made, "corruption/fog/3")),
+        ("Corruption", "1 of 75 corruptions", lambda made: made["cells"].pop("corruption/snow/5")),
         (
-            lambda made: with_fewer_images(made, "sketch"),
-            "1 of 100 classes do not have 40 to 51 images (n00000000 14)",
-            "Sketch",
-        ),
-        (
-            lambda made: with_fewer_images(made, "corruption/fog/3"),
-            "1 of 100 classes do not have 50 images",
             "Corruption",
-        ),
-        (
-            lambda made: made["cells"].pop("corruption/snow/5"),
-            "1 of 75 corruptions × severities are missing",
-            "Corruption",
-        ),
-        (
-            lambda made: made["cells"]["corruption/snow/5"].update(preprocessing="Resize(256), CenterCrop(224)"),
             "images of another size than 224 px, for example in snow/5",
-            "Corruption",
+            lambda made: made["cells"]["corruption/snow/5"].update(preprocessing="Resize(256), CenterCrop(224)"),
         ),
-        (lambda made: classes_of(made, "rendition").popitem(), "950 images of 18 classes, published: 19", "Rendition"),
-        (lambda made: made["cells"].pop("stylized"), "not tested", "Stylized"),
+        ("Stylized", "not tested", lambda made: made["cells"].pop("stylized")),
     ],
 )
-def test_an_incomplete_column_is_not_compared(complete, spoil, message, column):
+def test_an_incomplete_column_is_not_compared(complete, column, message, spoil):
     spoil(complete)
     text = paper.comparison(complete)
     assert f"{column} is not compared: {message}" in text
@@ -88,9 +75,9 @@ def test_an_incomplete_column_is_not_compared(complete, spoil, message, column):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"limit": 2}, "val is not compared: --limit 2"),
-        ({"image_size": 32}, "Sketch is not compared: crops of 32 px, published: 224"),
-        ({"wnids": CLASSES[:2]}, "Rendition is not compared: the head has 2 classes, published: 100"),
+        ({"limit": 2}, "--limit 2"),
+        ({"image_size": 32}, "crops of 32 px, published: 224"),
+        ({"wnids": CLASSES[:2]}, "the head has 2 classes, published: 100"),
     ],
 )
 def test_nothing_is_compared_of_another_evaluation(complete, change, message):
