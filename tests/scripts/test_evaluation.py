@@ -178,42 +178,21 @@ def test_a_killed_evaluation_resumes_to_the_same_file(linear, tmp_path):
     assert "| mine | – | – | 12.50 |" in run.stdout
 
 
-def test_only_what_is_missing_is_scored_and_every_table_is_printed_from_the_file(linear, tmp_path):
-    one, two = linear / "one.pth.tar", linear / "two.pth.tar"
-    common = ["--val", linear / "data", "-j", 0, "--json", tmp_path / "r.json"]
-    first = run_script(EVALUATE, "--pretrained", one, *common)
-    other = run_script(EVALUATE, "--pretrained", two, *common)
-    rows = [f"a={one}", f"b={two}", "--sketch", linear / "data" / "train"]
-    both = run_script(EVALUATE, "--pretrained", *rows, *common)
-    assert "1 of 2 test sets are already in" in both.stderr and "test sets are already" not in other.stderr
-    figures = [run.stdout.splitlines()[2].split(" | ")[3].rstrip(" |") for run in (first, other)]
-    assert [line.split(" | ")[3] for line in both.stdout.splitlines()[2:4]] == figures
-    saved = stored(tmp_path / "r.json")
-    assert list(saved["table"]) == ["a", "b"] and list(saved["cells"]) == ["val", "sketch"] and saved["earlier"] == {}
-    again = run_script(EVALUATE, "--pretrained", *rows, *common, "--by-class", "--latex").stdout.splitlines()
-    assert (
-        "| class | val | Sketch |" in again and r"\bottomrule" in again and again[-1] == f"wrote {tmp_path / 'r.json'}"
-    )
-    assert stored(tmp_path / "r.json") == saved
-
-
-def test_further_sets_are_evaluated_and_resumed(linear, tmp_path):
-    command = [
-        EVALUATE, "--pretrained", f"mine={linear / 'one.pth.tar'}", "--json", tmp_path / "r.json",
-        "--set", f"own={linear / 'data'}", "--set", f"cues={linear / 'cues'}", "-j", 0,
-    ]  # fmt: skip
-    run = run_script(*command, "--val", linear / "data")
+def test_models_and_sets_are_added_and_every_table_is_printed_from_the_file(linear, tmp_path):
+    rows = [f"{name}={linear / name}.pth.tar" for name in ("one", "two")]
+    sets = ["--set", f"own={linear / 'data'}", "--set", f"cues={linear / 'cues'}", "-j", 0]
+    common = ["--json", tmp_path / "r.json", "--val", linear / "data"]
+    run_script(EVALUATE, "--pretrained", rows[0], *common)
+    run = run_script(EVALUATE, "--pretrained", *rows, *sets, *common)
     made = stored(tmp_path / "r.json")
-    assert list(made["cells"]) == ["val", "set/own", "set/cues"]
+    assert list(made["cells"]) == ["val", "set/own", "set/cues"] and made["earlier"] == {}
     assert made["cells"]["set/own"]["results"] == made["cells"]["val"]["results"]
-    assert made["cells"]["set/own"]["folder"] == str(linear / "data" / "val")
-    row, cues = made["table"]["mine"], made["cells"]["set/cues"]
-    assert row["own"] == row["val"] and cues["n"] == 3 and cues["categories"] == ["cat", "dog"]
+    row, cues = made["table"]["one"], made["cells"]["set/cues"]
+    assert cues["n"] == 3 and cues["categories"] == ["cat", "dog"] and "cues (2 of 16 categories)" in run.stdout
     assert row["cues: Shape accuracy"][0] + row["cues: Texture accuracy"][0] == pytest.approx(100)  # two categories
-    assert "cues (2 of 16 categories)" in run.stdout
-    again = run_script(*command)
-    assert "2 of 2 test sets are already in" in again.stderr and "cues (2 of 16 categories)" in again.stdout
-    assert stored(tmp_path / "r.json")["table"]["mine"]["own"] == row["own"]
+    again = run_script(EVALUATE, "--pretrained", *rows, *sets, *common, "--by-class", "--latex")
+    assert "3 of 3 test sets are already in" in again.stderr and stored(tmp_path / "r.json") == made
+    assert "| class | val | own | cues |" in again.stdout and r"\bottomrule" in again.stdout
 
 
 def test_bad_inputs_are_refused(linear, tmp_path):

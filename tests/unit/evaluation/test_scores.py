@@ -11,7 +11,6 @@ from moco import augment
 from moco.augment import MEAN, STD
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
-from moco.errors import UsageError
 from moco.evaluation import scores, testsets
 
 WNIDS = ["n01", "n02", "n03", "n04"]
@@ -96,15 +95,6 @@ def test_mce_divides_the_errors_of_1000_classes_by_alexnets():
     assert sum(scores.ALEXNET_ERRORS.values()) / 15 == pytest.approx(78.9, abs=0.1)
 
 
-def test_missing_corruptions_are_named(tmp_path):
-    paint(tmp_path / "fog" / "1" / "n01" / "a.png", 0)
-    figures, top1 = score_corruptions(tmp_path)
-    assert figures == {"Corruption": 100.0}
-    assert len(testsets.missing_corruptions(top1)) == 74 and "fog/2" in testsets.missing_corruptions(top1)
-    with pytest.raises(UsageError, match="no <corruption>"):
-        score_corruptions(tmp_path / "fog")
-
-
 def test_a_limit_takes_the_first_images_of_each_class(tmp_path):
     for i, decision in enumerate((0, 0, 3, 3)):
         paint(tmp_path / "n01" / f"{i}.png", decision)
@@ -121,13 +111,11 @@ def test_scores_equal_a_plain_loop_over_imagefolder(tmp_path):
     preset = transforms.Compose(
         [transforms.Resize(32), transforms.CenterCrop(28), transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     )
-    decisions = []
     with torch.no_grad():
-        for image, label in ImageFolder(tmp_path, preset):
-            decisions.append((model(image[None]).argmax().item(), label))
+        decisions = [(model(image[None]).argmax().item(), label) for image, label in ImageFolder(tmp_path, preset)]
     result = score(tmp_path, model)
     assert result["top1"] == 100 * sum(guess == label for guess, label in decisions) / 12
-    for wnid, label in zip(WNIDS, range(4)):
+    for label, wnid in enumerate(WNIDS):
         assert result["classes"][wnid]["correct"] == sum(g == y == label for g, y in decisions)
 
 

@@ -34,6 +34,8 @@ def test_one_corruption_in_both_layouts_is_refused(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     with pytest.raises(UsageError, match="weather/fog/1 and .*fog/1 are the same test set; remove one"):
         testsets.corruption_folders(str(tmp_path))
+    with pytest.raises(UsageError, match="no <corruption>/<severity>/<wnid> folders"):
+        testsets.corruption_folders(str(tmp_path / "fog"))
 
 
 # Classes of a head
