@@ -87,15 +87,13 @@ class Negative(NamedTuple):
 
 def _patch_refusal(options: Mapping) -> str:
     (low, high), size = options["patch_ratio"], options["image_size"]
-    if low <= high <= size:
-        return ""
-    return f"--patch-ratio {low} {high}: needs LO <= HI <= {size}, the crop size; for example 16 72 at 224 px"
+    wrong = f"--patch-ratio {low} {high}: needs LO <= HI <= {size}, the crop size; for example 16 72 at 224 px"
+    return "" if low <= high <= size else wrong
 
 
 def _texture_refusal(options: Mapping) -> str:
-    if options["num_nonsem"] == 1:
-        return ""
-    return f"--num-nonsem {options['num_nonsem']}: there is one texture per photo; with --robust texture use 1"
+    count = options["num_nonsem"]
+    return "" if count == 1 else f"--num-nonsem {count}: there is one texture per photo; with --robust texture use 1"
 
 
 NEGATIVES = {

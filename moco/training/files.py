@@ -125,10 +125,6 @@ class FolderLock:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, owner.encode(), 0)
 
-    def release(self) -> None:
-        """Free the lock before the process ends."""
-        os.close(_held.pop(self.path))
-
     def __reduce__(self) -> tuple:
         """Passed to a process that is being started, it goes along with its descriptor, and with it the lock."""
         shared = reduction.DupFd(_held[self.path]) if self.path in _held else None
