@@ -99,7 +99,6 @@ def test_any_folder_or_row_name_is_a_label(name):
         (["no.json"], "no.json: not JSON of an evaluation (FileNotFoundError"),
         (["list.json"], "list.json: not JSON of an evaluation"),
         (["val.json", "val.json"], "an evaluation is drawn by itself"),
-        (["val.json", "--rows", "plain", "x"], "no row x; the rows are plain, patch"),
         (["one.json"], "it has one row, plain; evaluate two rows"),
     ],
 )
@@ -169,12 +168,3 @@ def test_views_are_columns_and_small_ones_are_enlarged(tmp_path, size, side):
         assert (sheet[top : top + side, start : start + side] == color).all()
         assert (sheet[top + side : top + side + gap] == 255).all()
     assert (sheet[:label] < 128).any()  # the labels
-
-
-def test_a_picture_without_negatives_has_two_columns(tmp_path):
-    images = torch.zeros(3, 3, 224, 224)
-    plot.save_views(tmp_path / "none.png", images, images, images.unsqueeze(1)[:, :0], [])
-    sheet = np.asarray(Image.open(tmp_path / "none.png"))
-    assert sheet.shape[1] == plot.GAP + 2 * (224 + plot.GAP)
-    gray = sheet[plot.LABEL_HEIGHT + 50, plot.GAP + 50]
-    assert gray.tolist() == pytest.approx([255 * mean for mean in augment.MEAN], abs=1)  # normalisation is undone

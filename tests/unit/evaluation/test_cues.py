@@ -108,20 +108,6 @@ def test_the_figures_of_a_cue_conflict_set_in_categories(tmp_path):
     assert result["shape_bias"] == 60.0
 
 
-def test_a_head_that_knows_the_categories_themselves_decides(tmp_path):
-    paint_conflicts(tmp_path)
-    test_set, result = score(tmp_path, ByGray([1, 0, 0], [0, 0, 1], [0, 1, 0]), ["cat", "bird", "dog"])
-    assert test_set.categories is None
-    assert (result["conflicts"], result["shape_decisions"], result["texture_decisions"]) == (6, 3, 2)
-
-
-def test_textures_of_classes_the_head_lacks_do_not_count(tmp_path):
-    for name, level in {"n01/n02-1.png": 0, "n01/n03-1.png": 0, "n02/n03-1.png": 1, "n03/n01-1.png": 0}.items():
-        paint(tmp_path / name, level)
-    _, result = score(tmp_path, ByGray([1, 0], [0, 1]), ["n01", "n02"], key="stylized")
-    assert (result["n"], result["conflicts"], result["shape_decisions"]) == (3, 1, 1)
-
-
 def test_categories_are_refused_where_they_cannot_be_decided(tmp_path):
     paint_conflicts(tmp_path)
     for head, key in (HEAD[:2], "set/cues"), (["n01", "n02"], "set/cues"), (HEAD, "stylized"):

@@ -68,7 +68,6 @@ BAD = {
     "quota exceeded": OSError("quota exceeded"),
     "no file": b"",
     "a web page": b"<!DOCTYPE html>",
-    "another kind of file": b"quota",
     "damaged, truncated": checkpoint()[:-300],
     "it holds no state_dict": torch.save({"a": 1}, buffer := io.BytesIO()) or buffer.getvalue(),
 }

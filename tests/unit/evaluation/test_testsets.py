@@ -29,9 +29,12 @@ def test_folders_that_are_no_corruption_are_listed(tmp_path):
     assert testsets.unknown_corruptions(str(tmp_path)) == ["gausian_noise", "noise/static", "notes"]
 
 
-def test_one_corruption_in_both_layouts_is_refused(tmp_path):
-    for name in ("fog/1", "weather/fog/1"):
+def test_both_layouts_of_corruptions_are_found_but_not_of_one(tmp_path):
+    for name in ("fog/1", "noise/shot_noise/2"):
         (tmp_path / name).mkdir(parents=True)
+    found = {"corruption/shot_noise/2": f"{tmp_path}/noise/shot_noise/2", "corruption/fog/1": f"{tmp_path}/fog/1"}
+    assert testsets.corruption_folders(str(tmp_path)) == found
+    (tmp_path / "weather/fog/1").mkdir(parents=True)
     with pytest.raises(UsageError, match="weather/fog/1 and .*fog/1 are the same test set; remove one"):
         testsets.corruption_folders(str(tmp_path))
     with pytest.raises(UsageError, match="no <corruption>/<severity>/<wnid> folders"):
