@@ -203,10 +203,8 @@ def differences(report: Mapping) -> list[str]:
 
 def notes(report: Mapping) -> list[str]:
     """A line per column: its images and preprocessing, and what is unexpected or missing."""
-    lines = [_note(report, suite, title) for suite, title in titles(report).items()]
-    if report["limit"]:
-        lines.append(f"partial evaluation: only the first {report['limit']} images of each class (--limit)")
-    return lines
+    limit = f"partial evaluation: only the first {report['limit']} images of each class (--limit)"
+    return [_note(report, suite, title) for suite, title in titles(report).items()] + [limit] * bool(report["limit"])
 
 
 def _note(report: Mapping, suite: str, title: str) -> str:

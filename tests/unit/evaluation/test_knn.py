@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import write_folder
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -95,19 +96,13 @@ def test_the_encoder_is_in_eval_mode_meanwhile_and_stays_as_it_is():
 
 def test_a_compiled_encoder_is_not_compiled_again_for_knn():
     torch._dynamo.reset()
-    graphs = []
-
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    encoder = Colours()
-    encoder.compile(backend=counting)
+    encoder, counter = Colours(), CompileCounter()
+    encoder.compile(backend=counter)
     for images in (4, 4, 6, 7, 8):
         encoder(torch.randn(4, 3, 4, 4)).sum().backward()
         loader = batches_of(*images_of(images, 0), 4)
         knn.accuracy(encoder, loader, loader, 5, CPU)
-    assert len(graphs) == 1
+    assert counter.frame_count == 1
 
 
 def test_knn_replaces_an_unreadable_image_by_one_of_its_class(tmp_path, monkeypatch):

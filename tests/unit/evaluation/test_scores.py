@@ -150,13 +150,3 @@ def test_sizes_may_differ_within_a_set_and_are_counted(tmp_path):
     assert result["preprocessing"] == (
         "CenterCrop(28) of 2 images; Resize(32), CenterCrop(28) of 1 images; Resize(28), CenterCrop(28) of 1 images"
     )
-
-
-def test_scores_are_those_of_the_models_chosen_for_each_set(tmp_path):
-    for severity in ("1", "2"):
-        paint_rim(tmp_path / "fog" / severity / "n01" / "a.png", 28)
-    models = [Watch(), Watch(), Watch()]
-    sets = testsets.list_test_sets({"corruption": str(tmp_path)}, WNIDS)
-    chosen = {"corruption/fog/1": [2, 0], "corruption/fog/2": [1]}
-    scored = list(scores.score(sets, models, WNIDS, 28, 4, 0, DistContext(), chosen=chosen))
-    assert [len(results) for _, results in scored] == [2, 1] and [len(model.seen) for model in models] == [1, 1, 1]
