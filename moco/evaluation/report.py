@@ -106,8 +106,7 @@ def resized(report: Mapping) -> list[str]:
 
 def mean_std(runs: Sequence[float]) -> str:
     """The mean and, with several runs, their sample standard deviation."""
-    mean = f"{statistics.fmean(runs):.2f}"
-    return f"{mean}±{statistics.stdev(runs):.2f}" if len(runs) > 1 else mean
+    return f"{statistics.fmean(runs):.2f}" + (f"±{statistics.stdev(runs):.2f}" if len(runs) > 1 else "")
 
 
 def mean_top1(cell: Mapping, runs: Iterable[int]) -> float:
