@@ -148,7 +148,7 @@ class PreprocessedImages(datasets.ImageList):
 
 
 def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: int | None = None) -> list[TestSet]:
-    """All test sets of {suite or set/<name>: directory}. Raises UsageError if one does not hold what its suite needs."""
+    """All test sets of {suite or set/<name>: directory}. Raises UsageError where one lacks what its suite needs."""
     parts = {}
     for key, directory in directories.items():
         parts |= corruption_folders(directory) if key == "corruption" else {key: class_root(directory)}
