@@ -116,12 +116,14 @@ def diverged_heads(losses: Sequence[float], classes: int) -> set[int]:
 
 def divergence_hint(heads: Iterable[int], lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
     """A line that names the learning rates of these heads, and some to try if no other head learns."""
-    heads, least, advice = sorted(heads), min(lrs), ""
-    if len(diverged_heads(losses, classes)) == len(lrs):
-        advice = f" try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features;"
+    heads, least = sorted(heads), min(lrs)
+    sound = [f"{lr:g}" for head, lr in enumerate(lrs) if head not in diverged_heads(losses, classes)]
+    advice = f"try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features"
+    if sound:
+        advice = f"--lr {' '.join(sound)} is fine"
     diverged = " ".join(f"{lrs[head]:g}" for head in heads)
     figures = f"{' '.join(f'{losses[head]:.6g}' for head in heads)}; chance is {math.log(classes):.2f}"
-    return f"loss diverged for --lr {diverged} ({figures});{advice} the best head is kept"
+    return f"loss diverged for --lr {diverged} ({figures}); {advice}; the best head is kept"
 
 
 # Evaluation

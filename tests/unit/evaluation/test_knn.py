@@ -73,11 +73,12 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_features_of_the_training_images_are_never_all_kept():
+def test_features_of_the_training_images_are_never_all_kept(monkeypatch):
+    monkeypatch.setattr(knn, "BLOCK", 240)
     train, val = batches_of(*images_of(500, 1), 16), batches_of(*images_of(10, 2), 16)
     with Largest() as largest:
         knn.accuracy(Colours(), train, val, 5, CPU, k=20, chunk=4)
-    assert largest.bytes <= 4 * 48 * 16 * knn.JOINED < 4 * 48 * 500
+    assert largest.bytes <= 4 * 48 * 256 < 4 * 48 * 500
 
 
 class InEvalMode(Colours):
