@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from helpers import ENVIRONMENT, REPOSITORY
-from preprocessing import SCRIPTS, subset_command, write_imagenet
+from preprocessing import SCRIPTS, subset_command
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -25,8 +25,8 @@ finally:
 
 @pytest.mark.parametrize("shell", ['"$@" | true', '"$@" >&-'])
 @pytest.mark.parametrize("missing", [[], ["--classes", "nowhere.txt"]])
-def test_a_closed_stdout_is_no_traceback(tmp_path, shell, missing):
-    command = map(str, [*subset_command(write_imagenet(tmp_path / "imagenet")), *missing])
+def test_a_closed_stdout_is_no_traceback(imagenet, shell, missing):
+    command = map(str, [*subset_command(imagenet), *missing])
     pipe = ["bash", "-c", f'{shell}; exit "${{PIPESTATUS[0]}}"', "pipe", sys.executable, *command]
     run = subprocess.run(pipe, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert "Traceback" not in run.stderr and "BrokenPipe" not in run.stderr
