@@ -135,8 +135,10 @@ def test_a_replacement_among_a_million_is_chosen_at_once(classes):
     assert time.perf_counter() - start < 1  # 0.1: decoding takes longer
 
 
-def test_the_evaluation_transform_is_torchvisions_preset(tmp_path):
+def test_the_transforms_are_torchvisions_presets(tmp_path):
     write_photo(tmp_path / "photo.JPEG", size=(400, 300))
+    crops = [datasets.train_transform(16)(tmp_path / "photo.JPEG") for _ in range(2)]
+    assert crops[0].shape == (3, 16, 16) and crops[0].dtype == torch.uint8 and not torch.equal(*crops)
     image, label = datasets.ImageList([tmp_path / "photo.JPEG"], [7], datasets.eval_transform(224))[0]
     preset = transforms.Compose([transforms.Resize(256), transforms.CenterCrop(224), transforms.PILToTensor()])
     assert torch.equal(image, preset(Image.open(tmp_path / "photo.JPEG"))) and label == 7
@@ -149,12 +151,3 @@ def test_narrow_images_are_resized_or_refused(tmp_path):
     Image.new("L", (3, 40000)).save(tmp_path / "narrow.png")
     with pytest.raises(RunError, match="narrow.png: .*3x40000 px: too narrow .* to 256 px; replace this file"):
         datasets.eval_transform(224)(str(tmp_path / "narrow.png"))
-
-
-def test_the_training_transform_crops_and_flips(tmp_path):
-    write_photo(tmp_path / "photo.png", size=(80, 60))
-    transform = datasets.train_transform(16)
-    torch.manual_seed(0)
-    crops = [transform(tmp_path / "photo.png") for _ in range(3)]
-    assert all(crop.shape == (3, 16, 16) and crop.dtype == torch.uint8 for crop in crops)
-    assert not torch.equal(crops[0], crops[1]) and not torch.equal(crops[1], crops[2])
