@@ -16,6 +16,7 @@ from moco.data.rgb import check_resizable, to_rgb
 from moco.errors import RunError
 
 RETRY_SECONDS = 0.1  # a file on a network drive may be readable a moment later
+MAX_WAITS = 100  # in vain, of a process: thousands of bad files must not cost a wait each
 
 
 class BadImage(RunError):
@@ -69,13 +70,13 @@ def _decode(image: Image.Image, data: bytes) -> torch.Tensor:
     return TF.pil_to_tensor(to_rgb(image))
 
 
-_waited_for = set()  # by this process, once for each file: many bad ones must not cost a wait in every epoch
+_bad_files = set()  # that this process could not read
 
 
 def _read(path: str | Path, decode: Callable):
     """decode(image, data) of a file. If that fails, a second attempt, unless the file still holds the same data."""
-    data = None
-    for _ in range(2):
+    data, waits = None, path not in _bad_files and len(_bad_files) < MAX_WAITS
+    for pause in (waits * RETRY_SECONDS, 0):
         try:
             before, data = data, Path(path).read_bytes()
             if data == before:  # damaged, and not just late
@@ -86,7 +87,6 @@ def _read(path: str | Path, decode: Callable):
                     return decode(image, data)
         except Exception as error:  # damaged data make decoders raise nearly anything, struct.error and SyntaxError too
             cause = error
-            if path not in _waited_for:
-                _waited_for.add(path)
-                time.sleep(RETRY_SECONDS)
+            time.sleep(pause)
+    _bad_files.add(path)
     raise BadImage(str(path), f"{type(cause).__name__}: {cause}".replace("\n", " ")) from cause

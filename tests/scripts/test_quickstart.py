@@ -7,12 +7,11 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import REPOSITORY, run_script
+from helpers import REPOSITORY
 from PIL import Image
 
 from docs import quickstart_result as result
 
-RESULT = REPOSITORY / "docs" / "quickstart_result.py"
 FIGURES = {"val": 50, "Corruption": 40, "Sketch": 45, "Stylized": 35, "Rendition": 60, "Shape bias": 80}
 TWO_ROWS = {"table": {"MoCo v2": {"val": [50.0]}, "+ Patch": {"val": [52.0]}}}
 PYTHON = f"""#!{sys.executable}
@@ -120,12 +119,3 @@ def test_the_picture_shows_every_row_in_its_colour(tmp_path, rows):
     for colour in [*result.COLOURS[: len(rows)], "#123456"]:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == wanted).all(axis=2).sum() > 100, colour
-
-
-@pytest.mark.parametrize("content, out", [(None, "a.png"), ("{", "a.png"), ('{"cells": {}}', "a.png"), ("{}", "a.odd")])
-def test_bad_input_ends_in_one_line(tmp_path, content, out):
-    if content is not None:
-        (tmp_path / "table.json").write_text(content)
-    run = run_script(RESULT, tmp_path / "table.json", "--out", tmp_path / out, check=False)
-    assert run.returncode == 2 and run.stderr.count("\n") == 1
-    assert run.stderr.startswith("quickstart_result.py: error:")

@@ -114,22 +114,42 @@ def test_what_is_no_image_is_a_bad_image(tmp_path, fault):
         assert "bomb" not in fault or "DecompressionBomb" in bad.value.args[1]
 
 
-@pytest.mark.parametrize("content", [b"broken", PHOTO[:200], None], ids=["no image", "cut short", "missing"])
-def test_a_bad_file_is_waited_for_once(tmp_path, monkeypatch, content):
-    """Another process may still be writing it; but thousands of bad files must not cost a wait in every epoch."""
-    path, waits = tmp_path / "x.JPEG", []
-    monkeypatch.setattr(images, "time", SimpleNamespace(sleep=waits.append))  # other threads use the module itself
-    if content is not None:
-        path.write_bytes(content)
+@pytest.fixture
+def waits(monkeypatch):
+    """Waits for a file's second attempt; set `event` to what happens meanwhile."""
+    found = SimpleNamespace(count=0, event=lambda: None)
+
+    def sleep(seconds):
+        if seconds:
+            found.count += 1
+            found.event()
+
+    monkeypatch.setattr(images, "time", SimpleNamespace(sleep=sleep))  # other threads use the module itself
+    monkeypatch.setattr(images, "RETRY_SECONDS", 0.1)
+    monkeypatch.setattr(images, "_bad_files", set())
+    return found
+
+
+@pytest.mark.parametrize("content", [PHOTO[:200], None], ids=["incomplete", "missing"])
+def test_a_file_that_comes_late_is_read(tmp_path, waits, content):
+    path = tmp_path / "late.JPEG"
+    waits.event = lambda: path.write_bytes(PHOTO)
     for _ in range(3):
-        with pytest.raises(BadImage, match="x.JPEG: "):
-            images.read_rgb(path)
-    assert len(waits) == 1
-    late = tmp_path / "late.JPEG"
-    monkeypatch.setattr(images, "time", SimpleNamespace(sleep=lambda seconds: late.write_bytes(PHOTO)))
-    if content is not None:
-        late.write_bytes(content)
-    assert images.read_rgb(late).shape == (3, 150, 200)
+        path.write_bytes(content) if content else path.unlink(missing_ok=True)
+        assert images.read_rgb(path).shape == (3, 150, 200)
+    assert waits.count == 3  # waiting that helps is not limited
+
+
+@pytest.mark.parametrize("content", [b"broken", None], ids=["damaged", "missing"])
+def test_many_bad_files_do_not_cost_a_wait_each(tmp_path, waits, content):
+    for number in range(200):
+        path = tmp_path / f"{number}.JPEG"
+        if content:
+            path.write_bytes(content)
+        for _ in range(2):
+            with pytest.raises(BadImage, match=f"{number}.JPEG: "):
+                images.read_rgb(path)
+    assert waits.count == 100
 
 
 def damaged(number):

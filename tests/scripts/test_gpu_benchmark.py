@@ -1,14 +1,10 @@
-"""The benchmarks: the one for GPUs at small sizes on the CPU, and the one of start-up at full size."""
+"""The benchmark for GPUs is tried at small sizes on the CPU."""
 
 import json
-import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
 from helpers import run_script
 
-from tests.benchmarks import start_up
 from tests.benchmarks.gpu import overlap
 
 
@@ -34,18 +30,3 @@ def test_copies_beside_kernels_of_other_streams_are_told(tmp_path):
     for events, share in ([*kernels, *copies, {"ph": "M"}], 0.5), (kernels, None):
         (tmp_path / "trace.json").write_text(json.dumps({"traceEvents": events}))
         assert overlap(tmp_path / "trace.json") == share
-
-
-@pytest.mark.slow
-def test_imagenets_list_costs_a_worker_no_memory():
-    """1.28 million files, read by one of 8 ranks with 4 workers; the default start method is Python 3.14's."""
-    root = Path(tempfile.mkdtemp(dir="/dev/shm"))  # where a file may have a million links
-    try:
-        start_up.write_links(root)
-        found = start_up.measured(root)
-    finally:
-        shutil.rmtree(root)
-    memory = [value for name, value in found.items() if "private memory" in name]  # at the first batch, and the last
-    assert len(memory) == 2 and max(memory) < 60 and memory[1] - memory[0] < 5, found
-    assert sum(value for name, value in found.items() if name.endswith(", s")) < 8, found
-    assert found["pickled list, MB"] < 60
