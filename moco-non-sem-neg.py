@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from moco import augment, distributed, options, plot, views
-from moco.builder import MoCo
+from moco.builder import MoCo, chance_loss
 from moco.data import folders, loader
 from moco.data.datasets import RetryDataset, TwoCrops
 from moco.data.folders import ImageFolder, TrainingImages
@@ -50,7 +50,7 @@ CHECKPOINTS = r"checkpoint_(\d{4,}|latest)\.pth\.tar"
 
 
 class Inputs(NamedTuple):
-    """What validation found: the data, and the checkpoint of --resume."""
+    """The data and the checkpoint of --resume, as validation found them."""
 
     train: TrainingImages
     knn: tuple[ImageFolder, ...]  # train/ and val/ with --knn; empty if there is no val/ with the same classes
@@ -137,7 +137,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         "images": f"{len(data.photos)} in {folders.count_classes(args.data, data.classes)}",
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
-        "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",
+        "chance loss": f"{chance_loss(args.moco_k, args.num_nonsem):.3f}",
     }
 
 
@@ -175,7 +175,7 @@ def needs_texture(args: argparse.Namespace) -> bool:
 def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Pre-train in one process, on ctx.device; every way of launching ends here."""
     data, saved = inputs.train, inputs.saved
-    seed = distributed.resolve_seed(args.seed, saved, ctx.device)
+    seed = distributed.resolve_seed(args.seed, saved)
     configure_device(ctx.device, args.strict_fp32, deterministic=args.seed is not None)
 
     # --- data: the workers decode and crop; augmentation runs on the training device
@@ -301,7 +301,7 @@ def print_start(args: argparse.Namespace, inputs: Inputs, derived: dict) -> None
 def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
     """Draw the views of up to eight training images."""
     cpu = torch.device("cpu")
-    seed = distributed.resolve_seed(args.seed, {}, cpu)
+    seed = distributed.resolve_seed(args.seed, {})
     dataset = RetryDataset(TwoCrops(data.photos, args.image_size, data.textures), data.labels)
     sampler = GlobalBatchSampler(len(dataset), min(8, args.batch_size, len(dataset)), seed, DistContext())
     crops, _ = next(iter(loader.train_loader(dataset, sampler, 0, cpu)))

@@ -2,13 +2,11 @@
 
 The loader crops; flip, colour, blur and normalisation follow here. Each operation equals torchvision's functional one
 for the same parameters, and every image has its own parameters, drawn as torchvision draws them. Drawing is separate
-from applying, so that a texture negative can share its query's parameters, and all parameters of a step can travel to
-the device together. They are drawn on the host: operations that no image of a batch needs are skipped without a CPU-GPU
-sync.
+from applying, so that a texture negative can share its query's parameters. They are drawn on the host: operations that
+no image of a batch needs are skipped without a CPU-GPU sync.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,7 +73,7 @@ def draw(recipe: Recipe, n: int, rng: np.random.Generator) -> AugParams:
 
 
 class Plan(NamedTuple):
-    """What is done to N images, by operation: NumPy arrays on the host, tensors on the device.
+    """The operations on N images, in order: NumPy arrays on the host, tensors on the device.
 
     The j-th blend of an image is with black, its mean gray (`contrast`) or each pixel's gray (`saturation`).
     """
@@ -92,7 +90,7 @@ class Plan(NamedTuple):
 
 
 def plan(params: AugParams) -> Plan:
-    """What to do to the images with these parameters, on the host."""
+    """The operations that these parameters mean, on the host."""
     factors = np.take_along_axis(params.factors, params.order, axis=1)
     before_hue = np.arange(3) < params.hue_slot[:, None]
     jittered, one = params.jittered[:, None], np.float32(1)
@@ -109,18 +107,10 @@ def plan(params: AugParams) -> Plan:
     )
 
 
-def send(params: Sequence[AugParams], device: torch.device) -> list[Plan]:
-    """The plans of several groups of images as tensors on the device, in one copy."""
-    return [Plan(*tensors) for tensors in to_device([plan(each) for each in params], device)]
-
-
-def apply(recipe: Recipe, params: AugParams, images: torch.Tensor, on_device: Plan | None = None) -> torch.Tensor:
-    """uint8 crops (N, 3, S, S) → normalised float32 images (N, 3, S, S).
-
-    on_device: the plan of params on the device of the images, for a caller that has sent it there.
-    """
+def apply(recipe: Recipe, params: AugParams, images: torch.Tensor) -> torch.Tensor:
+    """uint8 crops (N, 3, S, S) → normalised float32 images (N, 3, S, S)."""
     host = plan(params)
-    (on_device,) = send([params], images.device) if on_device is None else (on_device,)
+    (on_device,) = to_device([host], images.device)  # in one copy
     result = torch.empty(images.shape, device=images.device)
     for chunk in chunks(images):
         parts = (Plan(*(values[chunk] for values in plans)) for plans in (host, on_device))

@@ -4,6 +4,7 @@ He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CV
 Ge et al., Robust Contrastive Learning Using Negative Samples with Diminished Semantics, NeurIPS 2021.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,11 @@ def contrastive_logits(
     negative = q @ queue  # N×K
     nonsemantic = alpha * (t * q.unsqueeze(1)).sum(dim=2)  # N×n; a bmm here would need a C compiler on CUDA
     return torch.cat([positive, negative, nonsemantic], dim=1) / temperature
+
+
+def chance_loss(K: int, n: int) -> float:
+    """The loss of features that tell nothing apart, for K older keys and n negatives: of the logits above."""
+    return math.log(1 + K + n)
 
 
 class MoCo(nn.Module):

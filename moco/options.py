@@ -218,7 +218,7 @@ def workers_per_rank(total: int, ranks: int) -> int:
 
 
 def print_dry_run(args: argparse.Namespace, derived: Mapping, done: str = "nothing was started") -> None:
-    """What --dry-run prints, once for all processes that a launcher started."""
+    """Print the settings for --dry-run, once for all processes that a launcher started."""
     if is_main():
         print_config(args, derived | {"dry run": done}, args.verbose)
 

@@ -1,6 +1,7 @@
-"""Exact accuracy counts, running means without CPU-GPU syncs, and log.jsonl."""
+"""Running means without CPU-GPU syncs, log.jsonl, and the progress of an epoch."""
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -42,16 +43,13 @@ class RunningMeans:
         return self._by_name((sums / self.steps).tolist())
 
     def finite_steps(self, name: str) -> int:
-        """How many steps passed before the named value was NaN or infinite in all its elements; all steps if never."""
+        """The number of steps before the named value was NaN or infinite in all its elements; all steps if never."""
         steps = self._by_name(self._finite_steps.tolist())[name]
         return max(steps) if isinstance(steps, list) else steps
 
     def _by_name(self, flat: list) -> dict:
-        result, start = {}, 0
-        for name, size in self.sizes.items():
-            result[name] = flat[start] if size is None else flat[start : start + size]
-            start += 1 if size is None else size
-        return result
+        rest = iter(flat)
+        return {name: next(rest) if n is None else list(itertools.islice(rest, n)) for name, n in self.sizes.items()}
 
     def state_dict(self) -> dict:
         """The sums of all ranks, which must all call this."""
@@ -130,13 +128,7 @@ class Progress:
     """
 
     def __init__(
-        self,
-        batches: Iterable,
-        epoch: int,
-        images_per_step: int,
-        print_freq: int,
-        epochs_left: int = 0,
-        first_step: int = 0,
+        self, batches: Iterable, epoch: int, images_per_step: int, print_freq: int, epochs_left: int = 0, first_step=0
     ):
         self.batches, self.title, self.images_per_step = batches, f"epoch {epoch}", images_per_step
         self.print_freq, self.first_step, self.done = print_freq, first_step, first_step

@@ -105,7 +105,7 @@ def test_a_probe_shares_the_folder_of_its_pretraining_only(data, tmp_path):
     resume = ["--epochs", 2, "--resume", "auto"]
     first.rename(tmp_path / "kept.pth.tar")
     second.rename(first)  # another backbone of the same name
-    assert "the probe of another backbone than --pretrained" in refused(*settings, first, *resume)
+    assert "this probe was trained on a different backbone than --pretrained" in refused(*settings, first, *resume)
     first.rename(second)
     run_script(*settings, second, *resume)
     assert [record.get("probe") for record in log(tmp_path)] == [None, None, "0000", "0001", "0001"]
@@ -203,7 +203,7 @@ def test_bad_checkpoints_are_refused(data, whole, tmp_path):
     saved = torch.load(pretrained, weights_only=True)
     saved["state_dict"]["module.encoder_q.stages.0.conv1.weight"][0, 0, 0, 0] = float("inf")
     torch.save(saved, pretrained)
-    assert "stages.0.conv1.weight the first, hold infinite" in refused(PROBE, *SMALL_PROBE, "--pretrained", pretrained, data)
+    assert "stages.0.conv1.weight the first" in refused(PROBE, *SMALL_PROBE, "--pretrained", pretrained, data)
 
 
 def test_an_export_without_its_inputs_is_refused(data, whole, tmp_path):

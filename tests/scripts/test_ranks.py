@@ -109,7 +109,7 @@ def host_collectives(ctx):
     return (
         maxima,
         distributed.gather_lists([ctx.rank] * ctx.rank),
-        distributed.broadcast_int(100 + ctx.rank, ctx.device),
+        distributed.resolve_seed(100 - ctx.rank, {}),
     )
 
 

@@ -101,10 +101,10 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("recipe", [augment.V1, augment.V2], ids=["v1", "v2"])
 @pytest.mark.parametrize("robust, count", CASES)
 def test_the_parameters_of_a_step_travel_together(robust, count, recipe):
-    """One small copy for the augmentations, and one for patches, whatever the batch."""
+    """One small copy for each augmented view, and one for patches, whatever the batch."""
     with FakeTensorMode(), Copies() as copies:
         views("cuda", robust, count, recipe)
-    assert copies.count == 1 + (robust == "patch")
+    assert copies.count == 2 + (robust != "none")
 
 
 class NoOuterProducts(TorchDispatchMode):

@@ -56,7 +56,7 @@ def test_a_lock_names_its_owner_and_is_kept(tmp_path, monkeypatch):
     files.lock_folder("--ckpt_path", tmp_path / "new" / "run").acquire()  # this process has it already
     owner = (tmp_path / "new" / "run" / ".lock").read_text()
     assert re.fullmatch(rf"process {os.getpid()} on \S+, since \d{{4}}-.*, Slurm job 17", owner)
-    lock.release()
+    os.close(files._held.pop(lock.path))
     Busy(tmp_path / "new" / "run" / ".lock", "")  # it is free
 
 
@@ -70,7 +70,7 @@ def test_a_busy_lock_is_refused_or_waited_for(tmp_path):
     told = []
     lock.acquire(on_busy=lambda owner: (told.append(owner), busy.file.close()))
     assert told == ["process 1 on a"] and (tmp_path / ".r.json.lock").read_text().startswith(f"process {os.getpid()}")
-    lock.release()
+    os.close(files._held.pop(lock.path))
 
 
 def test_a_lock_that_cannot_be_created_is_refused(tmp_path):
@@ -96,7 +96,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys, num
     with files.atomic_write(tmp_path / "file") as file:
         file.write("x")
     assert leftover.exists()  # nothing tells whether its writer has ended
-    lock.release()
+    os.close(files._held.pop(lock.path))
 
 
 def test_windows_has_files_but_no_locks(tmp_path, monkeypatch, capsys):
@@ -106,4 +106,4 @@ def test_windows_has_files_but_no_locks(tmp_path, monkeypatch, capsys):
     with files.atomic_write(tmp_path / "file") as file:
         file.write("x")
     assert (tmp_path / "file").read_text() == "x" and capsys.readouterr().err == ""
-    lock.release()
+    os.close(files._held.pop(lock.path))
