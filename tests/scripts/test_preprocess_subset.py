@@ -9,7 +9,7 @@ from helpers import run_script, started, write_photo
 from PIL import Image
 from preprocessing import SUBSET, refusal, subset_command, texture_command, tree
 
-from moco.training.files import lock_folder
+from moco.training import files
 
 
 def photos_of(imagenet):
@@ -110,12 +110,12 @@ def test_an_empty_class_of_an_earlier_run_is_not_done(imagenet):
 
 def test_a_second_run_waits_for_the_first_and_says_so(imagenet):
     (imagenet.parent / "i100").mkdir()
-    lock = lock_folder("", imagenet.parent / "i100")
+    lock = files.lock_folder("", imagenet.parent / "i100")
     lock.acquire()
     run = started(*subset_command(imagenet))
     line = run.stderr.readline()
     assert "another process is writing" in line and f"process {os.getpid()} on " in line
     assert not list((imagenet.parent / "i100").glob("[!.]*"))
-    lock.release()
+    os.close(files._held.pop(lock.path))  # frees it
     run.communicate(timeout=60)
     assert run.returncode == 0 and len(os.listdir(imagenet.parent / "i100" / "train")) == 2
