@@ -120,6 +120,7 @@ def no_fast_jpeg():
 
 SETTINGS = {
     "nothing": lambda: None,
+    "fork server": lambda: multiprocessing.set_start_method("forkserver", force=True),
     "impatient": impatient,
     "impatient for batches": impatient_for_batches,
     "workers as asked": workers_as_asked,
