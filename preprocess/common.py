@@ -21,7 +21,7 @@ from moco.errors import RunError, UsageError  # noqa: E402, F401
 from moco.options import OptionParser, positive_int  # noqa: E402
 from moco.processes import signals  # noqa: E402
 from moco.processes.exits import cli_main  # noqa: E402
-from moco.training.files import PARTIAL, atomic_write, lock_folder  # noqa: E402
+from moco.training.files import PARTIAL, FolderLock, atomic_write  # noqa: E402
 
 RESUME = "run the same command again to resume"
 
@@ -55,7 +55,7 @@ def lock(option: str, folder: Path) -> None:
     def report(owner: str) -> None:
         print(f"another process is writing {folder} ({owner}); waiting for it", file=sys.stderr, flush=True)
 
-    lock_folder(option, folder).acquire(on_busy=report)
+    FolderLock(f"{option} {folder}", folder / ".lock").acquire(on_busy=report)
 
 
 def claim(option: str, out: Path, mark: str, settings: dict) -> None:

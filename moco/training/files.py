@@ -121,10 +121,14 @@ class FolderLock:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, owner.encode(), 0)
 
-    def __reduce__(self) -> tuple:
+    def __getstate__(self) -> tuple:
         """Passed to a process that is being started, it goes along with its descriptor, and with it the lock."""
-        shared = reduction.DupFd(_held[self.path]) if self.path in _held else None
-        return _received, (self.name, self.path, shared)
+        return self.name, self.path, reduction.DupFd(_held[self.path]) if self.path in _held else None
+
+    def __setstate__(self, state: tuple) -> None:
+        self.name, self.path, shared = state
+        if shared is not None:
+            _held[self.path] = shared.detach()
 
 
 def _remove_unused(path: str) -> None:
@@ -134,17 +138,6 @@ def _remove_unused(path: str) -> None:
         if os.listdir(folder) == [name]:
             os.remove(path)
             os.rmdir(folder)
-
-
-def _received(name: str, path: str, shared) -> FolderLock:
-    if shared is not None:
-        _held[path] = shared.detach()
-    return FolderLock(name, path)
-
-
-def lock_folder(option: str, folder: str | os.PathLike) -> FolderLock:
-    """The lock on a folder of checkpoints and logs."""
-    return FolderLock(f"{option} {folder}", os.path.join(folder, ".lock"))
 
 
 def _lock(descriptor: int, wait: bool = False) -> bool | None:

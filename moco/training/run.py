@@ -292,7 +292,7 @@ def open_folder(
     one would overwrite.
     """
     folder, restarted = args.ckpt_path, environment.restarted()
-    lock = files.lock_folder("--ckpt_path", folder)
+    lock = files.FolderLock(f"--ckpt_path {folder}", os.path.join(folder, ".lock"))
     if writes and not args.dry_run and environment.is_main():
         lock.acquire()
     args.auto_resume = args.resume == "auto" or restarted

@@ -110,7 +110,7 @@ def test_an_empty_class_of_an_earlier_run_is_not_done(imagenet):
 
 def test_a_second_run_waits_for_the_first_and_says_so(imagenet):
     (imagenet.parent / "i100").mkdir()
-    lock = files.lock_folder("", imagenet.parent / "i100")
+    lock = files.FolderLock("", imagenet.parent / "i100" / ".lock")
     lock.acquire()
     run = started(*subset_command(imagenet))
     line = run.stderr.readline()

@@ -51,9 +51,9 @@ class Busy:
 
 def test_a_lock_names_its_owner_and_is_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    lock = files.lock_folder("--ckpt_path", tmp_path / "new" / "run")
+    lock = files.FolderLock("--ckpt_path", tmp_path / "new" / "run" / ".lock")
     lock.acquire()
-    files.lock_folder("--ckpt_path", tmp_path / "new" / "run").acquire()  # this process has it already
+    files.FolderLock("--ckpt_path", tmp_path / "new" / "run" / ".lock").acquire()  # this process has it already
     owner = (tmp_path / "new" / "run" / ".lock").read_text()
     assert re.fullmatch(rf"process {os.getpid()} on \S+, since \d{{4}}-.*, Slurm job 17", owner)
     os.close(files._held.pop(lock.path))
@@ -78,7 +78,7 @@ def test_a_lock_that_cannot_be_created_is_refused(tmp_path):
     (tmp_path / ".lock").symlink_to("precious")
     for folder in (tmp_path, tmp_path / "precious"):  # a link is not followed; a file is no folder
         with pytest.raises(UsageError, match=f"--ckpt_path {folder}: .* cannot be created or locked"):
-            files.lock_folder("--ckpt_path", folder).acquire()
+            files.FolderLock(f"--ckpt_path {folder}", folder / ".lock").acquire()
     assert (tmp_path / "precious").read_text() == "mine"
 
 
@@ -90,7 +90,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys, num
     monkeypatch.setattr(files.fcntl, "flock", refuse)
     leftover = tmp_path / f"file.{'a' * 16}.partial"
     leftover.touch()
-    lock = files.lock_folder("--ckpt_path", tmp_path)
+    lock = files.FolderLock("--ckpt_path", tmp_path / ".lock")
     lock.acquire()
     assert "has no locks" in capsys.readouterr().err
     with files.atomic_write(tmp_path / "file") as file:
@@ -101,7 +101,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, capsys, num
 
 def test_windows_has_files_but_no_locks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(files, "fcntl", None)
-    lock = files.lock_folder("--out", tmp_path)
+    lock = files.FolderLock("--out", tmp_path / ".lock")
     lock.acquire()
     with files.atomic_write(tmp_path / "file") as file:
         file.write("x")
