@@ -211,7 +211,7 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
 def main() -> None:
     args = parse_args()
     if args.list_released:
-        return print(released.listing()) if launch.is_main() else None
+        return print(released.listing()) if launch.is_main(args) else None
     rows, sets = parse_rows(args.pretrained), parse_sets(args.sets)
     validate_args(args, rows)
     models, pretraining, wnids, image_size = load_models(rows, args)
@@ -222,7 +222,7 @@ def main() -> None:
     unknown = testsets.unknown_corruptions(args.corruption) if args.corruption else []
     result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
     inputs = Inputs(models, wnids, image_size, test_sets, result, results.lock("--json", args.json))
-    if launch.is_main() and not args.dry_run:
+    if launch.is_main(args) and not args.dry_run:
         inputs.lock.acquire()  # before the file is read
     results.reuse_results(args.json, result, test_sets)
     if args.dry_run:
@@ -235,7 +235,7 @@ def main() -> None:
             **({"corruptions": report.not_evaluated(unknown)} if unknown else {}),
         }
         return options.print_dry_run(args, derived)
-    if unknown and launch.is_main():
+    if unknown and launch.is_main(args):
         print(report.not_evaluated(unknown), file=sys.stderr)
     agree = {
         "--pretrained": len(models),

@@ -297,7 +297,7 @@ def open_folder(
     """
     folder, restarted = args.ckpt_path, environment.restarted()
     lock = files.lock_folder("--ckpt_path", folder)
-    if writes and not args.dry_run and environment.is_main():
+    if writes and not args.dry_run and environment.is_main(args):
         lock.acquire()
     args.auto_resume = args.resume == "auto" or restarted
     args.resume = checkpoint.resume_path(args.resume, folder, pattern, restarted)
