@@ -219,6 +219,10 @@ def alive(process):
     return found
 
 
+def children(pid):
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def ended(process, timeout=120):
     """(exit code, stdout, stderr) of a process, which must leave none of its own behind."""
     out, err = process.communicate(timeout=timeout)

@@ -6,7 +6,7 @@ stand for "in". Loading processes have the fault, too. A kill writes its time to
 """
 
 import errno
-import importlib
+import importlib.abc
 import multiprocessing
 import os
 import re
@@ -87,10 +87,9 @@ ACTIONS = {
 }
 
 
-def close(*descriptors):
-    for descriptor in descriptors:
-        os.close(descriptor)
-        setattr(sys, ("stdout", "stderr")[descriptor - 1], None)
+def both_closed():
+    os.closerange(1, 3)
+    sys.stdout = sys.stderr = None
 
 
 def impatient(seconds=3):
@@ -118,6 +117,26 @@ def no_fast_jpeg():
     images.has_fast_jpeg = lambda: False
 
 
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name in ("fcntl", "grp", "pwd", "resource", "termios", "tty", "pty"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def windows():
+    """Take away what Windows lacks; os.name stays, since pathlib would look for Windows' own modules."""
+    sys.platform = "win32"
+    kept = ["SIG_DFL", "SIG_IGN", "SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"]
+    gone = [name for name in dir(signal) if name.startswith("SIG") and name not in kept]
+    for name in [*gone, "pthread_sigmask", "pthread_kill", "alarm", "setitimer"]:
+        delattr(signal, name)
+    for name in ("fork", "killpg", "setsid", "sched_getaffinity", "O_NOFOLLOW"):
+        delattr(os, name)
+    for name in [each for each in sys.modules if each.partition(".")[0] in ("moco", "fcntl", "resource")]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, Missing())
+
+
 SETTINGS = {
     "nothing": lambda: None,
     "impatient": impatient,
@@ -128,9 +147,8 @@ SETTINGS = {
     "stdout is full": lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1),
     "stdout cannot encode": lambda: sys.stdout.reconfigure(encoding="ascii", errors="strict"),
     "stderr cannot encode": lambda: sys.stderr.reconfigure(encoding="ascii", errors="strict"),
-    "stdout is closed": lambda: close(1),
-    "stderr is closed": lambda: close(2),
-    "both are closed": lambda: close(1, 2),
+    "both are closed": both_closed,
+    "Windows": windows,
     "no home": lambda: os.environ.update(HOME="/proc/nobody", XDG_CACHE_HOME="/proc/nobody"),
 }
 
