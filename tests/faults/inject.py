@@ -1,8 +1,8 @@
 """Run a script with a fault put into it:  python tests/faults/inject.py FAULT SCRIPT ARGUMENT…
 
 FAULT: one of SETTINGS, or "ACTION in PLACE [CALL] [of rank R]", for example "SIGTERM in step 3" or "killed in saving":
-at the so many-th call of a function, the first by default, on one rank of torchrun's or on all. "after" and "at" may
-stand for "in". Loading processes have the fault, too. A kill writes its time to the file that KILLED_AT names.
+at the so many-th call of a function, the first by default, on one rank of torchrun's or on all. "at" may stand for
+"in". Loading processes have the fault, too. A kill writes its time to the file that KILLED_AT names.
 """
 
 import errno
@@ -30,7 +30,6 @@ PLACES = {  # where a fault can be: a function that the scripts call there
     "item": "moco.data.datasets:RetryDataset.__getitem__",
     "test item": "moco.data.datasets:ImageList.__getitem__",
     "views": "moco.views:training_views",
-    "forward": "moco.builder:MoCo.forward",
     "step": "moco.training.run:Run.after_step",  # after the optimizer's step, before the run counts it
     "report": "moco.training.metrics:Progress.report",
     "saving": "moco.training.checkpoint:save",
@@ -138,7 +137,6 @@ def windows():
 
 
 SETTINGS = {
-    "nothing": lambda: None,
     "impatient": impatient,
     "impatient for batches": impatient_for_batches,
     "workers as asked": workers_as_asked,
@@ -177,6 +175,6 @@ if __name__ == "__main__":
     if fault in SETTINGS:
         SETTINGS[fault]()
     else:
-        parts = re.fullmatch(r"(.+?) (?:in|after|at) (.+?)(?: (\d+))?(?: of rank (\d+))?", fault)
+        parts = re.fullmatch(r"(.+?) (?:in|at) (.+?)(?: (\d+))?(?: of rank (\d+))?", fault)
         put(parts[1], parts[2], int(parts[3] or 1), parts[4])
     runpy.run_path(str(REPOSITORY / sys.argv[0]), run_name="__main__")
