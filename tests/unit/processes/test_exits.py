@@ -1,5 +1,4 @@
 import errno
-import signal
 import sys
 
 import pytest
@@ -12,11 +11,7 @@ from moco.processes import exits
 
 @pytest.fixture(autouse=True)
 def script(monkeypatch, no_launcher):
-    """cli_main names the script, and ignores SIGCHLD after an error of PyTorch."""
     monkeypatch.setattr(sys, "argv", ["/some/where/train.py"])
-    handler = signal.getsignal(signal.SIGCHLD)
-    yield
-    signal.signal(signal.SIGCHLD, handler)
 
 
 def raising(error):
@@ -62,9 +57,8 @@ def test_a_run_that_is_finished_says_so_and_ends_well(capsys):
     assert capsys.readouterr() == ("already finished\n", "")
 
 
-def test_bad_input_is_reported_once_per_node(capsys, monkeypatch):
-    for name, value in {**TORCHRUN_RANK, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
+def test_bad_input_is_reported_once_per_node(capsys, under):
+    under({**TORCHRUN_RANK, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
     assert ended(UsageError("no")) == 2 and capsys.readouterr().err == ""
     assert ended(RunError("no")) == 1 and "no" in capsys.readouterr().err  # it may be of this rank alone
 

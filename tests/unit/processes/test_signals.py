@@ -71,7 +71,7 @@ def test_an_unread_stdout_counts_as_a_signal():
 def test_a_blocked_signal_arrives_after_the_block():
     stop = StopSignal()
     with signals.blocked():
-        os.kill(os.getpid(), signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)  # to this thread
         assert stop.signum == 0
     assert stop.signum == signal.SIGUSR1
 
