@@ -10,7 +10,7 @@ from typing import NamedTuple
 TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 PORTS = range(15000, 30000)  # for rank 0 of a Slurm step: below those that the system gives to clients
 SHELL_STEPS = 0xFFFFFFF0  # Slurm's step numbers from here on are of batch and interactive shells
-_spawned_rank = 0  # on this node, in a process that `launch` started
+spawned_rank = 0  # set by `launch` in the processes that it starts: their rank on this node
 
 
 class Launched(NamedTuple):
@@ -119,19 +119,14 @@ def text(name: str) -> str:
     return os.environ[name]
 
 
-def set_spawned_rank(local_rank: int) -> None:
-    global _spawned_rank
-    _spawned_rank = local_rank
-
-
 def is_local_main() -> bool:
     """Whether this is the first process of its node. All of them find the same bad input; one reports it."""
-    return not _spawned_rank and _is_zero("local_rank")
+    return not spawned_rank and _is_zero("local_rank")
 
 
 def is_main(args: argparse.Namespace | None = None) -> bool:
     """Whether this is the first process of its run, by a launcher or by --rank of `args`; works before they connect."""
-    return not _spawned_rank and _is_zero("rank") and getattr(args, "rank", -1) < 1
+    return not spawned_rank and _is_zero("rank") and getattr(args, "rank", -1) < 1
 
 
 def _is_zero(rank: str) -> bool:

@@ -184,7 +184,7 @@ def _rank(local_rank: int, first_rank: int, count: int, world_size: int, job: by
     os.setpgrp()  # a terminal's signals arrive once, through the program
     handle_stop_signals(signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    environment.set_spawned_rank(local_rank)  # one process per node prints errors
+    environment.spawned_rank = local_rank  # one process per node prints errors
     ctx = DistContext(first_rank + local_rank, world_size, local_rank, count, devices_of(count)[local_rank])
     try:
         cli_main(lambda: _join_and_run(ctx, *pickle.loads(job)))
@@ -204,10 +204,8 @@ def _join_and_run(
     """Call the worker in a process group whose ranks meet at `url`."""
     if ctx.device.type == "cuda":
         torch.cuda.set_device(ctx.device)
-        if backend == "nccl":
-            backend = "cpu:gloo,cuda:nccl"  # CPU tensors between the hosts, CUDA tensors over NCCL
-    elif backend == "nccl":
-        backend = "gloo"
+    if backend == "nccl":  # for CUDA tensors; the hosts exchange CPU tensors
+        backend = "cpu:gloo,cuda:nccl" if ctx.device.type == "cuda" else "gloo"
     limit = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
     dist.init_process_group(backend, timeout=limit, world_size=ctx.world_size, rank=ctx.rank, store=_meet(ctx, url))
     try:

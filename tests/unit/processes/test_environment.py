@@ -109,17 +109,14 @@ def test_without_scontrol_the_first_host_must_be_given(under, monkeypatch):
 
 
 def test_one_process_of_a_node_and_one_of_a_run_are_first(under, monkeypatch):
+    assert [environment.is_main(SimpleNamespace(rank=rank)) for rank in (-1, 0, 1)] == [True, True, False]
     under({**TORCHRUN_RANK, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"})
     assert environment.is_local_main() and not environment.is_main()
     under({"RANK": "3", "LOCAL_RANK": "1"})
     assert not environment.is_local_main()
-    monkeypatch.setattr(environment, "_spawned_rank", 1)
+    monkeypatch.setattr(environment, "spawned_rank", 1)
     monkeypatch.delenv("RANK")
     assert not environment.is_local_main() and not environment.is_main()
-
-
-def test_node_0_of_the_rank_option_is_first():
-    assert [environment.is_main(SimpleNamespace(rank=rank)) for rank in (-1, 0, 1)] == [True, True, False]
 
 
 def test_only_torchruns_second_attempt_is_a_restart(under):
