@@ -6,7 +6,7 @@ at the so many-th call of a function, the first by default, on one rank of torch
 """
 
 import errno
-import importlib.abc
+import importlib
 import multiprocessing
 import os
 import re
@@ -80,7 +80,6 @@ ACTIONS = {
     "no memory": fails(MemoryError()),
     "hanging": hangs(lambda: os.read(os.pipe()[0], 1)),
     "stopped": hangs(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
-    "slow": hangs(lambda: time.sleep(30)),
     "unread": unread,
     **{number.name: lambda number=number: os.kill(os.getpid(), number) for number in signal.Signals},
 }
@@ -91,35 +90,8 @@ def both_closed():
     sys.stdout = sys.stderr = None
 
 
-def impatient(seconds=3):
-    from moco.processes import launch
-
-    launch.JOIN_SECONDS = launch.COLLECTIVE_SECONDS = seconds
-
-
-def impatient_for_batches(seconds=2):
-    from moco.data import loader
-
-    loader.DATA_SECONDS = seconds
-
-
-def workers_as_asked():
-    from moco import options
-
-    options.workers_per_rank = lambda total, ranks: -(-total // ranks)  # not at most one per core,
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # which PyTorch does not like
-
-
-def no_fast_jpeg():
-    from moco.data import images
-
-    images.has_fast_jpeg = lambda: False
-
-
-class Missing(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name in ("fcntl", "grp", "pwd", "resource", "termios", "tty", "pty"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+def sets(module, **values):
+    return lambda: vars(importlib.import_module(module)).update(values)
 
 
 def windows():
@@ -131,16 +103,16 @@ def windows():
         delattr(signal, name)
     for name in ("fork", "killpg", "setsid", "sched_getaffinity", "O_NOFOLLOW"):
         delattr(os, name)
-    for name in [each for each in sys.modules if each.partition(".")[0] in ("moco", "fcntl", "resource")]:
+    for name in [each for each in sys.modules if each.partition(".")[0] == "moco"]:
         del sys.modules[name]
-    sys.meta_path.insert(0, Missing())
+    sys.modules |= dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios", "tty", "pty"])  # not to be imported
 
 
 SETTINGS = {
-    "impatient": impatient,
-    "impatient for batches": impatient_for_batches,
-    "workers as asked": workers_as_asked,
-    "no fast JPEG decoder": no_fast_jpeg,
+    "impatient": sets("moco.processes.launch", JOIN_SECONDS=3, COLLECTIVE_SECONDS=3),
+    "impatient for batches": sets("moco.data.loader", DATA_SECONDS=2),
+    "workers as asked": sets("moco.options", workers_per_rank=lambda total, ranks: -(-total // ranks)),  # on any cores
+    "no fast JPEG decoder": sets("moco.data.images", has_fast_jpeg=lambda: False),
     "unread stdout": unread,
     "stdout is full": lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1),
     "stdout cannot encode": lambda: sys.stdout.reconfigure(encoding="ascii", errors="strict"),
@@ -172,6 +144,7 @@ def put(action, place, call, rank):
 if __name__ == "__main__":
     fault, *sys.argv = sys.argv[1:]
     multiprocessing.set_start_method("fork", force=True)  # so that loading processes have the fault, too
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     if fault in SETTINGS:
         SETTINGS[fault]()
     else:

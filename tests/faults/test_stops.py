@@ -74,7 +74,7 @@ def test_a_signal_while_ranks_are_started_leaves_no_process(whole, tmp_path, num
 
 
 def test_a_second_interrupt_stops_at_once(whole, tmp_path):
-    process = started(FAULTS, "slow in step 3", *whole.command(PRETRAIN, tmp_path, "--save-steps", 1))
+    process = started(FAULTS, "hanging in step 3", *whole.command(PRETRAIN, tmp_path, "--save-steps", 1))
     wait_for(process, "hanging")
     process.send_signal(signal.SIGINT)
     time.sleep(1)  # until it was noticed
