@@ -94,7 +94,7 @@ class WorkerLoader(DataLoader):
 
 
 def _start_worker(worker_id: int) -> None:
-    signals.end_with_parent(signal.SIGKILL)  # the kernel ends it even if it is stopped
+    signals.signal_when_parent_ends(signal.SIGKILL)  # the kernel ends it even if it is stopped
     signals.leave_signals_to_trainer()
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator
 
 from moco.processes.environment import under_torchrun
@@ -42,14 +43,27 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def end_with_parent(signum: int = signal.SIGTERM) -> None:
-    """On Linux, get this signal once torchrun, or the process that forked this one, has ended, even if it was killed.
+def end_with_parent() -> None:
+    """Get SIGTERM once torchrun, or the program that started this process, has ended, even if it was killed.
 
     A rank that outlives them would write beside the resumed run.
     """
-    parent = multiprocessing.parent_process()
-    if sys.platform == "linux" and (parent or under_torchrun()):
+    if program := multiprocessing.parent_process():  # not the one that forked this: that is the fork server
+        threading.Thread(target=_signal_after, args=(program,), daemon=True).start()
+    elif under_torchrun():
+        signal_when_parent_ends(signal.SIGTERM)
+
+
+def _signal_after(program: multiprocessing.Process) -> None:
+    program.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def signal_when_parent_ends(signum: int) -> None:
+    """On Linux, get this signal when the thread that forked this process ends, even if its process is killed."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
+        parent = multiprocessing.parent_process()
         if parent and not parent.is_alive():  # it ended before that
             os.kill(os.getpid(), signum)
 
