@@ -40,10 +40,11 @@ def cli_main(main: Callable[[], int | None], again: str = "continue with --resum
 
     again: what the user does after an interruption that is not the input's fault.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            with contextlib.suppress(OSError):  # it writes what the stream still holds
-                stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed; the next file would take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with contextlib.suppress(OSError, AttributeError):  # it writes what the stream still holds
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     end_with_parent()
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts changed it while they imported
@@ -125,6 +126,6 @@ def exit_now(code: int) -> NoReturn:
     """Exit without waiting for anything, the loading processes neither: they may never end."""
     kill_loading()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, AttributeError):
+        with contextlib.suppress(OSError):
             stream.flush()
     os._exit(code)
