@@ -43,7 +43,7 @@ def main() -> None:
             "--size",
             64,
         )
-        data = folders.list_texture_pairs(str(textures))
+        data = folders.list_training_images(str(textures), with_textures=True)
         crops = datasets.TwoCrops(data.photos, SIZE, data.textures)
         torch.manual_seed(0)
         firsts = {name: data.labels.tolist().index(label) for label, name in enumerate(data.classes)}

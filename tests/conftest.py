@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from helpers import TORCHRUN_RANK, write_folder
+from preprocessing import write_imagenet
 
 from moco.processes.signals import STOP_SIGNALS
 
@@ -77,6 +78,12 @@ def handlers():
 def data(tmp_path):
     """A data set of two classes, 8 training and 3 validation photos each."""
     return write_folder(tmp_path / "data")
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    """Two classes of three photos in subfolders, with files among them that are no photos."""
+    return write_imagenet(tmp_path / "imagenet")
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,12 @@ def write_imagenet(root):
         for wnid in ("n01", "n02"):
             for number in range(3):
                 write_photo(root / split / wnid / f"part{number}" / f"{wnid}_{number}.JPEG", seed=number)
-            add_litter(root / split / wnid)
-        add_litter(root / split)
+        for folder in (root / split, root / split / "n01", root / split / "n02"):
+            (folder / ".DS_Store").touch()
+            write_photo(folder / "__MACOSX" / "a.JPEG")
+            os.mkfifo(folder / "fifo.JPEG")
     (root.parent / "classes.txt").write_text("n02\nn01\n")
     return root
-
-
-def add_litter(folder):
-    (folder / ".DS_Store").write_bytes(b"litter")
-    (folder / "__MACOSX").mkdir()
-    (folder / "__MACOSX" / "a.JPEG").write_bytes(b"litter")
-    os.mkfifo(folder / "fifo.JPEG")
 
 
 def subset_command(imagenet, *options):

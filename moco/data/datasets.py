@@ -3,7 +3,6 @@
 import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,14 +29,8 @@ def train_transform(size: int) -> Callable[[str], torch.Tensor]:
 def eval_transform(size: int) -> Callable[[str], torch.Tensor]:
     """Resize the shorter side to 256/224 of the crop and crop the centre, with PIL as in all published results."""
     shorter = round(size * 256 / 224)
-    return transforms.Compose(
-        [
-            functools.partial(open_rgb, resizable_to=shorter),
-            transforms.Resize(shorter),
-            transforms.CenterCrop(size),
-            transforms.PILToTensor(),
-        ]
-    )
+    read = functools.partial(open_rgb, resizable_to=shorter)
+    return transforms.Compose([read, transforms.Resize(shorter), transforms.CenterCrop(size), v2.PILToTensor()])
 
 
 # Data sets
@@ -108,25 +101,17 @@ class RetryDataset(Dataset):
         unreadable = []
         for candidate in self._candidates(index, seed):
             try:
-                with _seeded(seed):
+                with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from PyTorch's CPU generator
+                    torch.default_generator.manual_seed(seed)
                     return self.dataset[candidate], unreadable
             except BadImage as bad:
                 unreadable.append(bad.args)
         path, reason = unreadable[0]
-        raise RunError(
-            f"{path} ({reason}), and {len(unreadable) - 1} others of its class cannot be read; is the data still there?"
-        )
+        others = len(unreadable) - 1
+        raise RunError(f"{path} ({reason}), and {others} others of its class cannot be read; is the data still there?")
 
     def _candidates(self, index: int, seed: int) -> Iterator[int]:
         yield index
         same_class = np.flatnonzero(self.labels == self.labels[index])
         chosen = random.Random(seed).sample(range(len(same_class)), min(REPLACEMENTS + 1, len(same_class)))
         yield from [other for i in chosen if (other := int(same_class[i])) != index][:REPLACEMENTS]
-
-
-@contextmanager
-def _seeded(seed: int):
-    """Run with this seed in PyTorch's CPU generator, which torchvision's transforms draw from, then restore it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

@@ -3,7 +3,7 @@
 import codecs
 import os
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,10 +24,9 @@ class PathArray(Sequence):
     Indexed with a slice, a mask or several indices, it gives another PathArray, as NumPy's arrays do.
     """
 
-    def __init__(self, root: str, names: Iterable[str] | bytes):
-        """names: relative to `root`; or the bytes of each and a NUL, one after the other."""
-        data = names if isinstance(names, bytes) else os.fsencode("".join(f"{name}\0" for name in names))
-        self.root, self._names = root, np.frombuffer(data, np.uint8)
+    def __init__(self, root: str, names: Iterable[str]):
+        """names: relative to `root`."""
+        self.root, self._names = root, np.frombuffer(os.fsencode("".join(f"{name}\0" for name in names)), np.uint8)
         self._ends = np.flatnonzero(self._names == 0)
 
     def names(self) -> list[str]:
@@ -39,14 +38,11 @@ class PathArray(Sequence):
 
     def __getitem__(self, index):
         if not isinstance(index, (int, np.integer)):
-            names = self._names.tobytes().split(b"\0")
-            return PathArray(self.root, b"".join(names[i] + b"\0" for i in np.arange(len(self))[index]))
+            names = self.names()
+            return PathArray(self.root, (names[i] for i in np.arange(len(self))[index]))
         index = range(len(self))[index]  # counts negative ones from the end
         start = self._ends[index - 1] + 1 if index else 0
         return self.root + os.fsdecode(self._names[start : self._ends[index]].tobytes())
-
-    def __iter__(self) -> Iterator[str]:
-        return (self.root + name for name in self.names())
 
 
 class ImageFolder(NamedTuple):
@@ -88,32 +84,25 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
     directory = Path(directory)
     if not is_folder(directory):
         raise UsageError(f"{directory}: no such directory; it must hold one folder of images per class")
-    folders, files = scan_folder(directory)
-    classes, beside = sorted(folders), sorted(name for name in files if name.lower().endswith(IMG_EXTENSIONS))
+    folders, images = scan_folder(directory)
+    classes, beside = sorted(folders), sorted(images)
     if beside and classes:
-        raise UsageError(
-            f"{directory}: it has {len(classes)} class folders and, beside them, images: {_count_and_first(beside)};"
-            " move these into their class folders, or away"
-        )
+        names = _count_and_first(beside)
+        raise UsageError(f"{directory}: it has images beside its class folders: {names}; move them into these, or away")
     root = str(directory / "_").removesuffix("_")
     if beside and flat:
         return ImageFolder(PathArray(root, beside), np.zeros(len(beside), np.int32), [FLAT])
     if not classes:
-        found = f", only {len(beside)} images; labels are needed here: make one folder of images per class"
-        raise UsageError(f"{directory}: it has no class folders{found if beside else ''}")
-    listed, names, counts = {}, [], []
+        only = f", only {len(beside)} images; labels are needed here: make one folder of images per class"
+        raise UsageError(f"{directory}: it has no class folders{only if beside else ''}")
+    listed = {}
     _list_once(directory, os.path.realpath(directory), listed)
-    for name in classes:
-        images = images_in(root + name, listed)
-        names.append(os.fsencode("".join(f"{name}/{image}\0" for image in images)))
-        counts.append(len(images))
-    empty = [name for name, count in zip(classes, counts) if not count]
-    if empty:
-        raise UsageError(
-            f"{directory}: no image in {_count_and_first(empty)}; remove the empty class folders or fill them"
-        )
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), counts)
-    return ImageFolder(PathArray(root, b"".join(names)), labels, classes)
+    found = {name: images_in(root + name, listed) for name in classes}
+    if empty := [name for name in classes if not found[name]]:
+        raise UsageError(f"{directory}: no image in {_count_and_first(empty)}; remove or fill these class folders")
+    paths = PathArray(root, (f"{name}/{image}" for name in classes for image in found[name]))
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), list(map(len, found.values())))
+    return ImageFolder(paths, labels, classes)
 
 
 def class_folders(folder: str | Path) -> list[str]:
@@ -133,8 +122,8 @@ def images_in(class_folder: str | Path, listed: dict[str, str] | None = None) ->
         below, real = waiting.pop()
         folder = os.path.join(class_folder, below).removesuffix("/")
         _list_once(folder, real, listed)
-        folders, files = scan_folder(folder)
-        images += [below + name for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        folders, names = scan_folder(folder)
+        images += [below + name for name in names]
         for name in folders:
             path = os.path.join(folder, name)  # realpath looks at every folder above, so only for links
             inner = os.path.realpath(path) if os.path.islink(path) else os.path.join(real, name)
@@ -143,12 +132,12 @@ def images_in(class_folder: str | Path, listed: dict[str, str] | None = None) ->
 
 
 def scan_folder(folder: str | Path) -> tuple[list[str], list[str]]:
-    """The names of a folder's subfolders and of its regular files; follows links, skips hidden entries and NOT_DATA.
+    """The names of a folder's subfolders and of its images; follows links, skips hidden entries and NOT_DATA.
 
     Makes no system call per entry, except for links. Raises UsageError if something cannot be read or a link leads
     nowhere.
     """
-    folders, files = [], []
+    folders, images = [], []
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -156,14 +145,14 @@ def scan_folder(folder: str | Path) -> tuple[list[str], list[str]]:
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif entry.is_file():
-                    files.append(entry.name)
+                elif entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
+                    images.append(entry.name)
                 elif entry.is_symlink():
                     os.stat(entry.path)  # raises an error if it leads nowhere
         os.stat(os.path.join(folder, "."))  # raises an error if the files in it cannot be opened
     except OSError as error:
         raise _unreadable(error.filename or folder, error) from error
-    return folders, files
+    return folders, images
 
 
 def is_folder(path: str | Path) -> bool:
@@ -182,10 +171,7 @@ def _list_once(folder: str | Path, real: str, listed: dict[str, str]) -> None:
     listed: {real path of a listed folder or of one above it: the path by which it was reached}; the folder is added.
     """
     if real in listed:
-        raise UsageError(
-            f"{folder}: a link makes images count twice: {real} is or holds what is listed as {listed[real]}; remove"
-            " the link"
-        )
+        raise UsageError(f"{folder}: a link makes the images of {listed[real]} count twice; remove the link")
     while real not in listed:
         listed[real] = str(folder)
         real = os.path.dirname(real)
@@ -198,9 +184,9 @@ def _unreadable(path: str | Path, error: Exception) -> UsageError:
     return UsageError(f"{path}: cannot be read ({reason}); nothing may be missing from a listing")
 
 
-def _count_and_first(names: Sequence[str], count: int = 5) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    text = f"{len(names)}: {', '.join(names[:count])}{more}"
+def _count_and_first(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    text = f"{len(names)}: {', '.join(names[:5])}{more}"
     return text.encode(errors="backslashreplace").decode()  # names need not be UTF-8, what is printed must
 
 
@@ -222,35 +208,23 @@ def photo_root(texture_root: str) -> Path:
     root = Path(os.path.normpath(texture_root))
     if not root.name.endswith("-texture"):
         raise UsageError(
-            f"{texture_root}: with --robust texture, DIR is the texture data set, and its name ends in -texture,"
-            f" for example {root}-texture beside {root}"
+            f"{root}: a texture data set's name ends in -texture, for example {root}-texture beside {root}"
         )
     return root.with_name(root.name.removesuffix("-texture"))
 
 
 def list_training_images(data: str, with_textures: bool = False) -> TrainingImages:
-    """The training images of the data set `data`; with textures, `data` is the texture data set."""
-    if with_textures:
-        return list_texture_pairs(data)
-    paths, labels, classes = list_images(split_path(data, "train"), flat=True)
-    return TrainingImages(paths, None, labels, classes)
+    """The training images of the data set `data`; with textures, the pairs of `data`, X-texture, and X.
 
-
-def count_classes(data: str, classes: Sequence[str]) -> str:
-    """The number of classes of the training images of `data`, and that they lie in no class folders, if so."""
-    if list(classes) == [FLAT] and not os.path.isdir(os.path.join(data, "train", FLAT)):
-        return "1 class, as there are no class folders"
-    return f"{len(classes)} classes"
-
-
-def list_texture_pairs(data: str) -> TrainingImages:
-    """The pairs of X-texture/train and X/train, where a texture has the relative path of its photo, suffix aside.
-
-    Photos without a texture are left out and counted in `unmatched`: an unreadable photo never gets a texture.
-    Raises UsageError if X is missing, or if textures have no photo (their number and the first five).
+    A texture has the relative path of its photo, suffix aside. Photos without a texture are left out and counted in
+    `unmatched`: an unreadable photo never gets a texture. Raises UsageError if X is missing, or if textures have no
+    photo (their number and the first five).
     """
-    roots = (data, str(photo_root(data)))
-    textures, photos = (list_images(split_path(root, "train"), flat=True) for root in roots)
+    photo_data = str(photo_root(data)) if with_textures else data
+    photos = list_images(split_path(photo_data, "train"), flat=True)
+    if not with_textures:
+        return TrainingImages(photos.paths, None, photos.labels, photos.classes)
+    textures = list_images(split_path(data, "train"), flat=True)
     texture_of, photo_of = _index_by_stem(textures.paths), _index_by_stem(photos.paths)
     without_photo = [index for stem, index in texture_of.items() if stem not in photo_of]
     without_texture = [index for stem, index in photo_of.items() if stem not in texture_of]
@@ -268,15 +242,20 @@ def list_texture_pairs(data: str) -> TrainingImages:
     )
 
 
+def count_classes(data: str, classes: Sequence[str]) -> str:
+    """The number of classes of the training images of `data`, and whether they lie in no class folders."""
+    if list(classes) == [FLAT] and not os.path.isdir(os.path.join(data, "train", FLAT)):
+        return "1 class, as there are no class folders"
+    return f"{len(classes)} classes"
+
+
 def _index_by_stem(paths: PathArray) -> dict[str, int]:
     """{path relative to the root, without its suffix: index}. Raises UsageError for two images of one stem."""
     index_of = {name[: name.rindex(".")]: index for index, name in enumerate(paths.names())}
     if len(index_of) < len(paths):
         twins = sorted(set(range(len(paths))).difference(index_of.values()))
-        raise UsageError(
-            f"{paths.root}: images with the same name but different suffixes (a.jpg, a.png), so photo and texture"
-            f" cannot be paired: {_count_and_first(paths[twins])}; remove them"
-        )
+        names = _count_and_first(paths[twins])
+        raise UsageError(f"{paths.root}: images with the name of another but for the suffix: {names}; remove them")
     return index_of
 
 
@@ -288,8 +267,6 @@ def read_class_list(path: str | Path) -> list[str]:
 
     Raises UsageError if it is missing, not text, empty, or names a class twice.
     """
-    if not os.path.isfile(path):
-        raise UsageError(f"--classes {path}: no such file")
     try:
         data = Path(path).read_bytes()
         text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")

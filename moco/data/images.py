@@ -16,8 +16,7 @@ from moco.data.rgb import check_resizable, to_rgb
 from moco.errors import RunError
 
 RETRY_SECONDS = 0.1  # a file on a network drive may be readable a moment later
-MAX_WAITING = 0.005  # share of a process's time that waiting in vain may take: thousands of bad files cost no time
-NO_FAST_JPEG = "this torchvision has no JPEG decoder (torchvision.io.decode_jpeg): PIL reads the JPEGs, which is slower"
+MAX_WAITS = 100  # in vain, of a process: thousands of bad files must not cost a wait each
 
 
 class BadImage(RunError):
@@ -71,14 +70,13 @@ def _decode(image: Image.Image, data: bytes) -> torch.Tensor:
     return TF.pil_to_tensor(to_rgb(image))
 
 
-_started, _vain_waits = time.monotonic(), 0  # of this process: since when it reads, and how often waiting did not help
+_bad_files = set()  # that this process could not read
 
 
 def _read(path: str | Path, decode: Callable):
     """decode(image, data) of a file. If that fails, a second attempt, unless the file still holds the same data."""
-    global _vain_waits
-    data, waited = None, False
-    for attempt in (1, 2):
+    data, waits = None, path not in _bad_files and len(_bad_files) < MAX_WAITS
+    for pause in (waits * RETRY_SECONDS, 0):
         try:
             before, data = data, Path(path).read_bytes()
             if data == before:  # damaged, and not just late
@@ -89,8 +87,6 @@ def _read(path: str | Path, decode: Callable):
                     return decode(image, data)
         except Exception as error:  # damaged data make decoders raise nearly anything, struct.error and SyntaxError too
             cause = error
-            if attempt == 1 and _vain_waits * RETRY_SECONDS <= MAX_WAITING * (time.monotonic() - _started):
-                waited = True
-                time.sleep(RETRY_SECONDS)
-    _vain_waits += waited
+            time.sleep(pause)
+    _bad_files.add(path)
     raise BadImage(str(path), f"{type(cause).__name__}: {cause}".replace("\n", " ")) from cause

@@ -31,10 +31,8 @@ class GlobalBatchSampler(Sampler):
         self.epoch = self.first_step = 0
         self.global_batch_size = batch_size * ctx.world_size
         if num_images < self.global_batch_size:
-            raise UsageError(
-                f"--batch-size: {num_images} training images do not fill one batch of {self.global_batch_size}"
-                " (all nodes); use a smaller batch"
-            )
+            batch = f"one batch of {self.global_batch_size} (all nodes)"
+            raise UsageError(f"--batch-size: {num_images} training images do not fill {batch}; use a smaller batch")
 
     def __len__(self) -> int:
         return self.num_images // self.global_batch_size
@@ -87,10 +85,8 @@ class WorkerLoader(DataLoader):
         except RuntimeError as error:
             if "DataLoader timed out" not in str(error):  # PyTorch has no type for it
                 raise
-            raise RunError(
-                f"no batch for {self.timeout} s: the data's file system does not answer, or the loading processes were"
-                " stopped; continue with --resume auto once the files can be read"
-            ) from error
+            reason = "the data's file system does not answer, or the loading processes were stopped"
+            raise RunError(f"no batch for {self.timeout} s: {reason}; continue with --resume auto") from error
 
 
 def _start_worker(worker_id: int) -> None:
@@ -101,7 +97,7 @@ def _start_worker(worker_id: int) -> None:
 @functools.cache
 def _tell_slow_decoding() -> None:
     if distributed.is_main() and not images.has_fast_jpeg():
-        print(images.NO_FAST_JPEG, file=sys.stderr, flush=True)
+        print("torchvision has no decode_jpeg here: PIL reads the JPEGs, which is slower", file=sys.stderr, flush=True)
 
 
 def train_loader(dataset: Dataset, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:

@@ -9,10 +9,11 @@ import os
 
 os.environ.update(OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1")
 
+import functools
 import statistics
 import sys
 import tempfile
-import time
+import timeit
 from pathlib import Path
 
 import torch
@@ -24,12 +25,7 @@ from moco.encoders import build_encoder
 from moco.evaluation import classifier, scores, testsets
 
 BATCH, SIZE = 32, 224
-
-
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+seconds = functools.partial(timeit.timeit, number=1)
 
 
 def main():

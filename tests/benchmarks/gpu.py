@@ -34,12 +34,12 @@ from tests.benchmarks.ours import row
 KINDS = [("fp32", False), ("bf16", False), ("bf16", True)]  # precision, whether compiled
 FULL = {
     "arch": "resnet50", "size": plain.SIZE, "patches": plain.PATCH_SIDES, "K": plain.K, "batches": (256, 32),
-    "photos": 512, "links": 32, "workers": (4, 8, 16), "steps": 20, "kinds": KINDS,
+    "photos": 512, "links": 32, "workers": (4, 8, 16), "steps": 20, "kinds": KINDS, "plain": "resnet50",
 }  # fmt: skip
 SHORT = FULL | {"batches": (256,), "links": 16, "workers": (16,)}
 TINY = {
     "arch": "resnet10", "size": 32, "patches": (4, 12), "K": 64, "batches": (8,), "photos": 4, "links": 4,
-    "workers": (1,), "steps": 2, "kinds": KINDS[:2],
+    "workers": (1,), "steps": 2, "kinds": KINDS[:2], "plain": "resnet18",  # it knows torchvision's networks only
 }  # fmt: skip
 
 
@@ -86,11 +86,12 @@ def finish(device):
 def write_photos(folder, count):
     """JPEGs of 500×375 px that are about as large as ImageNet's, 110 KB."""
     rng = np.random.default_rng(0)
+    folder.mkdir()
     for i in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8)).resize((500, 375), Image.BICUBIC)
         noise = rng.integers(-16, 17, (375, 500, 3))
-        photo = Image.fromarray((np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8))
-        photo.save(Path(folder, f"{i}.jpg"), quality=90)
+        photo = (np.asarray(coarse) + noise).clip(0, 255).astype(np.uint8)
+        Image.fromarray(photo).save(folder / f"{i}.jpg", quality=90)
 
 
 def script(case, folder, batch_size, precision, compiled, workers):
@@ -145,7 +146,7 @@ def speeds(case, folder, device):
     row("---", "---", "---", "---", "---", "---")
     workers = max(case["workers"])
     for batch_size in case["batches"]:
-        baseline = float(ours.run("tests/benchmarks/plain.py", case["arch_plain"], batch_size, workers, 1, folder))
+        baseline = float(ours.run("tests/benchmarks/plain.py", case["plain"], batch_size, workers, 1, folder))
         for precision, compiled in case["kinds"]:
             limit = Training(case, precision, compiled, device).images_per_s(batch_size)
             speed, share = script(case, folder, batch_size, precision, compiled, workers)
@@ -172,8 +173,7 @@ def main():
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.tiny:
         raise SystemExit("there is no CUDA GPU; --tiny tries this script on the CPU")
-    case = {**(TINY if args.tiny else SHORT if args.short else FULL)}
-    case["arch_plain"] = "resnet18" if args.tiny else case["arch"]  # plain knows torchvision's networks only
+    case = TINY if args.tiny else SHORT if args.short else FULL
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     configure_device(device, strict_fp32=False, deterministic=False)
     describe(device, sys.argv[1:])
@@ -186,7 +186,6 @@ def main():
         if args.photos:
             shutil.copytree(args.photos, photos)
         else:
-            photos.mkdir()
             write_photos(photos, case["photos"])
         for link in range(case["links"]):  # hard links: the script refuses symbolic ones to the same files
             shutil.copytree(photos, data / "train" / f"n{link}", copy_function=os.link)

@@ -81,9 +81,8 @@ class Trainer:
         self.key_encoder.load_state_dict(self.query_encoder.state_dict())
         self.queue = F.normalize(torch.randn(128, K, device=device), dim=0)
         self.position = 0
-        self.optimizer = torch.optim.SGD(
-            self.query_encoder.parameters(), 0.03, momentum=0.9, weight_decay=1e-4, foreach=False
-        )
+        settings = {"momentum": 0.9, "weight_decay": 1e-4, "foreach": False}
+        self.optimizer = torch.optim.SGD(self.query_encoder.parameters(), 0.03, **settings)
 
     def step(self, query, key, negative):
         q = F.normalize(self.query_encoder(query), dim=1)
@@ -92,17 +91,10 @@ class Trainer:
                 slow.data = slow.data * M + fast.data * (1 - M)
             k = F.normalize(self.key_encoder(key), dim=1)
             t = F.normalize(self.key_encoder(negative), dim=1)
-        logits = (
-            torch.cat(
-                [
-                    torch.einsum("nc,nc->n", q, k).unsqueeze(1),
-                    torch.einsum("nc,ck->nk", q, self.queue.clone()),
-                    ALPHA * torch.einsum("nc,nc->n", q, t).unsqueeze(1),
-                ],
-                dim=1,
-            )
-            / T
-        )
+        positives = torch.einsum("nc,nc->n", q, k).unsqueeze(1)
+        negatives = torch.einsum("nc,ck->nk", q, self.queue.clone())
+        textures = ALPHA * torch.einsum("nc,nc->n", q, t).unsqueeze(1)
+        logits = torch.cat([positives, negatives, textures], dim=1) / T
         loss = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
         self.optimizer.zero_grad()
         loss.backward()

@@ -46,17 +46,15 @@ def plain_input(photos):
         pass
 
 
-def our_loader(photos):
+def our_loader(photos, prepare=lambda crops: None):
     dataset = RetryDataset(TwoCrops(photos, plain.SIZE), [0] * len(photos))
-    for _ in in_batches(dataset, [(i, i) for i in range(len(photos))]):
-        pass
+    for crops, _ in in_batches(dataset, [(i, i) for i in range(len(photos))]):
+        prepare(crops)
 
 
 def our_input(photos):
-    rng = np.random.default_rng(0)
-    dataset = RetryDataset(TwoCrops(photos, plain.SIZE), [0] * len(photos))
-    for crops, _ in in_batches(dataset, [(i, i) for i in range(len(photos))]):
-        views.training_views(crops, rng, recipe=augment.V2, robust="patch", num_nonsem=1, patch_ratio=plain.PATCH_SIDES)
+    options = {"recipe": augment.V2, "robust": "patch", "num_nonsem": 1, "patch_ratio": plain.PATCH_SIDES}
+    our_loader(photos, functools.partial(views.training_views, rng=np.random.default_rng(0), **options))
 
 
 class OurStep(ours.Training):
@@ -110,17 +108,15 @@ def _set_up(kind, threads):
 
 
 def medians(rounds, threads, **calls):
-    """{name: median seconds} of calls (kind, function, *arguments). They take turns, and the first turn warms up. Calls
-    of one kind share a process."""
+    """{name: median seconds} of calls (kind, function, *arguments). They take turns; a kind has its own process."""
+    times = {name: [] for name in calls}
     with contextlib.ExitStack() as stack:
-        processes = {
-            kind: stack.enter_context(own_process(kind, threads)) for kind in {call[0] for call in calls.values()}
-        }
-        times = [
-            {name: processes[kind].apply(seconds, call) for name, (kind, *call) in calls.items()}
-            for _ in range(rounds + 1)
-        ][1:]
-    return {name: statistics.median(turn[name] for turn in times) for name in calls}
+        kinds = {kind for kind, *_ in calls.values()}
+        processes = {kind: stack.enter_context(own_process(kind, threads)) for kind in kinds}
+        for _ in range(rounds + 1):
+            for name, (kind, *call) in calls.items():
+                times[name].append(processes[kind].apply(seconds, call))
+    return {name: statistics.median(values[1:]) for name, values in times.items()}  # the first turn warms up
 
 
 def peak_memory(kind, function, photos):

@@ -50,12 +50,8 @@ def observe(pid):
     """(name, resident kB, file descriptors, threads) of a process; None once it is gone."""
     try:
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-        return (
-            status["Name"].strip(),
-            int(status["VmRSS"].split()[0]),
-            len(os.listdir(f"/proc/{pid}/fd")),
-            int(status["Threads"]),
-        )
+        memory, files = int(status["VmRSS"].split()[0]), len(os.listdir(f"/proc/{pid}/fd"))
+        return status["Name"].strip(), memory, files, int(status["Threads"])
     except (FileNotFoundError, KeyError, ProcessLookupError):
         return None
 
@@ -65,12 +61,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         write_data(folder)
         command = f"{COMMAND} --ckpt_path {folder}/run {folder}"
-        run = subprocess.Popen(
-            [sys.executable, *shlex.split(command)],
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-        )
+        command, environment = [sys.executable, *shlex.split(command)], {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
         log, seen, epochs = Path(folder, "run", "log.jsonl"), {}, []
         while not log.exists() or not log.read_text():  # imports and the first epoch are not part of it
             time.sleep(0.5)
@@ -98,27 +90,19 @@ def report(seen, epochs):
     for pid, observations in seen.items():
         if len(observations) < longest / 2:  # the ps of this script, knn's loading processes
             continue
-        names, memory, descriptors, threads = zip(*observations)
-        quarter = len(memory) // 4
-        before, after = (statistics.mean(memory[part * quarter : (part + 1) * quarter]) / 1024 for part in (1, 3))
-        counts = [set(values[quarter : 2 * quarter]) | set(values[3 * quarter :]) for values in (descriptors, threads)]
-        ends = [
-            statistics.mode(values[quarter : 2 * quarter]) == statistics.mode(values[3 * quarter :])
-            for values in (descriptors, threads)
-        ]
-        good &= after < 1.02 * before and all(ends)
-        print(
-            f"| {names[0]} {pid} | {before:.1f} | {after:.1f} | {after / before - 1:+.2%} |"
-            f" {min(counts[0])}–{max(counts[0])} | {min(counts[1])}–{max(counts[1])} |"
-        )
+        quarter, (names, memory, *counted) = len(observations) // 4, zip(*observations)
+        second, last = slice(quarter, 2 * quarter), slice(3 * quarter, None)
+        before, after = (statistics.mean(memory[part]) / 1024 for part in (second, last))
+        counts = [f"{min(values[quarter:])}–{max(values[quarter:])}" for values in counted]
+        same = all(statistics.mode(values[second]) == statistics.mode(values[last]) for values in counted)
+        good &= after < 1.02 * before and same
+        change = f"{after / before - 1:+.2%}"
+        print("|", " | ".join([f"{names[0]} {pid}", f"{before:.1f}", f"{after:.1f}", change, *counts]), "|")
     tenth = len(epochs) // 10
-    first, last = (
-        (part[-1][1] - part[0][1]) / (part[-1][0] - part[0][0]) for part in (epochs[:tenth], epochs[-tenth:])
-    )
-    print(
-        f"\n{epochs[-1][1]} epochs; per second {first:.2f} in the first tenth, {last:.2f} in the last,"
-        f" {last / first:.3f} times"
-    )
+    times, counts = zip(*epochs)
+    first = (counts[tenth] - counts[0]) / (times[tenth] - times[0])
+    last = (counts[-1] - counts[-tenth]) / (times[-1] - times[-tenth])
+    print(f"\n{counts[-1]} epochs; per second {first:.2f} in the first tenth, {last:.2f} in the last")
     return good and last > 0.9 * first
 
 

@@ -44,14 +44,14 @@ options.workers_per_rank = lambda total, ranks: -(-total // ranks)
 """
 
 
-def write_links(root: Path, files: int = FILES, classes: int = CLASSES) -> None:
+def write_links(root: Path) -> None:
     """The layout and the lengths of the names of ImageNet."""
     Image.new("RGB", (40, 32), "gray").save(root / "photo.JPEG")
-    for label in range(classes):
+    for label in range(CLASSES):
         name = f"n{1440764 + 7 * label:08d}"
         (root / "train" / name).mkdir(parents=True)
-        for i in range(label, files, classes):
-            os.link(root / "photo.JPEG", root / "train" / name / f"{name}_{i // classes * 13}.JPEG")
+        for i in range(-(-(FILES - label) // CLASSES)):
+            os.link(root / "photo.JPEG", root / "train" / name / f"{name}_{i * 13}.JPEG")
 
 
 class Lookup(torch.utils.data.Dataset):

@@ -109,6 +109,7 @@ def windows():
 
 
 SETTINGS = {
+    "fork server": lambda: multiprocessing.set_start_method("forkserver", force=True),
     "impatient": sets("moco.processes.launch", JOIN_SECONDS=3, COLLECTIVE_SECONDS=3),
     "impatient for batches": sets("moco.data.loader", DATA_SECONDS=2),
     "workers as asked": sets("moco.options", workers_per_rank=lambda total, ranks: -(-total // ranks)),  # on any cores

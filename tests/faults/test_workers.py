@@ -8,15 +8,6 @@ import pytest
 from helpers import FAULTS, PRETRAIN, alive, assert_one_line, completed, ended, started, wait_for
 
 pytestmark = pytest.mark.slow
-# A run whose default start method is Python 3.14's:  forked.py SCRIPT ARGUMENT…
-FORKSERVER_FORCED = """
-import multiprocessing, os, runpy, sys
-sys.path.insert(0, os.getcwd())
-if __name__ == "__main__":
-    multiprocessing.set_start_method("forkserver", force=True)
-    sys.argv.pop(0)
-    runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def workers(process):
@@ -26,9 +17,8 @@ def workers(process):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_while_workers_start_costs_no_step(whole, tmp_path, signum):
-    """The signal goes to all processes, as Slurm and torchrun send it."""
-    (tmp_path / "forked.py").write_text(FORKSERVER_FORCED)
-    process = started(tmp_path / "forked.py", *whole.command(PRETRAIN, tmp_path / "run", "--epochs", 1000))
+    """The signal goes to all processes, as Slurm and torchrun send it; the start method is Python 3.14's."""
+    process = started(FAULTS, "fork server", *whole.command(PRETRAIN, tmp_path / "run", "--epochs", 1000))
     wait_for(process, "starting at epoch 0")
     os.killpg(process.pid, signum)
     code, out, err = ended(process)

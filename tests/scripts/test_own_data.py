@@ -8,11 +8,10 @@ import sys
 import textwrap
 
 import pytest
-from helpers import ENVIRONMENT, REPOSITORY, write_photo
+from helpers import ENVIRONMENT, REPOSITORY, write_folder, write_photo
 
 PAGE = (REPOSITORY / "docs" / "own-data.md").read_text()
 LEFT_OUT = ("pip install", "torchvision_folders.py", "corruptions.py")  # the data are written here
-CORRUPTIONS = {"fog": 1, "snow": 5}
 
 
 def commands():
@@ -25,15 +24,10 @@ def commands():
 
 def write_images(root):
     """As the steps that are left out write them, of ten classes."""
-    for split, count in (("train", 26), ("val", 3)):
+    write_folder(root / "fashion", [f"c{label}" for label in range(10)], train=26, suffix=".png")
+    for folder in ("fog/1", "snow/5"):
         for label in range(10):
-            for index in range(count):
-                path = root / "fashion" / split / f"c{label}" / f"{index}.png"
-                write_photo(path, (28, 28), seed=100 * label + index)
-    for name, severity in CORRUPTIONS.items():
-        for label in range(10):
-            path = root / "fashion-c" / name / str(severity) / f"c{label}" / "0.png"
-            write_photo(path, (32, 32), seed=label)
+            write_photo(root / "fashion-c" / folder / f"c{label}" / "0.png", (32, 32), seed=label)
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
 """Global batches, every image once in evaluation, loading processes, and prefetching on a simulated GPU."""
 
-import contextlib
+import functools
 import multiprocessing
 import os
 import signal
 import time
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ def test_any_number_of_ranks_sees_the_same_global_batches():
         assert len(list(alone)) == len(alone) == 3
         indices = [index for batch in alone for index, _ in batch]
         assert len(set(indices)) == 24
+        assert ranks[1].global_batch(2) == indices[16:]
     first = list(alone)
     alone.epoch = 0
     assert list(alone) != first
@@ -37,14 +39,6 @@ def test_a_resumed_epoch_continues_with_the_same_batches():
     whole = list(sampler)
     sampler.first_step = 1
     assert list(sampler) == whole[1:] and len(whole) == 3
-
-
-def test_the_global_batch_of_a_step_is_that_of_all_ranks():
-    ranks = [loader.GlobalBatchSampler(30, 4, seed=3, ctx=DistContext(rank, 2)) for rank in range(2)]
-    for sampler in ranks:
-        sampler.epoch = 1
-    indices = [index for sampler in ranks for index, _ in list(sampler)[2]]
-    assert ranks[1].global_batch(2) == indices
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there may be cores
@@ -87,18 +81,13 @@ class Described(torch.utils.data.Dataset):
         return index, os.getpid(), os.getppid()
 
 
-@pytest.fixture
-def forkserver():
+def test_workers_are_forked_whatever_the_default_and_persist():
+    """New ones, forked while a thread of the last pass is ending, can hang in CPython."""
     before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method("forkserver", force=True)
-    yield
-    multiprocessing.set_start_method(before, force=True)
-
-
-def test_workers_are_forked_whatever_the_default_and_persist(forkserver):
-    """New ones, forked while a thread of the last pass is ending, can hang in CPython."""
     batches = loader.eval_loader([Described(), Described()], 4, 1, DistContext())
     passes = [list(batches) for _ in range(3)]
+    multiprocessing.set_start_method(before, force=True)
     assert all(set(parents.tolist()) == {os.getpid()} for batches in passes for _, _, parents in batches)
     assert len({process for batches in passes for _, processes, _ in batches for process in processes.tolist()}) == 1
     # no batch of two sets
@@ -154,68 +143,30 @@ def test_an_unreadable_test_image_is_named_whatever_process_reads_it(tmp_path, w
 # Prefetching
 
 
-def test_prefetching_yields_the_prepared_batches_in_order():
-    batches = [("a", []), ("b", [("x.png", "empty")])]
-    prepared = loader.prefetch(batches, lambda batch, step: (batch, step), torch.device("cpu"), first_step=5)
-    assert list(prepared) == [(("a", 5), []), (("b", 6), [("x.png", "empty")])]
+def test_all_epochs_share_one_side_stream_per_device(monkeypatch):
+    monkeypatch.setattr(torch, "cuda", cuda := MagicMock())
+    monkeypatch.setattr(loader, "_side_stream", functools.cache(loader._side_stream.__wrapped__))
+    training, side = cuda.current_stream.return_value, cuda.stream.return_value
 
+    def on_side_stream():
+        return side.__enter__.call_count - side.__exit__.call_count == 1
 
-class Stream:
-    made = 0
+    def prepare(batch, step):
+        assert on_side_stream()
+        return [MagicMock()]
 
-    def __init__(self, device):
-        Stream.made += 1
-        self.device, self.waited = device, 0
-
-    def wait_stream(self, other):
-        self.waited += 1
-
-
-class Prepared:
-    """A tensor that notes which streams use it."""
-
-    def __init__(self, stream):
-        self.made_on, self.used_on = stream, []
-
-    def record_stream(self, stream):
-        self.used_on.append(stream)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """{what happens: on which stream}"""
-    current = {"stream": "training"}
-
-    @contextlib.contextmanager
-    def on(stream):
-        before, current["stream"] = current["stream"], stream
-        yield
-        current["stream"] = before
-
-    training = Stream("cuda")
-    Stream.made = 0
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: training)
-    loader._side_stream.cache_clear()
-    yield current, training
-    loader._side_stream.cache_clear()
-
-
-def test_all_epochs_share_one_side_stream_per_device(gpu):
-    current, training = gpu
     for device in (torch.device("cuda", 0), torch.device("cuda", 0), torch.device("cuda", 1)):
         for _ in range(3):
-            batches = loader.prefetch([("a", []), ("b", [])], lambda *_: [Prepared(current["stream"])], device)
-            for (tensor,), _ in batches:
-                assert tensor.made_on is loader._side_stream(device) and tensor.used_on == [training]
-                assert current["stream"] == "training"  # while the step runs
-    assert Stream.made == 2 and training.waited == 18  # before each step
+            for (tensor,), _ in loader.prefetch([("a", []), ("b", [])], prepare, device):
+                tensor.record_stream.assert_called_once_with(training)
+                assert not on_side_stream()  # while the step runs
+    assert cuda.Stream.call_count == 2 and training.wait_stream.call_count == 18  # before each step
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
-def test_without_cuda_no_stream_is_touched(monkeypatch, device):
+def test_without_cuda_batches_are_prepared_in_order_on_no_stream(monkeypatch, device):
     for name in ("Stream", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, None)
-    batches = loader.prefetch([("a", [])], lambda batch, step: (batch, step), torch.device(device))
-    assert list(batches) == [(("a", 0), [])]
+    batches = [("a", []), ("b", [("x.png", "empty")])]
+    prepared = loader.prefetch(batches, lambda batch, step: (batch, step), torch.device(device), first_step=5)
+    assert list(prepared) == [(("a", 5), []), (("b", 6), [("x.png", "empty")])]

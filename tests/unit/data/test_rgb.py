@@ -1,6 +1,7 @@
 """Values of images: 8-bit RGB from what each format declares, and a refusal where it declares nothing."""
 
 import io
+import struct
 import zlib
 
 import numpy as np
@@ -24,13 +25,10 @@ def png16(pixels):
     height, width, bands = pixels.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, {2: 4, 3: 2}[bands], 0, 0, 0])
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(map(png_chunk, chunks))
-
-
-def png_chunk(chunk):
-    kind, data = chunk
-    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+    data = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"):
+        data += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    return data
 
 
 def tiff12(values):
@@ -41,11 +39,8 @@ def tiff12(values):
     height, width = values.shape
     tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8 + 2 + 9 * 12 + 4), (277, 1)]
     tags += [(278, height), (279, len(data))]
-    entries = b"".join(
-        tag.to_bytes(2, "little") + (4).to_bytes(2, "little") + (1).to_bytes(4, "little") + value.to_bytes(4, "little")
-        for tag, value in tags
-    )
-    return b"II*\0" + (8).to_bytes(4, "little") + len(tags).to_bytes(2, "little") + entries + bytes(4) + data
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<4sIH", b"II*\0", 8, len(tags)) + entries + bytes(4) + data
 
 
 SCALED = {
@@ -63,20 +58,13 @@ SCALED = {
 }
 UNKNOWN = {
     "floats of 0 to 1": (encoded(RAMP.astype(np.float32) / 65535, "TIFF"), "floats"),
-    "floats of 0 to 255": (encoded(RAMP.astype(np.float32) / 257, "TIFF"), "floats"),
     "int32 of 0 to 255": (encoded(EXPECTED.astype(np.int32), "TIFF"), "signed"),
     "uint32": (encoded(EXPECTED.astype(np.int32), "TIFF", tiffinfo={339: 1}), "32-bit integers|signed"),
     "portable float map": (b"Pf\n8 8\n-1.0\n" + np.ones((8, 8), np.float32).tobytes(), "floats"),
     "12 bits in a 16-bit png": (encoded(RAMP >> 4, "PNG"), "reach only 4095 of 65535"),
-    "10 bits in a 16-bit tiff": (encoded(RAMP >> 6, "TIFF"), "reach only 1023 of 65535"),
     "8 bits in a 16-bit png": (encoded(RAMP >> 8, "PNG"), "reach only 255 of 65535"),
     "12 bits in a 16-bit pgm": (b"P5 8 8 65535\n" + (RAMP >> 4).astype(">u2").tobytes(), "reach only 4095"),
     "12 bits in a 16-bit RGB png": (png16(np.stack([RAMP >> 4] * 3, 2)), "a 16th of 65535"),
-    "8 bits in a 16-bit RGB png": (png16(np.stack([RAMP >> 8] * 3, 2)), "a 16th of 65535"),
-    "12 bits in a 16-bit RGB ppm": (
-        b"P6 8 8 65535\n" + np.stack([RAMP >> 4] * 3, 2).astype(">u2").tobytes(),
-        "a 16th of 65535",
-    ),
     "12 bits in gray with alpha": (png16(np.stack([RAMP >> 4, np.full_like(RAMP, 65535)], 2)), "a 16th of 65535"),
 }
 

@@ -1,3 +1,4 @@
+import itertools
 import sys
 from types import SimpleNamespace
 
@@ -25,13 +26,9 @@ def test_the_corruptions_are_those_of_the_evaluation():
 
 
 def test_each_image_has_a_seed_of_its_own():
-    seeds = {
-        corruptions.seed_of(seed, photo, name, severity)
-        for seed in (0, 1)
-        for photo in ("a/ü.JPEG", "a/\udcff.JPEG")
-        for name in corruptions.CORRUPTIONS
-        for severity in corruptions.SEVERITIES
-    }
+    photos = ("a/ü.JPEG", "a/\udcff.JPEG")  # names need not be UTF-8
+    images = itertools.product((0, 1), photos, corruptions.CORRUPTIONS, corruptions.SEVERITIES)
+    seeds = {corruptions.seed_of(*image) for image in images}
     assert len(seeds) == 2 * 2 * 19 * 5 and all(0 <= seed < 2**32 for seed in seeds)
 
 

@@ -75,19 +75,3 @@ def test_what_is_not_the_class_is_drawn_for_each_photo(name, tolerance):
         by_class.setdefault(scene.shape, []).append(np.mean(getattr(scene, name)))
     means = [np.mean(values) for values in by_class.values()]
     assert len(means) == 10 and max(means) - min(means) < 2 * tolerance
-
-
-def test_object_and_ground_differ_in_their_grey_level():
-    colours = [shapes.draw_colours(np.random.default_rng(number)) for number in range(200)]
-    assert all(colour.min() >= -0.1 and colour.max() <= 1.1 for pair in colours for colour in pair)
-    assert np.mean([abs(fill.mean() - ground.mean()) > 0.1 for fill, ground in colours]) > 0.9
-
-
-def test_hollow_photos_have_a_contour_that_can_be_seen():
-    photos = [shapes.scene_of(3, "train", number % 10, number) for number in range(60)]
-    hollow = [(scene, rng) for scene, rng in photos if scene.hollow]
-    assert hollow
-    for scene, rng in hollow:
-        contour = shapes.shrink(shapes.draw(scene.contours, scene.line))[..., 0] == 1
-        image = shapes.paint_photo(rng, scene)
-        assert abs(image[contour].mean() - image[~contour].mean()) > 0.04
