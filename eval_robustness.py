@@ -193,7 +193,7 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
 def main() -> None:
     args = parse_args()
     if args.list_released:
-        return print(released.listing()) if launch.is_main() else None
+        return print(released.listing()) if launch.is_main(args) else None
     rows, sets = parse_rows(args.pretrained), parse_sets(args.sets)
     validate_args(args, rows)
     models, pretraining, wnids, image_size = load_models(rows, args)
@@ -202,11 +202,11 @@ def main() -> None:
     directories |= {f"{testsets.FURTHER}/{name}": directory for name, directory in sets.items()}
     test_sets = testsets.list_test_sets(directories, wnids, args.limit)
     unknown = testsets.unknown_corruptions(args.corruption) if args.corruption else []
-    if unknown and launch.is_main():
+    if unknown and launch.is_main(args):
         print(f"not evaluated, since ImageNet-C has no such corruption: {', '.join(unknown)}", file=sys.stderr)
     result = results.new(rows, pretraining, wnids, image_size, args.limit)
     inputs = Inputs(models, wnids, image_size, test_sets, result, results.lock("--json", args.json))
-    if launch.is_main() and not args.dry_run:
+    if launch.is_main(args) and not args.dry_run:
         inputs.lock.acquire()  # before the file is read
     results.reuse_results(args.json, result, test_sets)
     if args.dry_run:

@@ -112,7 +112,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         options.check_file("--features", args.features, endings=(".npz",))
     options.check_epochs(args)
     local_world_size, world_size = launch.resolve_world_size(args)
-    launch.check_options(launch.devices_of(local_world_size, args.gpu), args.precision)
+    launch.check_precision(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
     train, val = list_data(args)
     batch_size = options.per_rank(args.batch_size, local_world_size)
@@ -392,7 +392,7 @@ def export_backbone(args: argparse.Namespace) -> None:
     weights, origin = find_backbone(args, pretrained)
     if args.dry_run:
         return options.print_dry_run(args, {"network": args.arch, "backbone": origin}, "nothing was written")
-    if launch.is_main():
+    if launch.is_main(args):
         checkpoint.save(args.export_backbone, weights)
         print(f"wrote {args.export_backbone}, a {args.arch}: {origin}")
 
@@ -406,7 +406,7 @@ def main() -> None:
     if args.dry_run:
         return options.print_dry_run(args, derived)
     worker = main_worker if trains(args) else evaluate_only
-    if trains(args) and launch.is_main():
+    if trains(args) and launch.is_main(args):
         options.print_config(args, derived, args.verbose)
         if not args.pretrained and not inputs.saved:
             print("no --pretrained: the backbone is random (a baseline)", flush=True)

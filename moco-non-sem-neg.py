@@ -116,7 +116,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         raise UsageError(refusal)
     options.check_epochs(args)
     local_world_size, world_size = launch.resolve_world_size(args)
-    launch.check_options(launch.devices_of(local_world_size, args.gpu), args.precision, args.compile)
+    launch.check_precision(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
     if args.preview:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
@@ -316,8 +316,8 @@ def main() -> None:
     if args.dry_run:
         return options.print_dry_run(args, derived)
     if args.preview:
-        return save_preview(args, inputs.train) if launch.is_main() else None
-    if launch.is_main():
+        return save_preview(args, inputs.train) if launch.is_main(args) else None
+    if launch.is_main(args):
         print_start(args, inputs, derived)
     # A node's --batch-size may differ, the images per step may not.
     agree = options.shared_options(args, [name for name in (*SAVED_OPTIONS, "knn_freq") if name != "batch_size"]) | {

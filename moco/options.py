@@ -149,7 +149,8 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rank", default=-1, type=int, metavar="R", help="this node's number, from 0")
     group.add_argument("--dist-url", default="tcp://224.66.41.62:23456", metavar="URL",
                        help="address of node 0; one node chooses a free port")
-    group.add_argument("--dist-backend", default="nccl", metavar="NAME", help="without a GPU always gloo")
+    group.add_argument("--dist-backend", default="nccl", choices=("nccl", "gloo"), metavar="NAME",
+                       help="nccl or gloo; without a GPU always gloo")
     group.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch
     group.add_argument("--gpu", default=None, type=nonnegative_int, metavar="N", help="the GPU of a single process")
 
@@ -219,7 +220,7 @@ def workers_per_rank(total: int, ranks: int) -> int:
 
 def print_dry_run(args: argparse.Namespace, derived: Mapping, done: str = "nothing was started") -> None:
     """Print the settings for --dry-run, once for all processes that a launcher started."""
-    if is_main():
+    if is_main(args):
         print_config(args, derived | {"dry run": done}, args.verbose)
 
 

@@ -60,9 +60,15 @@ def no_launcher(monkeypatch):
 
 
 @pytest.fixture
+def under(no_launcher, monkeypatch):
+    """Sets variables of a launcher."""
+    return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
+
+
+@pytest.fixture
 def handlers():
     """Handlers of signals that a test sets are taken back."""
-    before = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
+    before = {signum: signal.getsignal(signum) for signum in (*STOP_SIGNALS, signal.SIGCHLD)}
     yield
     for signum, handler in before.items():
         signal.signal(signum, handler)

@@ -133,14 +133,13 @@ def run_script(*arguments, launcher=(), env=None, check=True, timeout=300):
 
     Without a launcher it is forked from a process that has already imported PyTorch, which saves three seconds.
     """
-    command = [sys.executable, *launcher, *map(str, arguments)]
+    command, env = [sys.executable, *launcher, *map(str, arguments)], env or {}
     if launcher:
-        result = subprocess.run(
-            command, cwd=REPOSITORY, env={**ENVIRONMENT, **(env or {})}, capture_output=True, text=True, timeout=timeout
-        )
+        settings = {"cwd": REPOSITORY, "env": {**ENVIRONMENT, **env}, "text": True, "timeout": timeout}
+        result = subprocess.run(command, capture_output=True, **settings)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            process = FORKSERVER.Process(target=_script, args=(folder, command[1:], env or {}))
+            process = FORKSERVER.Process(target=_script, args=(folder, command[1:], env))
             process.start()
             process.join(timeout)
             assert process.exitcode is not None, f"{command} takes more than {timeout} s"
@@ -217,6 +216,10 @@ def alive(process):
             if process.token in (folder / "environ").read_bytes():  # empty, once it is a zombie
                 found.append(int(folder.name))
     return found
+
+
+def children(pid):
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def ended(process, timeout=120):

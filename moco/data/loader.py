@@ -69,7 +69,7 @@ class WorkerLoader(DataLoader):
             settings |= {
                 "multiprocessing_context": "spawn" if sys.platform == "darwin" else "fork",
                 "persistent_workers": True,
-                "worker_init_fn": functools.partial(_start_worker, signals.leave_signals_to_trainer()),
+                "worker_init_fn": _start_worker,
                 "timeout": DATA_SECONDS,
             }
         super().__init__(dataset, num_workers=workers, pin_memory=device.type == "cuda", **settings)
@@ -89,9 +89,9 @@ class WorkerLoader(DataLoader):
             raise RunError(f"no batch for {self.timeout} s: {reason}; continue with --resume auto") from error
 
 
-def _start_worker(leave_signals: Callable[[int], None], worker_id: int) -> None:
+def _start_worker(worker_id: int) -> None:
     signals.signal_when_parent_ends(signal.SIGKILL)  # the kernel ends it even if it is stopped
-    leave_signals(worker_id)
+    signals.leave_signals_to_trainer()
 
 
 @functools.cache

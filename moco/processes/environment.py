@@ -1,5 +1,6 @@
 """Rank of this process, from the variables that torchrun, srun or an operator has set. Imports no PyTorch."""
 
+import argparse
 import functools
 import os
 import re
@@ -9,7 +10,7 @@ from typing import NamedTuple
 TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 PORTS = range(15000, 30000)  # for rank 0 of a Slurm step: below those that the system gives to clients
 SHELL_STEPS = 0xFFFFFFF0  # Slurm's step numbers from here on are of batch and interactive shells
-_spawned_rank = 0  # on this node, in a process that `launch` started
+spawned_rank = 0  # set by `launch` in the processes that it starts: their rank on this node
 
 
 class Launched(NamedTuple):
@@ -28,7 +29,7 @@ class Launched(NamedTuple):
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun started this process; single variables of it may be left over in an environment."""
+    """Whether torchrun started this process; an environment may hold single variables of another's."""
     return "TORCHELASTIC_RUN_ID" in os.environ and all(os.environ.get(name, "").isdecimal() for name in TORCHRUN_RANKS)
 
 
@@ -55,20 +56,16 @@ def launched() -> Launched | None:
     else:
         return None
     if not found.rank < found.world_size or not found.local_rank < found.local_world_size:
-        raise ValueError(
-            f"{found.launcher}: rank {found.rank} of {found.world_size}, {found.local_rank} of"
-            f" {found.local_world_size} on this node: a rank must be below the number of processes"
-        )
+        ranks = f"rank {found.rank} of {found.world_size}, {found.local_rank} of {found.local_world_size} on this node"
+        raise ValueError(f"{found.launcher}: {ranks}: a rank must be below the number of processes")
     return found
 
 
 def _from_rank_variables() -> Launched:
     """PyTorch's convention, as Kubernetes operators follow it; a node's share defaults to Slurm's, or one process."""
-    local_rank, local_world_size = number("LOCAL_RANK", 0), number("LOCAL_WORLD_SIZE", 1)
-    if _in_slurm_step():
-        local_rank = number("LOCAL_RANK", number("SLURM_LOCALID"))
-        local_world_size = number("LOCAL_WORLD_SIZE", _slurm_tasks_per_node())
-    ranks = number("RANK"), number("WORLD_SIZE"), local_rank, local_world_size
+    local = (number("SLURM_LOCALID"), _slurm_tasks_per_node()) if _in_slurm_step() else (0, 1)
+    local = (number(name, default) for name, default in zip(("LOCAL_RANK", "LOCAL_WORLD_SIZE"), local))
+    ranks = number("RANK"), number("WORLD_SIZE"), *local
     return Launched("RANK and WORLD_SIZE", *ranks, text("MASTER_ADDR"), number("MASTER_PORT"))
 
 
@@ -122,24 +119,18 @@ def text(name: str) -> str:
     return os.environ[name]
 
 
-def set_spawned_rank(local_rank: int) -> None:
-    global _spawned_rank
-    _spawned_rank = local_rank
-
-
 def is_local_main() -> bool:
     """Whether this is the first process of its node. All of them find the same bad input; one reports it."""
-    return not _spawned_rank and _is_first("local_rank")
+    return not spawned_rank and _is_zero("local_rank")
 
 
-def is_main() -> bool:
-    """Whether this is the first process of those a launcher started; of use before they connect."""
-    return not _spawned_rank and _is_first("rank")
+def is_main(args: argparse.Namespace | None = None) -> bool:
+    """Whether this is the first process of its run, by a launcher or by --rank of `args`; works before they connect."""
+    return not spawned_rank and _is_zero("rank") and getattr(args, "rank", -1) < 1
 
 
-def _is_first(rank: str) -> bool:
+def _is_zero(rank: str) -> bool:
     try:
-        found = launched()
+        return getattr(launched(), rank, 0) == 0
     except ValueError:  # reported by each, since none knows which it is
         return True
-    return found is None or getattr(found, rank) == 0

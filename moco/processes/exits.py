@@ -5,53 +5,34 @@ a run has nothing left to do. A traceback is a bug of ours.
 """
 
 import contextlib
-import multiprocessing
 import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from moco.errors import Finished, PeerError, RunError, UsageError, one_line
 from moco.processes.environment import is_local_main, is_main
-from moco.processes.signals import end_with_parent
+from moco.processes.signals import end_with_parent, kill_loading
 
 LOADERS_END_SECONDS = 5  # for the loading processes, when a script ends
+PEER = "gloo.*(closed by peer|reset by peer|Broken pipe|Connection refused|[Tt]imed out|Timeout waiting)"
 # What errors of PyTorch and the system mean, by name or text, since PyTorch has few types. The first that fits counts.
-TRANSLATIONS = (
-    (
-        "connectFullMesh failed|Unable to find address for",
-        RunError,
-        "the processes cannot connect to each other over gloo ({reason}): set GLOO_SOCKET_IFNAME, and for NCCL"
-        " NCCL_SOCKET_IFNAME, on every node to the network interface that leads to the others (ip -brief address)",
-    ),
-    (
-        "gloo.*(closed by peer|reset by peer|Broken pipe|Connection refused|[Tt]imed out|Timeout waiting)",
-        PeerError,
-        "another process of this run has ended or does not answer ({reason}); see the first message of the others, then"
-        " {again}",
-    ),
-    (
-        "NCCL|^Dist",
-        RunError,
-        "the processes can no longer reach each other ({reason}); see the first message of the others, then {again}",
-    ),
-    (
-        "DataLoader worker|unable to .*shared memory|^(Connection|EOF)",
-        RunError,
-        "a data loading process has ended ({reason}); if memory ran out, use a smaller -j or --batch-size; if /dev/shm"
-        " is full, make it larger (docker: --shm-size) or use -j 0; then {again}",
-    ),
-    (
-        "can't allocate memory|^(OutOf)?Memory",
-        RunError,
-        "out of memory ({reason}); use a smaller --batch-size or --moco-k, or --precision bf16",
-    ),
-    ("^OSError", RunError, "{reason}; see that the disk is there and not full, then {again}"),
-)
+TRANSLATIONS = {
+    "connectFullMesh failed|Unable to find address for": "the processes cannot connect to each other over gloo"
+    " ({reason}): set GLOO_SOCKET_IFNAME, and for NCCL NCCL_SOCKET_IFNAME, to the network interface between the nodes",
+    PEER: "another process of this run has ended or does not answer ({reason}); see the first message of the others,"
+    " then {again}",
+    "NCCL|^Dist": "the processes can no longer reach each other ({reason}); see the first message of the others, then"
+    " {again}",
+    "DataLoader worker|unable to .*shared memory|^(Connection|EOF)": "a data loading process has ended ({reason}); use"
+    " a smaller -j or --batch-size if memory ran out, -j 0 or docker's --shm-size if /dev/shm is full; then {again}",
+    "can't allocate memory|^(OutOf)?Memory": "out of memory ({reason}); use a smaller --batch-size or --moco-k, or"
+    " --precision bf16",
+    "^OSError": "{reason}; see that the disk is there and not full, then {again}",
+}
 
 
 def cli_main(main: Callable[[], int | None], again: str = "continue with --resume auto") -> None:
@@ -59,15 +40,19 @@ def cli_main(main: Callable[[], int | None], again: str = "continue with --resum
 
     again: what the user does after an interruption that is not the input's fault.
     """
-    _repair_streams()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed; the next file would take its place
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        with contextlib.suppress(OSError, AttributeError):  # it writes what the stream still holds
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     end_with_parent()
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts changed it while they imported
     try:
         code = main() or 0
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BaseException as error:
-        _kill_loading()
+        kill_loading()
         code = _exit_code(error, again)
         if code is None:
             raise
@@ -82,18 +67,16 @@ def _exit_code(error: BaseException, again: str) -> int | str | None:
         _discard(sys.stdout)
         _discard(sys.stderr)
         return 128 + signal.SIGPIPE  # silent, like a program that SIGPIPE ends
-    if isinstance(error, Finished) and is_main():
-        print(error)
+    finished, interrupted = isinstance(error, Finished), isinstance(error, KeyboardInterrupt)
     try:
-        sys.stdout.flush()
+        print(f"{error}\n" if finished and is_main() else "", end="", flush=True)
     except OSError:  # no reader, or a full disk: Python would try again when it exits, and complain
         _discard(sys.stdout)
     if isinstance(error, SystemExit):
         return error.code or 0
-    if isinstance(error, Finished):
+    if finished:
         return 0
-    if isinstance(error, (UsageError, KeyboardInterrupt)):  # the same in all processes of a node
-        interrupted = isinstance(error, KeyboardInterrupt)
+    if isinstance(error, UsageError) or interrupted:  # the same in all processes of a node
         if is_local_main():
             _print_error(f"interrupted; {again}" if interrupted else str(error))
         return 128 + signal.SIGINT if interrupted else 2
@@ -110,29 +93,17 @@ def translate_error(error: BaseException, again: str = "continue with --resume a
     names = [base.__name__ for base in type(error).__mro__]
     text = " ".join(str(error).split())
     reason = (text if len(text) < 300 else f"{text[:150]} … {text[-150:]}") or names[0]
-    for pattern, kind, message in TRANSLATIONS:
+    for pattern, message in TRANSLATIONS.items():
         if any(re.search(pattern, each) for each in (text, *names)):
-            return kind(message.format(reason=reason, again=again))
+            return (PeerError if pattern == PEER else RunError)(message.format(reason=reason, again=again))
     return None
 
 
 def _print_error(message: str) -> None:
     try:
-        sys.stderr.write(one_line(f"{os.path.basename(sys.argv[0])}: error: {message}"))
-        sys.stderr.flush()
+        print(one_line(f"{os.path.basename(sys.argv[0])}: error: {message}"), end="", file=sys.stderr, flush=True)
     except OSError:  # its reader has ended
         _discard(sys.stderr)
-
-
-def _repair_streams() -> None:
-    """Discard output to a closed stdout or stderr, whose place the next file would take; escape odd characters."""
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            with contextlib.suppress(OSError):  # it writes what the stream still holds
-                getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def _discard(stream) -> None:
@@ -142,11 +113,8 @@ def _discard(stream) -> None:
 
 
 def _end_loading(code: int | str) -> None:
-    """End the loading processes, also stopped ones, for which Python would wait without a limit.
-
-    If one does not end, because it waits for a file system that does not answer, this process exits nevertheless.
-    """
-    loading = _kill_loading()
+    """Exit if a killed loading process does not end, because its file system does not answer: Python would wait."""
+    loading = kill_loading()
     deadline = time.monotonic() + LOADERS_END_SECONDS
     for process in loading:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -154,18 +122,9 @@ def _end_loading(code: int | str) -> None:
         exit_now(code if isinstance(code, int) else 1)
 
 
-def _kill_loading() -> list[multiprocessing.Process]:
-    loading = [process for process in multiprocessing.active_children() if process.daemon]
-    if loading and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error for each
-    for process in loading:
-        process.kill()
-    return loading
-
-
 def exit_now(code: int) -> NoReturn:
     """Exit without waiting for anything, the loading processes neither: they may never end."""
-    _kill_loading()
+    kill_loading()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()

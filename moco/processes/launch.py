@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -28,18 +27,14 @@ from moco.processes.exits import cli_main, translate_error
 from moco.processes.signals import STOP_SIGNALS, blocked, handle_stop_signals
 
 if sys.platform == "win32":  # before anything fails that is missing there
-    sys.stderr.write(
-        "error: native Windows has no POSIX signals and cannot run this script; use WSL"
-        " (https://learn.microsoft.com/windows/wsl/install), where everything is as on Linux\n"
-    )
+    print("error: native Windows has no POSIX signals; use WSL, where everything is as on Linux", file=sys.stderr)
     sys.exit(2)
 
-MULTICAST_DEFAULT = "tcp://224.66.41.62:23456"  # the published default; PyTorch no longer supports multicast
-OPTIONS = {  # of options.add_launch_options; a script may have only some of them
+DEFAULTS = {  # of options.add_launch_options; a script may have only some of them
     "multiprocessing_distributed": False,
     "world_size": -1,
     "rank": -1,
-    "dist_url": MULTICAST_DEFAULT,
+    "dist_url": "tcp://224.66.41.62:23456",  # multicast, as published; PyTorch no longer supports it
     "dist_backend": "nccl",
     "gpu": None,
 }
@@ -72,11 +67,10 @@ def launch(worker: Callable, args: argparse.Namespace, inputs: object, agree: Ma
         url = "env://" if launched.launcher == "torchrun" else _tcp_url(launched.host, launched.port)
         return _join_and_run(ctx, url, options.dist_backend, *job)
     nodes, node, url = total // local_world_size, max(options.rank, 0), options.dist_url
-    if nodes == 1 and options.multiprocessing_distributed:
-        url = f"tcp://127.0.0.1:{free_port()}"
     if options.multiprocessing_distributed:
         if not torch.cuda.device_count():
             print("no GPU found: running one CPU process (gloo)", flush=True)
+        url = url if nodes > 1 else f"tcp://127.0.0.1:{free_port()}"
         return _start_ranks(node, local_world_size, total, (url, options.dist_backend, *job))
     (device,) = devices_of(1, options.gpu)
     if nodes > 1:
@@ -91,38 +85,34 @@ def resolve_world_size(args: argparse.Namespace) -> tuple[int, int]:
     options, gpus = _launch_options(args), usable_gpus()
     if options.gpu is not None and options.gpu >= gpus:
         raise UsageError(f"--gpu {options.gpu}: this machine has {gpus} GPUs; leave --gpu out to use the existing ones")
-    if options.dist_backend != "nccl" and not dist.is_backend_available(options.dist_backend):
-        raise UsageError(
-            f"--dist-backend {options.dist_backend}: this PyTorch has no such backend; use nccl (without a GPU: gloo)"
-        )
     if launched := _by_launcher(options):
         # A single GPU may be a task's own, except torchrun's, whose processes all see the same.
         if (0 if launched.launcher == "torchrun" else 1) < gpus < launched.local_world_size:
             raise UsageError(
-                f"{launched.launcher}: {launched.local_world_size} processes on this node, which has {gpus} GPUs; use"
-                " one process per GPU"
+                f"{launched.launcher}: {launched.local_world_size} processes for {gpus} GPUs; use one per GPU"
             )
         return launched.local_world_size, launched.world_size
-    if options.world_size < 1 and options.world_size != -1:
-        raise UsageError(f"--world-size {options.world_size}: it is the number of nodes; use 1 or more")
-    nodes = max(options.world_size, 1)
+    nodes = 1 if options.world_size == -1 else options.world_size
     if not (0 <= options.rank < nodes or nodes == 1 and options.rank == -1):
         raise UsageError(
-            f"--rank {options.rank}: with --world-size {nodes} it must be 0..{nodes - 1}, a different one on each node"
+            f"--world-size {options.world_size} --rank {options.rank}: N nodes have --world-size N and --rank 0 to N-1"
         )
-    if nodes > 1 or options.dist_url != MULTICAST_DEFAULT:
-        _check_url(options.dist_url)
+    if nodes > 1 and not re.fullmatch(r"tcp://(\[[\da-fA-F:]+\]|(?!224\.)[^:/\[\]]+):\d{1,5}/?", options.dist_url):
+        raise UsageError(
+            f"--dist-url {options.dist_url}: use the address and a free port of node 0, like tcp://10.0.0.1:10001"
+        )
     local_world_size = max(gpus, 1) if options.multiprocessing_distributed else 1
     return local_world_size, local_world_size * nodes
 
 
 def _launch_options(args: argparse.Namespace) -> argparse.Namespace:
-    """The options of OPTIONS, with what --dist-url env:// leaves to the environment if no launcher applies."""
-    options = argparse.Namespace(**{name: getattr(args, name, default) for name, default in OPTIONS.items()})
+    """The options of DEFAULTS, with what --dist-url env:// leaves to the environment if no launcher applies."""
+    options = argparse.Namespace(**{name: getattr(args, name, default) for name, default in DEFAULTS.items()})
     if options.dist_url == "env://" and not _by_launcher(options):
         try:
-            options.world_size = environment.number("WORLD_SIZE") if options.world_size == -1 else options.world_size
-            options.rank = environment.number("RANK") if options.rank == -1 else options.rank
+            for name in ("world_size", "rank"):
+                if getattr(options, name) == -1:
+                    setattr(options, name, environment.number(name.upper()))
             options.dist_url = _tcp_url(environment.text("MASTER_ADDR"), environment.number("MASTER_PORT"))
         except ValueError as error:
             raise UsageError(f"--dist-url env://: {error}") from error
@@ -141,15 +131,14 @@ def _by_launcher(options: argparse.Namespace) -> Launched | None:
     per_node, world_size = options.multiprocessing_distributed, options.world_size
     if launched is None or launched.launcher == "torchrun" or not per_node and world_size == -1:
         return launched
-    same = (max(world_size, 1), max(options.rank, 0)) == (launched.world_size, launched.rank)
+    same = (abs(world_size), max(options.rank, 0)) == (launched.world_size, launched.rank)
     if same and not per_node:
         return launched
     if launched.local_world_size == 1 and per_node and (same or world_size == -1 and options.dist_url == "env://"):
         return None  # each starts the processes of its node
     raise UsageError(
-        f"{launched.launcher}: this is process {launched.rank} of {launched.world_size}, which contradicts --world-size"
-        f" {world_size} --rank {options.rank}{' --multiprocessing-distributed' if per_node else ''}: leave these out,"
-        " or start one process per node with --multiprocessing-distributed --world-size NODES --rank NODE"
+        f"{launched.launcher}: process {launched.rank} of {launched.world_size} contradicts --world-size {world_size}"
+        f" --rank {options.rank} or --multiprocessing-distributed: leave these out, or start one process per node"
     )
 
 
@@ -166,7 +155,7 @@ def _start_ranks(node: int, count: int, world_size: int, job: tuple) -> None:
     with blocked():  # a signal to all processes must not end the tracker of multiprocessing, which unblocks some
         resource_tracker.ensure_running()
     with blocked():  # nor the fork server; one that comes while it imports PyTorch is forwarded afterwards
-        arguments = (node * count, count, world_size, _Pickled(job))
+        arguments = (node * count, count, world_size, pickle.dumps(job))  # its tensors not through /dev/shm
         ranks = mp.start_processes(_rank, arguments, nprocs=count, join=False, start_method=METHOD)
         received: list[int] = []
 
@@ -191,24 +180,14 @@ def _start_ranks(node: int, count: int, world_size: int, job: tuple) -> None:
         ) from error
 
 
-class _Pickled:
-    """An object that travels to a starting process as bytes: tensors in it would take a way through /dev/shm."""
-
-    def __init__(self, value: object):
-        self.value = value
-
-    def __reduce__(self):
-        return pickle.loads, (pickle.dumps(self.value),)
-
-
-def _rank(local_rank: int, first_rank: int, count: int, world_size: int, job: tuple) -> None:
+def _rank(local_rank: int, first_rank: int, count: int, world_size: int, job: bytes) -> None:
     os.setpgrp()  # a terminal's signals arrive once, through the program
     handle_stop_signals(signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    environment.set_spawned_rank(local_rank)  # one process per node prints errors
+    environment.spawned_rank = local_rank  # one process per node prints errors
     ctx = DistContext(first_rank + local_rank, world_size, local_rank, count, devices_of(count)[local_rank])
     try:
-        cli_main(lambda: _join_and_run(ctx, *job))
+        cli_main(lambda: _join_and_run(ctx, *pickle.loads(job)))
     except Exception:  # printed here: the program learns of one process only, which may not be the first to fail
         traceback.print_exc()
         sys.exit(1)
@@ -220,21 +199,13 @@ def _rank(local_rank: int, first_rank: int, count: int, world_size: int, job: tu
 
 
 def _join_and_run(
-    ctx: DistContext,
-    url: str,
-    backend: str,
-    worker: Callable,
-    args: argparse.Namespace,
-    inputs: object,
-    agree: Mapping[str, object],
+    ctx: DistContext, url: str, backend: str, worker: Callable, args: object, inputs: object, agree: Mapping
 ) -> None:
     """Call the worker in a process group whose ranks meet at `url`."""
     if ctx.device.type == "cuda":
         torch.cuda.set_device(ctx.device)
-        if backend == "nccl":
-            backend = "cpu:gloo,cuda:nccl"  # CPU tensors between the hosts, CUDA tensors over NCCL
-    elif backend == "nccl":
-        backend = "gloo"
+    if backend == "nccl":  # for CUDA tensors; the hosts exchange CPU tensors
+        backend = "cpu:gloo,cuda:nccl" if ctx.device.type == "cuda" else "gloo"
     limit = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
     dist.init_process_group(backend, timeout=limit, world_size=ctx.world_size, rank=ctx.rank, store=_meet(ctx, url))
     try:
@@ -269,27 +240,14 @@ def check_agreement(agree: Mapping[str, object]) -> None:
     mine = {name: str(value) for name, value in {**agree, "PyTorch": torch.__version__}.items()}
     everyone = distributed.gather_lists([(socket.gethostname(), mine)])
     first_host, first = everyone[0]
-    differing: dict[str, str] = {}
     for rank, (host, own) in enumerate(everyone):
-        for name in [name for name in first if own.get(name) != first[name] and name not in differing]:
-            values = first[name], own.get(name, "not given")
-            start = max(0, len(os.path.commonprefix(values)) - 20)  # of long values, print what differs
-            here, there = (value if len(value) < 80 else f"…{value[start:][:60]}…" for value in values)
-            differing[name] = f"{name} is {here} on rank 0 ({first_host}), but {there} on rank {rank} ({host})"
-    if differing:
-        raise UsageError(
-            f"the processes of this run do not agree: {'; '.join(differing.values())}; start all of them with the same"
-            " options, data and code"
-        )
-
-
-def _check_url(url: str) -> None:
-    """Raise UsageError unless it is tcp://HOST:PORT; PyTorch no longer supports the published default."""
-    if url == MULTICAST_DEFAULT or not re.fullmatch(r"tcp://(\[[\da-fA-F:]+\]|[^:/\[\]]+):\d{1,5}/?", url):
-        raise UsageError(
-            f"--dist-url {url}: several nodes need the first one's address and a free port, for example"
-            " tcp://10.0.0.1:10001"
-        )
+        for name in first:
+            if own[name] != first[name]:
+                start = max(0, len(os.path.commonprefix([first[name], own[name]])) - 20)  # print what differs
+                raise UsageError(
+                    f"{name} is {first[name][start:][:60]} on rank 0 ({first_host}), but {own[name][start:][:60]} on"
+                    f" rank {rank} ({host}); start all processes with the same options, data and code"
+                )
 
 
 def _tcp_url(host: str, port: int) -> str:
@@ -307,51 +265,40 @@ def free_port() -> int:
 
 
 def devices_of(local_world_size: int, gpu: int | None = None) -> list[torch.device]:
-    """The devices of this node's processes; gpu: that of a single process.
-
-    Where each process sees one GPU, as under Slurm with --gpus-per-task=1, that is its own.
-    """
+    """The devices of this node's processes; gpu: that of a single process."""
     if not torch.cuda.is_available():
         return [torch.device("cpu")] * local_world_size
-    alone = torch.cuda.device_count() == 1
-    return [torch.device("cuda", gpu or (0 if alone else index)) for index in range(local_world_size)]
+    seen = torch.cuda.device_count()  # 1 if each task has its own, as under Slurm with --gpus-per-task=1
+    return [torch.device("cuda", gpu or index % seen) for index in range(local_world_size)]
 
 
 def usable_gpus() -> int:
     """The number of GPUs that PyTorch can use. Raises UsageError if it sees some and can use none."""
     seen = torch.cuda.device_count()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        if not seen or torch.cuda.is_available():
-            return seen
-    reason = "; ".join(first_line(warning.message) for warning in caught) or "it gives no reason"
-    raise UsageError(
-        f"this machine has {seen} GPUs that PyTorch {torch.__version__} cannot use: {reason}; to run on the CPU"
-        " nevertheless, set CUDA_VISIBLE_DEVICES= (empty)"
-    )
+    if seen and not torch.cuda.is_available():
+        raise UsageError(
+            f"PyTorch {torch.__version__} cannot use the {seen} GPUs of this machine, its warning says why; to run on"
+            " the CPU, set CUDA_VISIBLE_DEVICES= (empty)"
+        )
+    return seen
 
 
 def say_why_on_cpu() -> None:
     """Print on stderr, once per node, that the run is on the CPU although the machine has an NVIDIA GPU."""
     present = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if torch.cuda.is_available() or not present or not is_local_main():
-        return
-    reason = f"PyTorch {torch.__version__} sees none of them; does nvidia-smi list them?"
-    if torch.version.cuda is None:
-        reason = f"this PyTorch ({torch.__version__}) is built without CUDA"
-    elif "CUDA_VISIBLE_DEVICES" in os.environ:
-        reason = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides them"
-    print(f"running on the CPU, although this machine has {present} NVIDIA GPUs: {reason}", file=sys.stderr, flush=True)
+    if present and not torch.cuda.is_available() and is_local_main():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        print(
+            f"running on the CPU although this machine has {present} NVIDIA GPUs: PyTorch {torch.__version__} (CUDA:"
+            f" {torch.version.cuda}) sees none of them; CUDA_VISIBLE_DEVICES is {visible}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
-def check_options(devices: Sequence[torch.device], precision: str, compiled: bool = False) -> None:
-    """Raise UsageError unless the devices can compute in this precision and, with `compiled`, run compiled code."""
+def check_precision(devices: Sequence[torch.device], precision: str) -> None:
+    """Raise UsageError unless the devices can compute in this precision."""
     for device in devices:
-        if device.type != "cuda":
-            continue
-        capability = torch.cuda.get_device_capability(device)
-        name = f"{torch.cuda.get_device_name(device)} (compute capability {capability[0]}.{capability[1]})"
-        if precision == "bf16" and capability < (8, 0):
-            raise UsageError(f"--precision bf16: {name} would only emulate it; use fp16, or a GPU of 8.0 or more")
-        if compiled and capability < (7, 0):
-            raise UsageError(f"--compile: {name} is too old for it, it needs 7.0 or more; leave it out")
+        if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            raise UsageError(f"--precision bf16: {name} would only emulate it (it needs an Ampere or later); use fp16")

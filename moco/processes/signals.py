@@ -1,15 +1,13 @@
 """Signals that stop a run: finish the current step, save, leave. Imports no PyTorch."""
 
+import atexit
 import contextlib
 import ctypes
-import functools
 import multiprocessing
-import multiprocessing.util
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator
 
 from moco.processes.environment import under_torchrun
@@ -20,7 +18,6 @@ STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
 )
 END_SIGNALS = tuple(signum for signum in STOP_SIGNALS if signum.name in ("SIGTERM", "SIGHUP"))  # SIGINT has a handler
-PARENT_SECONDS = 1  # how often a rank checks that its parent is alive
 PR_SET_PDEATHSIG = 1  # of prctl
 
 
@@ -51,13 +48,14 @@ def end_with_parent() -> None:
 
     A rank that outlives them would write beside the resumed run.
     """
-    if under_torchrun() or multiprocessing.parent_process():
-        threading.Thread(target=_watch, args=(os.getppid(), multiprocessing.parent_process()), daemon=True).start()
+    if program := multiprocessing.parent_process():  # not the one that forked this: that is the fork server
+        threading.Thread(target=_signal_after, args=(program,), daemon=True).start()
+    elif under_torchrun():
+        signal_when_parent_ends(signal.SIGTERM)
 
 
-def _watch(torchrun: int, program) -> None:
-    while program.is_alive() if program else os.getppid() == torchrun:
-        time.sleep(PARENT_SECONDS)
+def _signal_after(program: multiprocessing.Process) -> None:
+    program.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -65,7 +63,8 @@ def signal_when_parent_ends(signum: int) -> None:
     """On Linux, get this signal when the thread that forked this process ends, even if its process is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signum)
-        if os.getppid() != multiprocessing.parent_process().pid:  # it ended before that
+        parent = multiprocessing.parent_process()
+        if parent and not parent.is_alive():  # it ended before that
             os.kill(os.getpid(), signum)
 
 
@@ -82,7 +81,7 @@ class StopSignal:
 
     def __init__(self):
         self.signum = 0  # the signal's number; 0 if there was none
-        self._waiting = self._child_ended = False
+        self._waiting = False
         self._report_children: Callable | None = None  # PyTorch's handler of SIGCHLD
         handle_stop_signals(self._remember)
 
@@ -93,16 +92,15 @@ class StopSignal:
         try:
             if self.signum:
                 raise StopWaiting
-            if self._child_ended:
-                self._child_ended = False
-                self._report_children(signal.SIGCHLD, None)
+            if self._report_children:
+                signal.signal(signal.SIGCHLD, self._report_children)
+                self._report_children(signal.SIGCHLD, None)  # raises if one has ended since the last block
             yield
         finally:
             self._waiting = False
-            handler = signal.getsignal(signal.SIGCHLD)
-            if callable(handler) and handler != self._on_child:
+            if callable(handler := signal.getsignal(signal.SIGCHLD)):
                 self._report_children = handler
-                signal.signal(signal.SIGCHLD, self._on_child)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     @contextlib.contextmanager
     def no_broken_pipe(self) -> Iterator[None]:
@@ -120,33 +118,14 @@ class StopSignal:
             self._waiting = False
             raise StopWaiting
 
-    def _on_child(self, signum, frame) -> None:
-        if self._waiting:
-            self._report_children(signum, frame)
-        else:
-            self._child_ended = True
 
+def leave_signals_to_trainer() -> None:
+    """Ignore STOP_SIGNALS in a data loading process.
 
-def leave_signals_to_trainer() -> Callable[[int], None]:
-    """A worker_init_fn for data loading processes.
-
-    A signal sent to all processes of a job is for the training process, which still needs its workers to finish the
-    step; they end on SIGTERM only once the training process is exiting.
+    A signal to all processes of a job is for the training process, which needs its workers to finish the step.
     """
-    exiting = multiprocessing.RawValue("b", 0)
-    # Set before the children are terminated.
-    multiprocessing.util.Finalize(None, setattr, (exiting, "value", 1), exitpriority=0)
-    return functools.partial(_ignore_signals, exiting)
-
-
-def _ignore_signals(exiting, worker_id: int) -> None:
-    def terminate(signum, frame):
-        if exiting.value:
-            os._exit(0)
-
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, terminate)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # they are blocked while a process starts
     sys.excepthook = _without_lost_connections
 
@@ -155,3 +134,14 @@ def _without_lost_connections(kind, error, trace) -> None:
     """A signal may stop the training process while it takes over a batch: the other end of that is no error."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)
+
+
+@atexit.register
+def kill_loading() -> list[multiprocessing.Process]:
+    """Kill the data loading processes, which ignore SIGTERM or are stopped. Returns them."""
+    loading = [process for process in multiprocessing.active_children() if process.daemon]
+    if loading:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would raise an error for each
+    for process in loading:
+        process.kill()
+    return loading

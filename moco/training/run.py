@@ -293,7 +293,7 @@ def open_folder(
     """
     folder, restarted = args.ckpt_path, environment.restarted()
     lock = files.FolderLock(f"--ckpt_path {folder}", os.path.join(folder, ".lock"))
-    if writes and not args.dry_run and environment.is_main():
+    if writes and not args.dry_run and environment.is_main(args):
         lock.acquire()
     args.auto_resume = args.resume == "auto" or restarted
     args.resume = checkpoint.resume_path(args.resume, folder, pattern, restarted)

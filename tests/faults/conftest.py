@@ -3,7 +3,19 @@
 from types import SimpleNamespace
 
 import pytest
-from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, TORCHRUN, log, run_script, same, weights, write_folder
+from helpers import (
+    EVALUATE,
+    PRETRAIN,
+    PROBE,
+    SMALL,
+    SMALL_PROBE,
+    TORCHRUN,
+    log,
+    run_script,
+    same,
+    weights,
+    write_folder,
+)
 
 LATEST = {PRETRAIN: "checkpoint_latest.pth.tar", PROBE: "checkpoint_robust_random.pth.tar"}
 
@@ -35,11 +47,15 @@ def whole(tmp_path_factory):
         assert_equal(script, folder, other)
         return again
 
+    def evaluation(folder):
+        head = root / PROBE / "model_best_random.pth.tar"
+        return [EVALUATE, "--pretrained", head, "--val", data, "-j", 0, "--json", folder / "r.json"]
+
     for script in (PRETRAIN, PROBE):
         run_script(*command(script, root / script))
     return SimpleNamespace(
-        data=data, command=command, assert_equal=assert_equal, assert_continues=assert_continues,
-        head=root / PROBE / "model_best_random.pth.tar", folder=lambda script: root / script,
+        command=command, assert_equal=assert_equal, assert_continues=assert_continues, evaluation=evaluation,
+        folder=lambda script: root / script,
     )  # fmt: skip
 
 

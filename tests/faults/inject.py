@@ -1,8 +1,8 @@
 """Run a script with a fault put into it:  python tests/faults/inject.py FAULT SCRIPT ARGUMENT…
 
 FAULT: one of SETTINGS, or "ACTION in PLACE [CALL] [of rank R]", for example "SIGTERM in step 3" or "killed in saving":
-at the so many-th call of a function, the first by default, on one rank of torchrun's or on all. "after" and "at" may
-stand for "in". Loading processes have the fault, too. A kill writes its time to the file that KILLED_AT names.
+at the so many-th call of a function, the first by default, on one rank of torchrun's or on all. "at" may stand for
+"in". Loading processes have the fault, too. A kill writes its time to the file that KILLED_AT names.
 """
 
 import errno
@@ -30,7 +30,6 @@ PLACES = {  # where a fault can be: a function that the scripts call there
     "item": "moco.data.datasets:RetryDataset.__getitem__",
     "test item": "moco.data.datasets:ImageList.__getitem__",
     "views": "moco.views:training_views",
-    "forward": "moco.builder:MoCo.forward",
     "step": "moco.training.run:Run.after_step",  # after the optimizer's step, before the run counts it
     "report": "moco.training.metrics:Progress.report",
     "saving": "moco.training.checkpoint:save",
@@ -81,57 +80,46 @@ ACTIONS = {
     "no memory": fails(MemoryError()),
     "hanging": hangs(lambda: os.read(os.pipe()[0], 1)),
     "stopped": hangs(lambda: os.kill(os.getpid(), signal.SIGSTOP)),
-    "slow": hangs(lambda: time.sleep(30)),
     "unread": unread,
     **{number.name: lambda number=number: os.kill(os.getpid(), number) for number in signal.Signals},
 }
 
 
-def close(*descriptors):
-    for descriptor in descriptors:
-        os.close(descriptor)
-        setattr(sys, ("stdout", "stderr")[descriptor - 1], None)
+def both_closed():
+    os.closerange(1, 3)
+    sys.stdout = sys.stderr = None
 
 
-def impatient(seconds=3):
-    from moco.processes import launch
-
-    launch.JOIN_SECONDS = launch.COLLECTIVE_SECONDS = seconds
+def sets(module, **values):
+    return lambda: vars(importlib.import_module(module)).update(values)
 
 
-def impatient_for_batches(seconds=2):
-    from moco.data import loader
-
-    loader.DATA_SECONDS = seconds
-
-
-def workers_as_asked():
-    from moco import options
-
-    options.workers_per_rank = lambda total, ranks: -(-total // ranks)  # not at most one per core,
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # which PyTorch does not like
-
-
-def no_fast_jpeg():
-    from moco.data import images
-
-    images.has_fast_jpeg = lambda: False
+def windows():
+    """Take away what Windows lacks; os.name stays, since pathlib would look for Windows' own modules."""
+    sys.platform = "win32"
+    kept = ["SIG_DFL", "SIG_IGN", "SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"]
+    gone = [name for name in dir(signal) if name.startswith("SIG") and name not in kept]
+    for name in [*gone, "pthread_sigmask", "pthread_kill", "alarm", "setitimer"]:
+        delattr(signal, name)
+    for name in ("fork", "killpg", "setsid", "sched_getaffinity", "O_NOFOLLOW"):
+        delattr(os, name)
+    for name in [each for each in sys.modules if each.partition(".")[0] == "moco"]:
+        del sys.modules[name]
+    sys.modules |= dict.fromkeys(["fcntl", "grp", "pwd", "resource", "termios", "tty", "pty"])  # not to be imported
 
 
 SETTINGS = {
-    "nothing": lambda: None,
     "fork server": lambda: multiprocessing.set_start_method("forkserver", force=True),
-    "impatient": impatient,
-    "impatient for batches": impatient_for_batches,
-    "workers as asked": workers_as_asked,
-    "no fast JPEG decoder": no_fast_jpeg,
+    "impatient": sets("moco.processes.launch", JOIN_SECONDS=3, COLLECTIVE_SECONDS=3),
+    "impatient for batches": sets("moco.data.loader", DATA_SECONDS=2),
+    "workers as asked": sets("moco.options", workers_per_rank=lambda total, ranks: -(-total // ranks)),  # on any cores
+    "no fast JPEG decoder": sets("moco.data.images", has_fast_jpeg=lambda: False),
     "unread stdout": unread,
     "stdout is full": lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1),
     "stdout cannot encode": lambda: sys.stdout.reconfigure(encoding="ascii", errors="strict"),
     "stderr cannot encode": lambda: sys.stderr.reconfigure(encoding="ascii", errors="strict"),
-    "stdout is closed": lambda: close(1),
-    "stderr is closed": lambda: close(2),
-    "both are closed": lambda: close(1, 2),
+    "both are closed": both_closed,
+    "Windows": windows,
     "no home": lambda: os.environ.update(HOME="/proc/nobody", XDG_CACHE_HOME="/proc/nobody"),
 }
 
@@ -157,9 +145,10 @@ def put(action, place, call, rank):
 if __name__ == "__main__":
     fault, *sys.argv = sys.argv[1:]
     multiprocessing.set_start_method("fork", force=True)  # so that loading processes have the fault, too
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
     if fault in SETTINGS:
         SETTINGS[fault]()
     else:
-        parts = re.fullmatch(r"(.+?) (?:in|after|at) (.+?)(?: (\d+))?(?: of rank (\d+))?", fault)
+        parts = re.fullmatch(r"(.+?) (?:in|at) (.+?)(?: (\d+))?(?: of rank (\d+))?", fault)
         put(parts[1], parts[2], int(parts[3] or 1), parts[4])
     runpy.run_path(str(REPOSITORY / sys.argv[0]), run_name="__main__")

@@ -97,9 +97,9 @@ def test_workers_are_forked_whatever_the_default_and_persist():
 def test_signals_are_blocked_until_workers_have_their_handlers(monkeypatch):
     """A stop signal in between would run the training process's handler in a worker."""
 
-    def note_mask(leave_signals, worker_id):
+    def note_mask(worker_id):
         masks.put(signal.pthread_sigmask(signal.SIG_BLOCK, []))
-        leave_signals(worker_id)
+        signals.leave_signals_to_trainer()
         masks.put(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
     masks, before = multiprocessing.SimpleQueue(), signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -32,14 +32,8 @@ def scontrol(monkeypatch):
     environment._first_host.cache_clear()
 
 
-@pytest.fixture
-def under(monkeypatch):
-    """Sets variables of a launcher."""
-    return lambda variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
-
-
-def without(variables, *names):
-    return {name: value for name, value in variables.items() if name not in names}
+def without(variables, missing):
+    return {name: value for name, value in variables.items() if name != missing}
 
 
 @pytest.mark.parametrize(
@@ -76,10 +70,7 @@ def test_all_tasks_of_a_step_find_the_same_port(under):
         {**SLURM_STEP, "SLURM_STEP_ID": str(0xFFFFFFFA)},  # an interactive shell
         {**SLURM_STEP, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
         {**OPERATOR, "WORLD_SIZE": "1", "RANK": "0"},
-        {"RANK": "3"},  # left over
-        {"WORLD_SIZE": "3"},
-        {"LOCAL_RANK": "x"},
-        {"TORCHELASTIC_RUN_ID": "3"},
+        {"RANK": "3", "LOCAL_RANK": "x", "TORCHELASTIC_RUN_ID": "3"},  # left over
         {"OMPI_COMM_WORLD_SIZE": "1"},
     ],
 )
@@ -91,7 +82,6 @@ def test_a_single_process_is_alone(under, variables):
 @pytest.mark.parametrize(
     "variables, message",
     [
-        (without(OPERATOR, "MASTER_ADDR"), "MASTER_ADDR"),
         (without(OPERATOR, "MASTER_PORT"), "MASTER_PORT"),
         ({**OPERATOR, "RANK": "2"}, "rank 2 of 2"),
         ({**OPERATOR, "RANK": "first"}, "RANK=first"),
@@ -119,11 +109,12 @@ def test_without_scontrol_the_first_host_must_be_given(under, monkeypatch):
 
 
 def test_one_process_of_a_node_and_one_of_a_run_are_first(under, monkeypatch):
+    assert [environment.is_main(SimpleNamespace(rank=rank)) for rank in (-1, 0, 1)] == [True, True, False]
     under({**TORCHRUN_RANK, "RANK": "2", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"})
     assert environment.is_local_main() and not environment.is_main()
     under({"RANK": "3", "LOCAL_RANK": "1"})
     assert not environment.is_local_main()
-    monkeypatch.setattr(environment, "_spawned_rank", 1)
+    monkeypatch.setattr(environment, "spawned_rank", 1)
     monkeypatch.delenv("RANK")
     assert not environment.is_local_main() and not environment.is_main()
 

@@ -1,11 +1,8 @@
-import multiprocessing
 import os
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
-from helpers import TORCHRUN_RANK
 
 from moco.processes import signals
 from moco.processes.signals import StopSignal, StopWaiting
@@ -50,18 +47,18 @@ def test_a_dead_worker_is_reported_when_the_run_can_be_saved():
     """PyTorch's SIGCHLD handler raises wherever the process is, in the middle of saving for example."""
 
     def report(signum, frame):
-        raise RuntimeError("a worker is dead")
+        if dead:
+            raise RuntimeError("a worker is dead")
 
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        stop = StopSignal()
-        with stop.interruptible():
-            signal.signal(signal.SIGCHLD, report)
-        os.kill(os.getpid(), signal.SIGCHLD)
-        with pytest.raises(RuntimeError, match="a worker is dead"), stop.interruptible():
-            pass
-    finally:
-        signal.signal(signal.SIGCHLD, before)
+    stop, dead = StopSignal(), []
+    with stop.interruptible():
+        signal.signal(signal.SIGCHLD, report)
+    with stop.interruptible():
+        pass
+    dead.append(1)
+    os.kill(os.getpid(), signal.SIGCHLD)  # is not reported here
+    with pytest.raises(RuntimeError, match="a worker is dead"), stop.interruptible():
+        pass
 
 
 def test_an_unread_stdout_counts_as_a_signal():
@@ -71,32 +68,10 @@ def test_an_unread_stdout_counts_as_a_signal():
     assert stop.signum == signal.SIGPIPE
 
 
-@pytest.mark.parametrize("parent", ["torchrun", "program"])
-def test_the_end_of_the_parent_is_sigterm(monkeypatch, parent):
-    monkeypatch.setattr(signals, "PARENT_SECONDS", 0.01)
-    lives = [True]
-    if parent == "torchrun":
-        for name, value in TORCHRUN_RANK.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(signals.os, "getppid", lambda: 5 if lives[0] else 1)
-    else:
-        program = SimpleNamespace(is_alive=lambda: lives[0])
-        monkeypatch.setattr(multiprocessing, "parent_process", lambda: program)
-    stop = StopSignal()
-    signals.end_with_parent()
-    time.sleep(0.05)
-    assert stop.signum == 0
-    lives.clear(), lives.append(False)
-    deadline = time.monotonic() + 5
-    while not stop.signum and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert stop.signum == signal.SIGTERM
-
-
 def test_a_blocked_signal_arrives_after_the_block():
     stop = StopSignal()
     with signals.blocked():
-        signal.pthread_kill(signals.threading.get_ident(), signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)  # to this thread
         assert stop.signum == 0
     assert stop.signum == signal.SIGUSR1
 
@@ -109,14 +84,7 @@ def test_a_script_that_only_cleans_up_exits_with_the_signals_code():
     assert stop.value.code == 128 + signal.SIGHUP
 
 
-def test_workers_leave_signals_to_the_trainer_until_it_exits(monkeypatch):
-    ends, exiting = [], SimpleNamespace(value=0)
-    monkeypatch.setattr(signals.os, "_exit", ends.append)
+def test_loading_processes_ignore_stop_signals(monkeypatch):
     monkeypatch.setattr(signals.sys, "excepthook", None)
-    signals._ignore_signals(exiting, worker_id=0)
-    for signum in signals.STOP_SIGNALS:
-        os.kill(os.getpid(), signum)
-    assert ends == []
-    exiting.value = 1
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert ends == [0]
+    signals.leave_signals_to_trainer()
+    assert {signal.getsignal(signum) for signum in signals.STOP_SIGNALS} == {signal.SIG_IGN}

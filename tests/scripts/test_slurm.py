@@ -3,7 +3,6 @@
 Slow, and skipped where there is no Slurm, or without root. It needs three minutes on two cores.
 """
 
-import contextlib
 import fcntl
 import os
 import re
@@ -41,16 +40,10 @@ EPOCHS = 60
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """All of Slurm's nodes are this machine: one process of the tests at a time."""
-    with open(Path(tempfile.gettempdir()) / "slurm-of-tests.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-@pytest.fixture(scope="module")
-def slurm(alone, tmp_path_factory):
+def slurm(tmp_path_factory):
     """A function that runs one of Slurm's commands, in the folder of the repository."""
+    lock = open(Path(tempfile.gettempdir()) / "slurm-of-tests.lock", "w")  # noqa: SIM115
+    fcntl.flock(lock, fcntl.LOCK_EX)  # all nodes are this machine: one process of the tests at a time
     folder = tmp_path_factory.mktemp("slurm")
     scripts = REPOSITORY / "tests" / "slurm"
     conf = subprocess.run(["bash", scripts / "start.sh", folder], capture_output=True, text=True, timeout=120)
@@ -60,22 +53,14 @@ def slurm(alone, tmp_path_factory):
     env = {**ENVIRONMENT, "SLURM_CONF": conf.stdout.strip(), "PATH": path, "MASTER_ADDR": "127.0.0.1"}
 
     def run(*command, check=True, **variables):
-        print("$", *command, flush=True)
-        done = subprocess.run(
-            list(map(str, command)),
-            cwd=REPOSITORY,
-            env={**env, **variables},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        print(done.stdout + done.stderr, end="", flush=True)
+        settings = {"cwd": REPOSITORY, "env": {**env, **variables}, "text": True, "timeout": 300}
+        done = subprocess.run(list(map(str, command)), capture_output=True, **settings)
         assert done.returncode == 0 or not check, done.stderr
         return done
 
-    run.conf = env["SLURM_CONF"]
     yield run
     subprocess.run(["bash", scripts / "stop.sh", folder], timeout=120)
+    lock.close()
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +78,7 @@ def block(start):
 
 def row_file(folder, data):
     """row.sbatch with small settings, which writes to `folder`."""
-    small = " ".join(map(str, SMALL)).replace("--batch-size 8", "--batch-size 4").replace("-j 1", "-j 0")
-    probe = " ".join(map(str, SMALL_PROBE)).replace("--batch-size 8", "--batch-size 4").replace("-j 1", "-j 0")
+    small, probe = (" ".join(map(str, [*options, "--batch-size", 4, "-j", 0])) for options in (SMALL, SMALL_PROBE))
     text = block("SLURM_ARRAY_TASK_ID")
     for pattern, value in (
         (r"^name=.*", f"name=row data={data} epochs={EPOCHS}"),
@@ -130,14 +114,9 @@ def epochs(folder):
     return len(log(folder)) if (folder / "log.jsonl").exists() else 0
 
 
-def steps(slurm):
-    """The ids of the processes that hold steps of this Slurm."""
-    found = subprocess.run(["pgrep", "slurmstepd"], capture_output=True, text=True).stdout.split()
-    ours = []
-    for pid in found:
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            ours += [pid] if slurm.conf.encode() in Path(f"/proc/{pid}/environ").read_bytes() else []
-    return ours
+def steps():
+    """The ids of the processes that hold steps of a job."""
+    return subprocess.run(["pgrep", "slurmstepd"], capture_output=True, text=True).stdout.split()
 
 
 def restart(slurm, job):
@@ -173,62 +152,37 @@ def test_the_file_of_a_row_from_submission_to_table(slurm, data, whole, tmp_path
     """Disturbed by a warning of the time limit, a requeue and a node that is down; then submitted once more."""
     file = row_file(tmp_path, data)
     output = [f"--output={tmp_path}/%A-%a.log", "--chdir", REPOSITORY]
-    dry = slurm("sbatch", "--parsable", "--wait", "--array=1", *TWO_NODES, *output, file, DRY="--dry-run")
-    told = (tmp_path / f"{dry.stdout.strip()}-1.log").read_text()
-    assert told.count("nothing was started") == told.count("processes  ") == 1 and re.search(r"processes +2,", told), (
-        told
-    )
-    array = slurm("sbatch", "--parsable", "--array=1", *TWO_NODES, *output, file).stdout.strip()
-    after = slurm("sbatch", "--parsable", f"--dependency=afterok:{array}", *TWO_NODES, *output, file).stdout.strip()
+
+    def submit(*options, **variables):
+        return slurm("sbatch", "--parsable", *options, *TWO_NODES, *output, file, **variables).stdout.strip()
+
+    dry = submit("--wait", "--array=1", DRY="--dry-run")
+    told = (tmp_path / f"{dry}-1.log").read_text()
+    assert told.count("nothing was started") == 1 and re.search(r"processes +2,", told), told
+    array = submit("--array=1")
+    after = submit(f"--dependency=afterok:{array}")
     folder, job = tmp_path / "row-1", f"{array}_1"
-    until(lambda: epochs(folder) >= 3)
-    slurm("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@120 lets Slurm send
-    restart(slurm, job)
-    told = (tmp_path / f"{array}-1.log").read_text()
-    assert "stopped by SIGUSR1" in told
-    done = epochs(folder)
-    until(lambda: epochs(folder) >= done + 3)
-    slurm("scontrol", "requeue", job)
-    restart(slurm, job)
-    done = epochs(folder)
-    until(lambda: epochs(folder) >= done + 3)
-    slurm("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    for disturb in (
+        ["scancel", "--batch", "--signal=USR1", job],  # what --signal=B:USR1@120 lets Slurm send
+        ["scontrol", "requeue", job],
+        ["scontrol", "update", "nodename=n2", "state=down", "reason=test"],
+    ):
+        done = epochs(folder)
+        until(lambda done=done: epochs(folder) >= done + 3)
+        slurm(*disturb)
+        if disturb[1] != "update":
+            restart(slurm, job)
+    assert "stopped by SIGUSR1" in (tmp_path / f"{array}-1.log").read_text()
     until(lambda: state(slurm, job) == "PENDING")
     slurm("scontrol", "update", "nodename=n2", "state=resume")
-    until(lambda: not steps(slurm))  # a down node keeps its old step, which has the number of the new one
+    until(lambda: not steps())  # a down node keeps its old step, which has the number of the new one
     restart(slurm, job)
     until(lambda: not state(slurm, after), seconds=400)
     assert_equal(folder, whole)
     table = next(tmp_path.glob(f"{after}-*.log")).read_text()
     assert re.search(r"^\| row +\|", table, re.MULTILINE), table
-    print(table)
-    again = slurm("sbatch", "--parsable", "--wait", "--array=1", *TWO_NODES, *output, file).stdout.strip()
+    again = submit("--wait", "--array=1")
     assert (tmp_path / f"{again}-1.log").read_text().count("already finished") == 2
-    assert_equal(folder, whole)
-
-
-def test_a_time_limit_saves_and_queues_the_job_again(slurm, data, tmp_path):
-    """Slurm sends its signal up to a minute early."""
-    file = row_file(tmp_path, data)
-    file.write_text(file.read_text().replace(f"epochs={EPOCHS}", "epochs=100000"))
-    limit = ["--time=2", "--signal=B:USR1@50", f"--output={tmp_path}/%A-%a.log", "--chdir", REPOSITORY]
-    job = slurm("sbatch", "--parsable", "--array=1", *TWO_NODES, *limit, file).stdout.strip()
-    until(lambda: epochs(tmp_path / "row-1") >= 1)
-    until(lambda: state(slurm, f"{job}_1") == "PENDING")
-    slurm("scancel", job)
-    assert "stopped by SIGUSR1" in (tmp_path / f"{job}-1.log").read_text()
-
-
-def test_scancel_saves(slurm, data, tmp_path):
-    file = row_file(tmp_path, data)
-    file.write_text(file.read_text().replace(f"epochs={EPOCHS}", "epochs=100000"))
-    output = [f"--output={tmp_path}/%A-%a.log", "--chdir", REPOSITORY]
-    job = slurm("sbatch", "--parsable", "--array=1", *TWO_NODES, *output, file).stdout.strip()
-    until(lambda: epochs(tmp_path / "row-1") >= 3)
-    slurm("scancel", job)
-    until(lambda: not state(slurm, job))
-    assert "stopped by SIGTERM" in (tmp_path / f"{job}-1.log").read_text()
-    assert not subprocess.run(["pgrep", "-f", str(tmp_path / "row-1")], capture_output=True).stdout
 
 
 def test_torchrun_on_two_nodes_saves_at_slurms_signal(slurm, data, tmp_path):
