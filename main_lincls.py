@@ -179,8 +179,8 @@ def check_resume(
     own = checkpoint.strip_prefix(saved["state_dict"])
     if different := [name for name, value in backbone.items() if not torch.equal(own.get(name, value), value)]:
         raise UsageError(
-            f"{source}: it is the probe of another backbone than --pretrained {args.pretrained} ({different[0]}"
-            f" differs); it was made from {saved.get('pretrained') or 'an unknown file'}"
+            f"{source}: this probe was trained on a different backbone than --pretrained {args.pretrained}"
+            f" ({different[0]} differs); it was made from {saved.get('pretrained') or 'an unknown file'}"
         )
     if sampler is None:
         return
@@ -212,7 +212,7 @@ def check_arch(args: argparse.Namespace, saved: Mapping, source: str) -> None:
 
 def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Train the heads in one process, on ctx.device; every way of launching ends here."""
-    seed = distributed.resolve_seed(args.seed, inputs.saved, ctx.device)
+    seed = distributed.resolve_seed(args.seed, inputs.saved)
     configure_device(ctx.device, args.strict_fp32, deterministic=args.seed is not None)
 
     # --- data: all transforms run in the workers

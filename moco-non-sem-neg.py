@@ -175,7 +175,7 @@ def needs_texture(args: argparse.Namespace) -> bool:
 def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Pre-train in one process, on ctx.device; every way of launching ends here."""
     data, saved = inputs.train, inputs.saved
-    seed = distributed.resolve_seed(args.seed, saved, ctx.device)
+    seed = distributed.resolve_seed(args.seed, saved)
     configure_device(ctx.device, args.strict_fp32, deterministic=args.seed is not None)
 
     # --- data: the workers decode and crop; augmentation runs on the training device
@@ -301,7 +301,7 @@ def print_start(args: argparse.Namespace, inputs: Inputs, derived: dict) -> None
 def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
     """Draw the views of up to eight training images."""
     cpu = torch.device("cpu")
-    seed = distributed.resolve_seed(args.seed, {}, cpu)
+    seed = distributed.resolve_seed(args.seed, {})
     dataset = RetryDataset(TwoCrops(data.photos, args.image_size, data.textures), data.labels)
     sampler = GlobalBatchSampler(len(dataset), min(8, args.batch_size, len(dataset)), seed, DistContext())
     crops, _ = next(iter(loader.train_loader(dataset, sampler, 0, cpu)))

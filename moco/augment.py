@@ -2,13 +2,11 @@
 
 The loader crops; flip, colour, blur and normalisation follow here. Each operation equals torchvision's functional one
 for the same parameters, and every image has its own parameters, drawn as torchvision draws them. Drawing is separate
-from applying, so that a texture negative can share its query's parameters, and all parameters of a step can travel to
-the device together. They are drawn on the host: operations that no image of a batch needs are skipped without a CPU-GPU
-sync.
+from applying, so that a texture negative can share its query's parameters. They are drawn on the host: operations that
+no image of a batch needs are skipped without a CPU-GPU sync.
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -109,18 +107,10 @@ def plan(params: AugParams) -> Plan:
     )
 
 
-def send(params: Sequence[AugParams], device: torch.device) -> list[Plan]:
-    """The plans of several groups of images as tensors on the device, in one copy."""
-    return [Plan(*tensors) for tensors in to_device([plan(each) for each in params], device)]
-
-
-def apply(recipe: Recipe, params: AugParams, images: torch.Tensor, on_device: Plan | None = None) -> torch.Tensor:
-    """uint8 crops (N, 3, S, S) → normalised float32 images (N, 3, S, S).
-
-    on_device: the plan of params on the device of the images, for a caller that has sent it there.
-    """
+def apply(recipe: Recipe, params: AugParams, images: torch.Tensor) -> torch.Tensor:
+    """uint8 crops (N, 3, S, S) → normalised float32 images (N, 3, S, S)."""
     host = plan(params)
-    (on_device,) = send([params], images.device) if on_device is None else (on_device,)
+    (on_device,) = to_device([host], images.device)  # in one copy
     result = torch.empty(images.shape, device=images.device)
     for chunk in chunks(images):
         parts = (Plan(*(values[chunk] for values in plans)) for plans in (host, on_device))

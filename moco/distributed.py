@@ -56,11 +56,11 @@ def derive_rng(*parts) -> np.random.Generator:
     return np.random.default_rng(derive_seed(*parts))
 
 
-def resolve_seed(seed: int | None, saved: Mapping, device: torch.device) -> int:
+def resolve_seed(seed: int | None, saved: Mapping) -> int:
     """The seed of a run, equal on all ranks: --seed, else that of the checkpoint it resumes, else a random one."""
     if seed is None:
         seed = saved.get("seed", random.SystemRandom().randrange(2**31))
-    return broadcast_int(seed, device)
+    return all_reduce_max(seed if is_main() else 0)[0]
 
 
 _shuffle_generator = torch.Generator()  # on the CPU and equal on all ranks: permutations need no broadcast or sync
@@ -117,15 +117,6 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
-
-
-def broadcast_int(number: int, device: torch.device) -> int:
-    """Rank 0's integer, on every rank."""
-    if world_size() == 1:
-        return number
-    shared = torch.tensor(number, device=device)
-    dist.broadcast(shared, src=0)
-    return shared.item()
 
 
 def broadcast_buffers(module: nn.Module) -> None:
@@ -190,11 +181,11 @@ def gather_lists(items: list) -> list:
 
 
 def barrier() -> None:
-    """Wait for all ranks. It goes over the hosts, so that a rank that has ended is noticed at once."""
+    """Wait for all ranks. Runs over gloo, not NCCL: a dead rank raises immediately."""
     all_reduce_max(0)
 
 
-# ---- transfer: Small arrays from the host to the training device, together and without a CPU-GPU sync.
+# Small arrays from the host to the training device, together and without a CPU-GPU sync
 
 ALIGNMENT = 16  # bytes; a view of the buffer as another type must start at a multiple of its size
 

@@ -17,12 +17,11 @@ def training_views(
     Returns normalised query (N, 3, S, S), key (N, 3, S, S) and negatives (N, n, 3, S, S) on the device of the crops.
     """
     query_params, key_params = augment.draw(recipe, len(crops), rng), augment.draw(recipe, len(crops), rng)
-    query_plan, key_plan = augment.send([query_params, key_params], crops.device)
-    query = augment.apply(recipe, query_params, crops[:, 0], query_plan)
-    key = augment.apply(recipe, key_params, crops[:, 1], key_plan)
+    query = augment.apply(recipe, query_params, crops[:, 0])
+    key = augment.apply(recipe, key_params, crops[:, 1])
     if robust == "none":
         return query, key, query.new_empty(len(query), 0, *query.shape[1:])
     kind, texture = NEGATIVES[robust], None
     if kind.needs_texture:
-        texture = augment.apply(recipe, query_params, crops[:, 2], query_plan)
+        texture = augment.apply(recipe, query_params, crops[:, 2])
     return query, key, kind.make(query, texture, rng, options)

@@ -90,7 +90,7 @@ def test_a_probe_shares_the_folder_of_its_pretraining_only(data, tmp_path):
     resume = ["--epochs", 2, "--resume", "auto"]
     first.rename(tmp_path / "kept.pth.tar")
     second.rename(first)  # another backbone of the same name
-    assert "the probe of another backbone than --pretrained" in refused(*settings, first, *resume)
+    assert "this probe was trained on a different backbone than --pretrained" in refused(*settings, first, *resume)
     first.rename(second)
     run_script(*settings, second, *resume)
     assert [record.get("probe") for record in log(tmp_path)] == [None, None, "0000", "0001", "0001"]

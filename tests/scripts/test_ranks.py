@@ -73,7 +73,7 @@ def key_bytes(ctx):
 
 def host_collectives(ctx):
     maxima, joined = distributed.all_reduce_max(ctx.rank, -ctx.rank, 5), distributed.gather_lists([ctx.rank] * ctx.rank)
-    return maxima, joined, distributed.broadcast_int(100 + ctx.rank, ctx.device)
+    return maxima, joined, distributed.resolve_seed(100 - ctx.rank, {})
 
 
 def warned(ctx):

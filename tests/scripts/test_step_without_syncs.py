@@ -73,7 +73,7 @@ def test_views_and_forward_never_wait_for_a_gpu(robust, count, recipe):
         with OneDevice() as watched:
             logits, labels = model(*views("cuda", robust, count, recipe))
     assert logits.shape == (4, 1 + 10 + count)
-    assert watched.copies == 1 + (robust == "patch")  # for the augmentations and for patches, whatever the batch
+    assert watched.copies == 2 + (robust != "none")  # for each augmented view and for patches, whatever the batch
     assert {t.device.type for t in (logits, labels, model.queue, *model.similarities.values())} == {"cuda"}
 
 
