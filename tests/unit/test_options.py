@@ -84,15 +84,9 @@ def test_a_batch_is_divided_among_the_ranks_or_refused():
 
 
 def test_workers_are_shared_and_limited_to_the_cores(monkeypatch):
-    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: range(16), raising=False)
-    assert [options.workers_per_rank(total, ranks) for total, ranks in ((32, 8), (10, 4), (0, 4), (4, 1))] == [
-        2,
-        3,
-        0,
-        4,
-    ]
-    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: range(2), raising=False)
-    assert options.workers_per_rank(32, 4) == 1
+    for cores, total, ranks, share in (16, 32, 8, 2), (16, 10, 4, 3), (16, 0, 4, 0), (16, 4, 1, 4), (2, 32, 4, 1):
+        monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid, cores=cores: range(cores), raising=False)
+        assert options.workers_per_rank(total, ranks) == share
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
