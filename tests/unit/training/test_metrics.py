@@ -89,74 +89,46 @@ def test_damaged_log_lines_are_dropped_and_counted(tmp_path, damage):
 MEANS = {"loss": 8.123, "contrast_acc": 12.5, "q_k": 0.812, "q_t": -0.123, "q_queue": 0.01, "spread": 0.974}
 
 
-def test_a_log_gets_a_line_every_print_freq_steps_and_at_the_end(capsys):
-    epoch = metrics.Progress(range(7), 1, images_per_step=4, print_freq=3, epochs_left=1)
+class Batches:
+    """So many batches, each of which takes its seconds of a clock that does not run otherwise."""
+
+    def __init__(self, monkeypatch, steps, seconds):
+        self.steps, self.seconds, self.now = steps, seconds, 0.0
+        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
+
+    def __len__(self):
+        return self.steps
+
+    def __iter__(self):
+        for step in range(self.steps):
+            self.now += self.seconds
+            yield step
+
+
+def test_a_log_gets_a_line_every_print_freq_steps_and_at_the_end(monkeypatch, capsys):
+    batches = Batches(monkeypatch, 10, seconds=9)
+    epoch = metrics.Progress(batches, 3, images_per_step=8, print_freq=4, epochs_left=2)
     for _ in epoch:
+        batches.now += 1
         if epoch.due():
             epoch.report(MEANS, 0.0301)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines] == [f"epoch 1 [{step}/7]" for step in (3, 6, 7)]
-    wanted = ("loss 8.123", "q·k 0.812", "q·t -0.123", "spread 0.974", "lr 0.0301", " images/s", "data ", "ETA 0:00:0")
-    for line in lines:
-        assert all(text in line for text in wanted)
+    assert [line.split("  ")[0] for line in lines] == [f"epoch 3 [{step}/10]" for step in (4, 8, 10)]
+    wanted = ("loss 8.123", "q·k 0.812", "q·t -0.123", "spread 0.974", "lr 0.0301", "1 images/s", "data 90%")
+    for line, eta in zip(lines, ("0:04:20", "0:03:40", "0:03:20")):  # 26, 22 and 20 steps of 10 s, of all epochs
+        assert all(text in line for text in [*wanted, f"ETA {eta}"])
+    assert epoch.speed() == {"images_per_s": 0.8, "data_share": 0.9}
 
 
-def test_several_heads_are_reported_side_by_side(capsys):
-    epoch = metrics.Progress(range(1), 0, 4, 1)
-    for _ in epoch:
-        epoch.report({"loss": [1.0, 2.5]}, [30.0, 0.1])
-    assert "loss 1.000 2.500  lr 30 0.1  " in capsys.readouterr().out
-
-
-class Clock:
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        monkeypatch.setattr(metrics.time, "perf_counter", lambda: self.now)
-
-    def batches(self, steps, seconds):
-        clock = self
-
-        class Loader:
-            def __len__(self):
-                return steps
-
-            def __iter__(self):
-                for step in range(steps):
-                    clock.now += seconds
-                    yield step
-
-        return Loader()
-
-
-def test_the_wait_for_data_is_measured(monkeypatch):
-    clock = Clock(monkeypatch)
-    epoch = metrics.Progress(clock.batches(4, seconds=3), 0, images_per_step=8, print_freq=100)
-    for _ in epoch:
-        clock.now += 1
-    assert epoch.speed() == {"images_per_s": 4 * 8 / 16, "data_share": 0.75}
-
-
-def test_the_eta_counts_the_remaining_steps_of_all_epochs(monkeypatch, capsys):
-    clock = Clock(monkeypatch)
-    epoch = metrics.Progress(clock.batches(10, seconds=9), 3, images_per_step=8, print_freq=4, epochs_left=2)
-    for _ in epoch:
-        clock.now += 1
-        if epoch.due():
-            epoch.report({"loss": 1.0}, 0.1)
-    etas = re.findall(r"ETA (\S+)", capsys.readouterr().out)
-    assert etas == ["0:04:20", "0:03:40", "0:03:20"]  # 26, 22 and 20 steps of 10 s
-
-
-def test_a_resumed_epoch_starts_at_its_step(monkeypatch, capsys):
-    clock = Clock(monkeypatch)
-    loader = clock.batches(10, seconds=1)
-    epoch = metrics.Progress(loader, 0, images_per_step=8, print_freq=10, first_step=6)
+def test_a_resumed_epoch_starts_at_its_step_and_heads_are_reported_side_by_side(monkeypatch, capsys):
+    batches = Batches(monkeypatch, 10, seconds=1)
+    epoch = metrics.Progress(batches, 0, images_per_step=8, print_freq=10, first_step=6)
     rest = iter(epoch)
     for _ in range(4):
         next(rest)
         if epoch.due():
-            epoch.report({"loss": 1.0}, 0.1)
-    assert "[10/10]" in capsys.readouterr().out
+            epoch.report({"loss": [1.0, 2.5]}, [30.0, 0.1])
+    assert "[10/10]  loss 1.000 2.500  lr 30 0.1  " in capsys.readouterr().out
     assert epoch.speed()["images_per_s"] == 8  # of the steps that it did itself
 
 
@@ -168,12 +140,12 @@ def test_a_resumed_epoch_starts_at_its_step(monkeypatch, capsys):
     ],
 )
 def test_80_columns_show_the_figures_and_then_the_bar(capsys, monkeypatch, means, figures):
-    terminal, clock, (_, descriptor) = io.StringIO(), Clock(monkeypatch), pty.openpty()
+    terminal, (_, descriptor) = io.StringIO(), pty.openpty()
     fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     terminal.isatty, terminal.fileno = lambda: True, lambda: descriptor  # its size is what tqdm asks for
     monkeypatch.setattr(sys, "stderr", terminal)
-    # 200 epochs of 990 steps
-    epoch = metrics.Progress(clock.batches(990, seconds=1), 100, images_per_step=128, print_freq=10, epochs_left=99)
+    batches = Batches(monkeypatch, 990, seconds=1)
+    epoch = metrics.Progress(batches, 100, images_per_step=128, print_freq=10, epochs_left=99)
     for _ in epoch:
         if epoch.due():
             epoch.report(means, 0.03)
