@@ -81,12 +81,6 @@ def oracle_keys(encoder, images, world):
     return keys
 
 
-def oracle_logits(case, q, k, ts, queue):
-    """One query's logits."""
-    products = [q @ k, *(q @ old for old in queue), *(case["alpha"] * (q @ t) for t in ts)]
-    return torch.stack(products) / case["T"]
-
-
 def oracle_steps(case, world):
     """[{"loss", "logits", "queue_ptr"} of every step] of each rank."""
     encoder_q, encoder_k = oracle_encoder(case), oracle_encoder(case)
@@ -104,15 +98,17 @@ def oracle_steps(case, world):
             negatives = [oracle_keys(encoder_k, im_t[:, j], world) for j in range(case["n"])]
         losses = []
         for rank in range(world):
-            logits = torch.stack(
-                [
-                    oracle_logits(case, q / q.norm(), keys[row], [t[row] for t in negatives], queue)
-                    for row, q in enumerate(queries[rank], rank * batch)
+            logits = []
+            for row, q in enumerate(F.normalize(queries[rank], dim=1), rank * batch):
+                products = [
+                    q @ keys[row],
+                    *(q @ old for old in queue),
+                    *(case["alpha"] * (q @ t[row]) for t in negatives),
                 ]
-            )
+                logits.append(torch.stack(products) / case["T"])
             losses.append(sum(row.exp().sum().log() - row[0] for row in logits) / batch)
             result[rank]["loss"].append(losses[rank].item())
-            result[rank]["logits"].append(logits.detach())
+            result[rank]["logits"].append(torch.stack(logits).detach())
         gradients = torch.autograd.grad(sum(losses) / world, parameters)
         with torch.no_grad():
             for number, (parameter, gradient) in enumerate(zip(parameters, gradients)):

@@ -128,18 +128,6 @@ def test_a_run_of_an_earlier_version_continues_as_it_would_have(tmp_path, kind):
             assert line[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-3)), key
 
 
-def test_a_probe_from_before_probes_were_saved_within_an_epoch_resumes(tmp_path):
-    """At commit 0b83d07, `optimizer` was that of all heads."""
-    data, saved = write_folder(tmp_path / "data", train=20), filled(EARLIER / "linear.pth.tar")
-    for name in ("step", "means", "winner", "pretrained", "scaler", "bad_images", "bad_in_epoch", "images"):
-        del saved[name]
-    saved["optimizer"] = saved.pop("optimizers")
-    torch.save(saved, tmp_path / "checkpoint_robust_random.pth.tar")
-    settings = [*SMALL_PROBE, "--lr", 0.1, 1, "--epochs", 2, "--resume", "auto", "--ckpt_path", tmp_path, data]
-    assert "starting at epoch 1 (" in run_script(PROBE, *settings).stdout
-    assert [line["epoch"] for line in log(tmp_path)] == [1]
-
-
 def test_a_report_of_an_earlier_version_is_continued(tmp_path):
     data, report = write_folder(tmp_path / "data", train=20, suffix=".png"), tmp_path / "report.json"
     torch.save(filled(EARLIER / "linear.pth.tar"), tmp_path / "linear.pth.tar")
@@ -190,7 +178,7 @@ def test_published_linear_files_of_1000_outputs_are_tested(tmp_path):
     assert f"top-1 {results[1][0]['top1']:.2f} %" in probed.stdout
 
 
-def test_the_published_script_resumes_a_linear_file(shared_data, tmp_path):
+def test_the_published_script_resumes_a_linear_file_and_this_one_the_published_scripts(shared_data, tmp_path):
     """What its resuming does with a file, for a head as wide as the file's."""
     run_script(PROBE, *SMALL_PROBE, "--lr", 0.1, 1, "--epochs", 1, "--ckpt_path", tmp_path, shared_data)
     saved = torch.load(tmp_path / "checkpoint_robust_random.pth.tar", weights_only=True)
@@ -208,6 +196,20 @@ def test_the_published_script_resumes_a_linear_file(shared_data, tmp_path):
     momentum = saved["optimizers"]["state"][2 * winner]["momentum_buffer"]
     assert torch.equal(optimizer.state[trained[0]]["momentum_buffer"], momentum)
     assert float(best_acc1) == max(saved["best_acc1s"])
+    published = {name: saved[name] for name in ("epoch", "arch", "state_dict", "best_acc1", "optimizer")}
+    torch.save(published, tmp_path / "published.pth.tar")
+    settings = [
+        "--lr",
+        0.1,
+        "--epochs",
+        2,
+        "--resume",
+        tmp_path / "published.pth.tar",
+        "--ckpt_path",
+        tmp_path / "more",
+    ]
+    assert "starting at epoch 1 (" in run_script(PROBE, *SMALL_PROBE, *settings, shared_data).stdout
+    assert [line["epoch"] for line in log(tmp_path / "more")] == [1]
 
 
 def test_exported_backbones_load_elsewhere_and_back(shared_data, tmp_path):

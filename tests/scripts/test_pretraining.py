@@ -159,13 +159,6 @@ def test_bad_options_are_refused_before_anything_is_built(shared_data, tmp_path,
     assert [path.name for path in tmp_path.glob("ckpt/*")] in ([], [".lock"])  # until this process ends
 
 
-def test_bad_data_are_refused(data, tmp_path):
-    assert "no such directory" in refused(PRETRAIN, tmp_path / "nowhere")
-    assert "no train/ folder" in refused(PRETRAIN, data / "train")
-    (data / "train" / "n03").mkdir()
-    assert "n03" in refused(PRETRAIN, "-b", 8, data)
-
-
 def test_a_batch_that_does_not_divide_is_refused(shared_data, tmp_path, monkeypatch):
     for name, value in {**TORCHRUN_RANK, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}.items():  # as torchrun sets it
         monkeypatch.setenv(name, value)
@@ -181,14 +174,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused(shared_data, whole, tmp_path)
     assert "it was saved with 2 classes, this run has 2 (n02 differs)" in refused(*resume, whole / LATEST, other)
     (tmp_path / "two\nlines.pth.tar").write_bytes(b"x")
     assert "two lines.pth.tar" in refused(*resume, tmp_path / "two\nlines.pth.tar", shared_data)
-
-
-def test_a_folder_with_another_run_is_refused_and_stays(shared_data, whole):
-    settings = [PRETRAIN, *SETTINGS, "--ckpt_path", whole, shared_data]
-    before = {path.name: path.read_bytes() for path in whole.glob("*[lr]")}
-    line = refused(*settings)
-    assert f"it holds another run ({LATEST})" in line and "--resume auto" in line and "another folder" in line
-    assert {path.name: path.read_bytes() for path in whole.glob("*[lr]")} == before
 
 
 # A new kind of negative, and one's own patch negatives

@@ -1,7 +1,6 @@
-"""Several ranks over gloo: the method, the collectives, and what DistributedDataParallel says."""
+"""Several ranks over gloo: the method and the collectives."""
 
 import functools
-import warnings
 
 import pytest
 import torch
@@ -76,23 +75,12 @@ def host_collectives(ctx):
     return maxima, joined, distributed.resolve_seed(100 - ctx.rank, {})
 
 
-def warned(ctx):
-    """What DDP says when a 1×1 kernel's gradient has the strides that 16-bit training on a GPU gives it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = torch.nn.Conv2d(4, 8, 1).to(memory_format=torch.channels_last)
-        model.weight.register_hook(lambda gradient: gradient.clone().as_strided(gradient.shape, (4, 1, 1, 1)))
-        ddp_model = distributed.wrap_ddp(model, ctx.device)
-        ddp_model(torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)).sum().backward()
-    return [str(warning.message) for warning in caught], model.weight.stride(), model.weight.grad.stride()
-
-
 def train_cases(ctx):
     torch.randperm = arrangement  # of this process, which ends after this
     return [golden_steps(case, golden_model(case), ctx=ctx) for case in CASES]
 
 
-FUNCTIONS = uneven_rows, shuffle_rows, shuffle_as_gathering, key_bytes, host_collectives, warned, train_cases
+FUNCTIONS = uneven_rows, shuffle_rows, shuffle_as_gathering, key_bytes, host_collectives, train_cases
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -133,11 +121,6 @@ def test_hosts_agree_on_maxima_lists_and_rank_0s_number(ranks):
     world = len(ranks["host_collectives"])
     expected = [world - 1, 0, 5], [rank for rank in range(world) for _ in range(rank)], 100
     assert ranks["host_collectives"] == [expected] * world
-
-
-def test_strides_of_1x1_kernels_cause_no_warning(ranks):
-    for texts, weight, gradient in ranks["warned"]:
-        assert weight != gradient and not any("Grad strides" in text for text in texts)
 
 
 def test_every_step_of_several_ranks_equals_the_oracle(ranks):

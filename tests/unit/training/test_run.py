@@ -191,14 +191,6 @@ def test_too_many_unreadable_images_end_the_run_resumably(tmp_path, capsys):
     assert [line["epoch"] for line in log(tmp_path)] == [0, 1, 2, 3]
 
 
-def test_a_resumed_run_takes_another_learning_rate(tmp_path):
-    Training(tmp_path).train()
-    resumed = Training(tmp_path, epochs=3)
-    resumed.optimizer.param_groups[0]["lr"] = 0.5
-    resumed.train()
-    assert [line["lr"] for line in log(tmp_path)] == [0.001, 0.001, 0.5]
-
-
 @pytest.mark.parametrize("probe", [None, "0199"])
 def test_a_folder_with_another_run_is_not_begun(tmp_path, probe):
     Training(tmp_path, heads=2 if probe else 1).train()
