@@ -8,13 +8,11 @@
 """
 
 import argparse
-import importlib.util
 import os
 import re
 import shutil
 import signal
 import sys
-import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -92,13 +90,11 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
         paper.check_rows(rows)
     if args.by_class and len(rows) < 2:
         raise UsageError("--by-class: it compares rows with the first; name two or more, as --pretrained A=FILE B=FILE")
-    if args.plot and not args.corruption:
-        raise UsageError(f"--plot {args.plot}: it draws corruptions; add --corruption DIR")
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(f"--plot {args.plot}: matplotlib is not installed; pip install matplotlib")
     options.check_file("--json", args.json)
     if args.plot:
-        options.check_file("--plot", args.plot, endings=(".png", ".pdf", ".svg"))
+        if not args.corruption:
+            raise UsageError(f"--plot {args.plot}: it draws corruptions; add --corruption DIR")
+        plot.check_picture("--plot", args.plot)
     launch.resolve_world_size(args)
 
 
@@ -111,7 +107,7 @@ def parse_rows(entries: Iterable[str]) -> dict[str, list[str]]:
             name = files = entry
         if name in rows:
             raise UsageError(f"--pretrained {entry}: the name {name} is taken by another row")
-        rows[name] = split_files(files)
+        rows[name] = [files] if os.path.exists(files) else files.split(",")  # a path may hold a comma, too
     return rows
 
 
@@ -126,16 +122,6 @@ def parse_sets(entries: Iterable[str]) -> dict[str, str]:
         report.check_set_name(name, sets)
         sets[name] = directory
     return sets
-
-
-def split_files(text: str) -> list[str]:
-    """The files of FILE[,FILE…]; a comma within the path of an existing file does not separate."""
-    files, pieces = [], text.split(",")
-    while pieces:
-        lengths = [n for n in range(len(pieces), 0, -1) if os.path.exists(",".join(pieces[:n]))] or [1]
-        files.append(",".join(pieces[: lengths[0]]))
-        pieces = pieces[lengths[0] :]
-    return files
 
 
 def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> tuple[list, list[dict], list[str], int]:
@@ -181,8 +167,6 @@ def evaluate(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None
             results.add(result, test_set, scored)
             if main_rank:
                 results.save(args.json, result)
-                if warning := report.unusual_preprocessing(result, test_set):
-                    bar.write(warning, file=sys.stderr)
     if main_rank:
         # In the order of the suites, also after a resumed evaluation.
         result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
@@ -192,10 +176,8 @@ def evaluate(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None
 
 
 def print_report(args: argparse.Namespace, result: Mapping) -> None:
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    print(report.table(result, width))
-    for line in [*report.differences(result), *report.notes(result)]:
-        print(textwrap.fill(line, width, subsequent_indent="  ") if width else line)
+    print(report.table(result, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    print(*report.differences(result), *report.notes(result), sep="\n")
     if args.compare:
         print(paper.comparison(result))
     if args.by_class:
@@ -203,7 +185,7 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
     if args.latex:
         print(report.latex(result))
     if args.plot:
-        plot.corruptions(result, args.plot)
+        plot.corruptions(result).savefig(args.plot)
         print(f"wrote {args.plot}")
     print(f"wrote {args.json}", flush=True)
 
@@ -220,7 +202,9 @@ def main() -> None:
     directories |= {f"{testsets.FURTHER}/{name}": directory for name, directory in sets.items()}
     test_sets = testsets.list_test_sets(directories, wnids, args.limit)
     unknown = testsets.unknown_corruptions(args.corruption) if args.corruption else []
-    result = results.new(rows, pretraining, wnids, image_size, args.limit, unknown)
+    if unknown and launch.is_main():
+        print(f"not evaluated, since ImageNet-C has no such corruption: {', '.join(unknown)}", file=sys.stderr)
+    result = results.new(rows, pretraining, wnids, image_size, args.limit)
     inputs = Inputs(models, wnids, image_size, test_sets, result, results.lock("--json", args.json))
     if launch.is_main() and not args.dry_run:
         inputs.lock.acquire()  # before the file is read
@@ -232,11 +216,8 @@ def main() -> None:
             "crops": f"{image_size} px",
             "test_sets": f"{len(test_sets)}, of which {len(result['cells'])} are done",
             "images": sum(len(test_set.labels) for test_set in test_sets),
-            **({"corruptions": report.not_evaluated(unknown)} if unknown else {}),
         }
         return options.print_dry_run(args, derived)
-    if unknown and launch.is_main():
-        print(report.not_evaluated(unknown), file=sys.stderr)
     agree = {
         "--pretrained": len(models),
         "the class list": wnids,

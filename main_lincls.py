@@ -300,7 +300,7 @@ def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) ->
     if args.features:
         found = classifier.gather_in_order(torch.cat(share), len(inputs.val.paths), ctx)
         if distributed.is_main():
-            classifier.save_features(args.features, found, inputs.val, "val")
+            classifier.save_features(args.features, found, inputs.val)
             weights = args.resume or args.pretrained or "a random backbone"
             print(f"wrote {args.features}: features {tuple(found.shape)} of {args.data}/val by {weights}", flush=True)
 

@@ -105,15 +105,14 @@ def check_input(encoder: nn.Module, arch: str, batch_size: int, image_size: int)
 def configure_device(device: torch.device, strict_fp32: bool, deterministic: bool) -> None:
     """Set how this process computes on its device.
 
-    On NVIDIA GPUs, strict_fp32 convolves in full fp32 instead of TF32 (11 significant bits), and deterministic takes
-    always the same algorithms instead of the fastest for each shape. Matrix products are full fp32 either way.
-
-    On a CPU, glibc keeps the memory that PyTorch frees. A step allocates and frees gigabytes of activations; by default
-    each large block goes back to the kernel, which zeroes the pages again: a sixth of an fp32 ResNet-50 step.
+    strict_fp32: NVIDIA GPUs convolve in full fp32 instead of TF32 (11 significant bits), as matrix products always are.
+    deterministic: always the same cuDNN algorithms instead of the fastest for each shape.
     """
     torch.backends.cudnn.allow_tf32 = not strict_fp32
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
+    # glibc keeps the memory that PyTorch frees. By default each large block goes back to the kernel, which zeroes the
+    # pages again for the next step: a sixth of an fp32 ResNet-50 step on a CPU.
     libc = ctypes.CDLL(None)
     if device.type == "cpu" and hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)  # no separate mapping for a large block

@@ -23,15 +23,13 @@ def patch_negatives(
     uniform position, neither flipped nor rotated; the last row and column are cut off at the canvas. Returns (N,
     count, C, S, S). Raises ValueError unless 1 <= low <= high <= S and the images are a batch of square ones.
     """
-    if images.dim() != 4:
+    if images.dim() != 4 or images.shape[2] != images.shape[3]:
         raise ValueError(
-            f"patch negatives need a batch of images (N, C, S, S), got the shape {tuple(images.shape)}; of one image,"
-            " images.unsqueeze(0) makes a batch"
+            f"patch negatives need a batch of square images (N, C, S, S), got the shape {tuple(images.shape)}; of one"
+            " image, images.unsqueeze(0) makes a batch"
         )
-    n, _, size, width = images.shape
-    if size != width:
-        raise ValueError(f"patch negatives need square images, got {size}×{width}")
-    (patches,) = to_device([draw_patches(n, size, low, high, rng, count)], images.device)
+    drawn = draw_patches(len(images), images.shape[3], low, high, rng, count)
+    (patches,) = to_device([drawn], images.device)
     return cut_patches(images, *patches)
 
 

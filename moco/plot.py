@@ -9,6 +9,7 @@ All but the views need matplotlib.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -25,26 +26,22 @@ from moco.errors import UsageError, first_line, one_line
 from moco.evaluation import report, testsets
 from moco.processes.exits import cli_main
 from moco.training import metrics
-from moco.training.metrics import SYMBOLS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LOG_NAME = "log.jsonl"
-PANELS = {  # title: {key of the log: line style}
+PANELS = {  # title: {key of the log: line style}; titles of a probe's panels begin with "probe"
     "loss": {"loss": "-"},
     "cosine": {"q_k": "-", "q_t": "--", "q_queue": ":"},
     "spread": {"spread": "-"},
     "contrast accuracy, %": {"contrast_acc": "-"},
     "200-nearest-neighbour top-1, %": {"knn_top1": "-"},
-}
-PROBE_PANELS = {
     "probe: loss": {"loss": "-"},
     "probe: top-1 on train/, %": {"acc1": "-"},
     "probe: top-1 on val/, %": {"val_acc1": "-"},
 }
-LOG_SCALE_FROM = 100  # times the smallest loss: one head that diverged must not flatten all others
 MARKED = 20  # values up to which each is marked: a single one would be invisible without, and many hide the dashes
 CLASSES = 20  # of the most helped and of the most harmed classes that are named
 HELPED, HARMED = "#0b66b3", "#d9730d"
@@ -64,37 +61,19 @@ class Series(NamedTuple):
 
 
 def read_runs(paths: Sequence[str]) -> list[Series]:
-    """The pre-training runs and the probes' heads in these logs, labelled by folder.
+    """The pre-training runs and the probes' heads in these logs, labelled by the folder as it was given.
 
-    Damaged lines and logs without a line are left out, which stderr says. Raises UsageError if nothing is left.
+    Damaged lines and logs without a line are left out, which stderr says. Raises UsageError if a file is missing.
     """
     runs = []
-    for path, name in zip(paths, run_names(paths)):
+    for path in paths:
         if not os.path.isfile(path):
-            what = f"a folder; name the log in it, {path}/{LOG_NAME}" if os.path.isdir(path) else "no such file"
-            raise UsageError(f"{path}: {what}")
-        try:
-            records, damaged = metrics.read_jsonl(path)
-        except OSError as error:
-            raise UsageError(f"{path}: cannot be read ({error})") from error
-        if damaged:
-            sys.stderr.write(one_line(f"{path}: {damaged} damaged lines are left out"))
-        if not records:
-            sys.stderr.write(one_line(f"{path}: no epoch in it, left out"))
-        runs += series_of(name, records)
-    if not any(each.values for each in runs):
-        raise UsageError(f"nothing to draw: no epoch in {', '.join(paths[:3])}; a run writes a line after each epoch")
+            raise UsageError(f"{path}: no such file; name the {LOG_NAME} of a run")
+        records, damaged = metrics.read_jsonl(path)
+        if damaged or not records:
+            sys.stderr.write(one_line(f"{path}: {len(records)} epochs, {damaged} damaged lines are left out"))
+        runs += series_of(path.removesuffix(f"/{LOG_NAME}"), records)
     return runs
-
-
-def run_names(paths: Sequence[str]) -> list[str]:
-    """The folder of each log, as far as they differ. A log of another name than log.jsonl adds that name."""
-    whole = [os.path.abspath(path) for path in paths]
-    whole = [
-        os.path.dirname(path) if os.path.basename(path) == LOG_NAME else os.path.splitext(path)[0] for path in whole
-    ]
-    shared = os.path.commonpath([os.path.dirname(path) for path in whole])
-    return [os.path.relpath(path, shared) for path in whole]
 
 
 def series_of(name: str, records: Sequence[Mapping]) -> list[Series]:
@@ -120,7 +99,7 @@ def _as_list(value: object) -> list:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 # Pictures of training logs
@@ -128,44 +107,47 @@ def _is_number(value: object) -> bool:
 
 def curves(runs: Sequence[Series]) -> "Figure":
     """A panel for each figure that any of the runs has, over the epochs. Raises UsageError if they have none."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    from matplotlib import colormaps
 
-    panels = [
-        (title, keys, is_probe)
-        for kinds, is_probe in ((PANELS, False), (PROBE_PANELS, True))
-        for title, keys in kinds.items()
-        if any(run.is_probe == is_probe and keys.keys() & run.values.keys() for run in runs)
-    ]
+    shown = {title: [run for run in runs if run.is_probe == title.startswith("probe")] for title in PANELS}
+    panels = {
+        title: keys for title, keys in PANELS.items() if any(keys.keys() & run.values.keys() for run in shown[title])
+    }
     if not panels:
-        raise UsageError("nothing to draw: the logs have none of the figures of a training run")
+        raise UsageError("nothing to draw: the logs have no epoch with figures of a training run")
     columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.5 * columns, 3 * rows + 0.25 * len(runs)), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    colours = _colours(len(runs))
-    for axis, (title, keys, is_probe) in zip(axes, panels):
+    figure, axes = _panels(len(panels), columns, (4.5, 3), 0.25 * len(runs))
+    colours = colormaps["turbo"](torch.linspace(0.05, 0.95, len(runs)).numpy())
+    for axis, (title, keys) in zip(axes, panels.items()):
         for run, colour in zip(runs, colours):
-            if run.is_probe == is_probe:
+            if run in shown[title]:
                 _draw_run(axis, run, keys, colour)
         axis.set_title(title, fontsize=10)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        if "loss" in keys:
-            losses = [value for line in axis.lines for value in line.get_ydata() if value > 0]
-            if losses and max(losses) > LOG_SCALE_FROM * min(losses):
-                axis.set_yscale("log")
+        if title == "probe: loss":
+            axis.set_yscale("log")  # one head that diverged must not flatten all others
         if "spread" in keys:
             axis.set_ylim(0, 1.03)  # its own range would make noise look like a collapse
         if len(keys) > 1:
             styles = [axis.plot([], [], style, color="gray", linewidth=1.3)[0] for style in keys.values()]
-            axis.legend(styles, [SYMBOLS[key] for key in keys], fontsize=8)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
+            axis.legend(styles, [metrics.SYMBOLS[key] for key in keys], fontsize=8)
     figure.supxlabel("epoch", fontsize=10)
     handles = [axes[0].plot([], [], color=colour)[0] for colour in colours]
     labels = [plain_text(run.label) for run in runs]
-    fitting = max(1, 60 * columns // (max(map(len, labels)) + 8))  # a panel is as wide as 60 letters
-    figure.legend(handles, labels, loc="outside upper center", fontsize=9, ncols=min(fitting, len(runs), 4))
+    figure.legend(handles, labels, loc="outside upper center", fontsize=9, ncols=columns)  # a panel holds 60 letters
     return figure
+
+
+def _panels(count: int, columns: int, size: tuple[float, float], above: float, **shared) -> tuple:
+    """A figure, and the axes of its `count` panels of a size in inches, with some space above them."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    rows = -(-count // columns)
+    figure = Figure(figsize=(size[0] * columns, size[1] * rows + above), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return figure, axes[:count]
 
 
 def _draw_run(axis: "Axes", run: Series, keys: Mapping[str, str], colour: object) -> None:
@@ -173,15 +155,6 @@ def _draw_run(axis: "Axes", run: Series, keys: Mapping[str, str], colour: object
         if values := sorted(run.values.get(key, {}).items()):
             marker = "." if len(values) <= MARKED else None
             axis.plot(*zip(*values), style, color=colour, marker=marker, markersize=5, linewidth=1.3)
-
-
-def _colours(count: int) -> list:
-    """That many colours: ten of a qualitative map, or evenly spaced ones."""
-    from matplotlib import colormaps
-
-    if count <= 10:
-        return [colormaps["tab10"](index) for index in range(count)]
-    return [colormaps["turbo"](0.05 + 0.9 * index / (count - 1)) for index in range(count)]
 
 
 # Pictures of evaluations
@@ -194,20 +167,15 @@ def plain_text(name: str, longest: int = 60) -> str:
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves labels out that begin with _
 
 
-def corruptions(evaluation: Mapping, path: str) -> None:
-    """Draw accuracy against severity for each corruption, one line per row. Needs matplotlib.
+def corruptions(evaluation: Mapping) -> "Figure":
+    """Accuracy against severity for each corruption, one line per row.
 
     Dashed: the row's accuracy on val, if that was evaluated. Dotted: chance.
     """
-    from matplotlib.figure import Figure
-
     cells = evaluation["cells"]
-    names = [name for group in testsets.CORRUPTIONS.values() for name in group]
-    names = [name for name in names if report.cells_of(evaluation, f"corruption/{name}")]
-    columns = min(5, len(names))
-    lines = -(-len(names) // columns)
-    figure = Figure(figsize=(2.6 * columns, 2.4 * lines + 0.6), layout="constrained")
-    axes = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    known = itertools.chain(*testsets.CORRUPTIONS.values())
+    names = [name for name in known if report.cells_of(evaluation, f"corruption/{name}")]
+    figure, axes = _panels(len(names), min(5, len(names)), (2.6, 2.4), 0.6, sharey=True)
     for name, axis in zip(names, axes):
         severities = {s: cells[key] for s in testsets.SEVERITIES if (key := f"corruption/{name}/{s}") in cells}
         for index, (row, runs) in enumerate(report.rows_of(evaluation).items()):
@@ -219,17 +187,13 @@ def corruptions(evaluation: Mapping, path: str) -> None:
         chance = axis.axhline(100 / len(evaluation["wnids"]), color="gray", linestyle=":", linewidth=1.2)
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.set_xticks(list(testsets.SEVERITIES))
-    for axis in axes[len(names) :]:
-        axis.set_visible(False)
-    for axis in axes[len(names) - columns : len(names)]:  # the last of each column, also above an empty place
-        axis.tick_params(labelbottom=True)
     figure.supxlabel("severity")
     figure.supylabel("top-1, %")
     handles, labels = axes[0].get_legend_handles_labels()
     if "val" in cells:
         handles, labels = [*handles, axes[0].plot([], [], "--", color="gray")[0]], [*labels, "on val"]
     figure.legend([*handles, chance], [*labels, "chance"], loc="outside upper center", ncols=min(4, len(handles) + 1))
-    figure.savefig(path)
+    return figure
 
 
 def class_bars(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure":
@@ -237,13 +201,10 @@ def class_bars(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure"
 
     Of many classes, those that `row` helps and harms most. evaluation: what eval_robustness.py --json wrote.
     """
-    from matplotlib.figure import Figure
-
     found = report.class_differences(evaluation, suite, base, row)
     shown = found if len(found) <= 2 * CLASSES else found[:CLASSES] + found[-CLASSES:]
-    figure = Figure(figsize=(7.5, 1.6 + 0.19 * len(shown)), layout="constrained")
-    axis = figure.subplots()
-    places = [-index - (index >= CLASSES and len(found) > len(shown)) for index in range(len(shown))]
+    figure, (axis,) = _panels(1, 1, (7.5, 0.19 * len(shown)), 1.6)
+    places = range(0, -len(shown), -1)
     changes = [each.change for each in shown]
     axis.barh(
         places, changes, xerr=[each.error for each in shown], error_kw={"elinewidth": 0.8, "ecolor": "black"},
@@ -255,11 +216,9 @@ def class_bars(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure"
     axis.grid(axis="x", linewidth=0.4)
     axis.set_xlabel("difference in top-1, points; black: one standard error")
     helped, harmed = sum(each.change > 0 for each in found), sum(each.change < 0 for each in found)
-    names = f"{suite}: {plain_text(row)} against {plain_text(base)}"
-    title = f"{names}\nclasses helped: {helped}, harmed: {harmed}, of {len(found)}"
-    if len(shown) < len(found):
-        title += f"; drawn: the {CLASSES} at either end"
-    axis.set_title(title, fontsize=10)
+    drawn = f"; drawn: the {CLASSES} at either end" if len(shown) < len(found) else ""
+    title = f"{suite}: {plain_text(row)} against {plain_text(base)}"
+    axis.set_title(f"{title}\nclasses helped: {helped}, harmed: {harmed}, of {len(found)}{drawn}", fontsize=10)
     return figure
 
 
@@ -308,12 +267,14 @@ def read_evaluation(path: str) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-        if content["checkpoints"] and content["cells"]:
-            return content
-        reason = "it holds no results"
+        if not (content["checkpoints"] and content["cells"]):
+            raise ValueError("it holds no results")
     except Exception as error:  # whatever fails in reading means: damaged, or not ours
         reason = f"not JSON of an evaluation ({type(error).__name__}: {first_line(error)})"
-    raise UsageError(f"{path}: {reason}; name the --json file of eval_robustness.py, or a run's {LOG_NAME}")
+        raise UsageError(
+            f"{path}: {reason}; name what eval_robustness.py --json wrote, or a run's {LOG_NAME}"
+        ) from error
+    return content
 
 
 def draw(args: argparse.Namespace) -> "Figure":
@@ -328,11 +289,16 @@ def draw(args: argparse.Namespace) -> "Figure":
     return class_bars(evaluation, args.set, *rows)
 
 
+def check_picture(option: str, path: str) -> None:
+    """Raise UsageError unless a picture can be drawn to this file."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(f"{option} {path}: matplotlib is not installed; pip install matplotlib")
+    options.check_file(option, path, endings=(".png", ".pdf", ".svg"))
+
+
 def main() -> None:
     args = parse_args()
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("matplotlib is not installed; pip install matplotlib")
-    options.check_file("--out", args.out, endings=(".png", ".pdf", ".svg"))
+    check_picture("--out", args.out)
     draw(args).savefig(args.out, dpi=120)
     print(f"wrote {args.out}")
 

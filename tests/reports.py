@@ -6,23 +6,24 @@ import torch
 
 from moco.encoders import build_encoder
 from moco.evaluation import results
-from moco.evaluation.testsets import TestSet
+from moco.evaluation.testsets import TestSet, presets
 from moco.training import checkpoint
 
 WNIDS = ["n01", "n02"]
 
 
 def result(top1, classes=None, **more):
-    """A result; classes: {class: (correct, images)}."""
+    """A result as of photos; classes: {class: (correct, images)}."""
     classes = {name: {"n": n, "correct": correct} for name, (correct, n) in (classes or {}).items()}
     n = sum(each["n"] for each in classes.values()) or 4
+    more = {"preprocessing": "Resize(32), CenterCrop(28)"} | more
     return {"top1": top1, "top1_shared_classes": top1, "n": n, "classes": classes} | more
 
 
-def a_test_set(key="val", n=4, folder=None, categories=None):
+def a_test_set(key="val", n=4, folder=None, categories=None, suffix="png"):
     labels = [index * len(WNIDS) // n for index in range(n)]
     folder = folder or f"/data/{key}"
-    paths = [f"{folder}/{WNIDS[label]}/{index}.png" for index, label in enumerate(labels)]
+    paths = [f"{folder}/{WNIDS[label]}/{index}.{suffix}" for index, label in enumerate(labels)]
     return TestSet(key, folder, paths, labels, None, categories)
 
 
@@ -40,8 +41,9 @@ def report_of(cells, runs=("mine",), wnids=WNIDS, image_size=28, limit=None, wei
     made = results.new(rows, known, wnids, image_size, limit)
     for key, values in cells.items():
         values = [value if isinstance(value, dict) else result(value) for value in values]
-        categories = {"cat": [0], "dog": [1]} if key == "set/cues" else None
-        results.add(made, a_test_set(key, values[0]["n"], categories=categories), values)
+        test_set = a_test_set(key, values[0]["n"], categories={"cat": [0], "dog": [1]} if key == "set/cues" else None)
+        used = presets(image_size)[test_set.kind == "photos"][0]
+        results.add(made, test_set, [value | {"preprocessing": used} for value in values])
     return made
 
 

@@ -42,11 +42,11 @@ class LinearHeads(nn.ModuleList):
         return torch.stack([head(features) for head in self])
 
 
-def load_classifier(path: str, option: str = "--pretrained") -> tuple[nn.Module, dict]:
+def load_classifier(path: str) -> tuple[nn.Module, dict]:
     """(model in eval mode, checkpoint) of a linear checkpoint, with a head as wide as the file's."""
-    saved = checkpoint.load(path, option)
-    check_linear(saved, f"{option} {path}")
-    model = build_encoder(saved["arch"], checkpoint.num_outputs(saved, f"{option} {path}"))
+    saved = checkpoint.load(path, "--pretrained")
+    check_linear(saved, f"--pretrained {path}")
+    model = build_encoder(saved["arch"], checkpoint.num_outputs(saved, path))
     model.load_state_dict(checkpoint.strip_prefix(saved["state_dict"]), strict=False)
     return model.eval(), saved
 
@@ -74,12 +74,13 @@ def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
     A published head does not say its classes; one at least as wide as the data is accepted.
     """
     own, width = saved.get("wnids", classes), checkpoint.num_outputs(saved, source)
-    if own == classes and width >= len(classes):
-        return
-    different = sorted(set(own) ^ set(classes)) or own  # or the same in another order
-    found = f"{width} outputs, the data {len(classes)} classes"
     if own != classes:
+        different = sorted(set(own) ^ set(classes)) or own  # or the same in another order
         found = f"{len(own)} classes that differ from the {len(classes)} of this data (for example {different[0]})"
+    elif width < len(classes):
+        found = f"{width} outputs, the data {len(classes)} classes"
+    else:
+        return
     raise UsageError(f"{source}: its head has {found}; use the data that it was trained on")
 
 
@@ -115,16 +116,12 @@ def diverged_heads(losses: Sequence[float], classes: int) -> set[int]:
 
 def divergence_hint(heads: Iterable[int], lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
     """A line that names the learning rates of these heads, and some to try if no other head learns."""
-    heads, diverged = sorted(heads), diverged_heads(losses, classes)
-    least = min(lrs[head] for head in heads)
-    advice = f"try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features"
-    sound = " ".join(f"{lr:g}" for head, lr in enumerate(lrs) if head not in diverged)
-    verb = "are" if " " in sound else "is"
-    return (
-        f"loss diverged for --lr {' '.join(f'{lrs[head]:g}' for head in heads)}"
-        f" ({' '.join(f'{losses[head]:.6g}' for head in heads)}; chance is {math.log(classes):.2f});"
-        f" {f'--lr {sound} {verb} fine' if sound else advice}; the best head is kept"
-    )
+    heads, least, advice = sorted(heads), min(lrs), ""
+    if len(diverged_heads(losses, classes)) == len(lrs):
+        advice = f" try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features;"
+    diverged = " ".join(f"{lrs[head]:g}" for head in heads)
+    figures = f"{' '.join(f'{losses[head]:.6g}' for head in heads)}; chance is {math.log(classes):.2f}"
+    return f"loss diverged for --lr {diverged} ({figures});{advice} the best head is kept"
 
 
 # Evaluation
@@ -165,14 +162,12 @@ def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list
 
     predict(images) returns each classifier's logits (N, classes). Returns for each {"acc1", "acc5"} in percent and "n".
     """
-    counts, seen = None, 0
+    counts, seen = torch.zeros(1, 2, dtype=torch.long, device=device), 0
     for logits, labels in predictions(predict, batches, device):
-        new = torch.stack([correct_counts(own, labels) for own in logits])  # classifiers×2
-        counts, seen = new if counts is None else counts + new, seen + len(labels)
-    (classifiers,) = distributed.all_reduce_max(0 if counts is None else len(counts))
-    if counts is None:  # more ranks than images
-        counts = torch.zeros(classifiers, 2, dtype=torch.long, device=device)
-    counts = torch.cat([counts, counts.new_full((classifiers, 1), seen)], dim=1)
+        counts = counts + torch.stack([correct_counts(own, labels) for own in logits])  # classifiers×2
+        seen += len(labels)
+    (classifiers,) = distributed.all_reduce_max(len(counts))  # 1×2 on a rank without images
+    counts = torch.cat([counts.expand(classifiers, 2), counts.new_full((classifiers, 1), seen)], dim=1)
     return [
         {"acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "n": n}
         for top1, top5, n in distributed.all_reduce(counts).tolist()
@@ -192,8 +187,8 @@ def gather_in_order(rows: torch.Tensor, total: int, ctx: DistContext) -> torch.T
     return distributed.all_reduce(whole).cpu()
 
 
-def save_features(path: str, features: torch.Tensor, folder: NamedTuple, split: str) -> None:
-    """Write the features (N, d) of the folder's images, in its order, with labels, paths and classes, for numpy.load.
+def save_features(path: str, features: torch.Tensor, folder: NamedTuple) -> None:
+    """Write the features (N, d) of val/, in the folder's order, with labels, paths and classes, for numpy.load.
 
     Raises OSError.
     """
@@ -204,5 +199,5 @@ def save_features(path: str, features: torch.Tensor, folder: NamedTuple, split: 
             labels=np.array(folder.labels, dtype=np.int64),
             paths=np.array(list(folder.paths)),
             classes=np.array(folder.classes),
-            split=np.array(split),
+            split=np.array("val"),
         )

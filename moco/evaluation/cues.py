@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 CATEGORIES = Path(__file__).parent / "sixteen_categories.csv"
+TEXTURE_FIRST, SHAPE_FIRST = re.compile("(?P<texture>.*)-[^-]*"), re.compile(r"(?P<shape>.+?)\d+-(?P<texture>.+?)\d+")
 
 
 @functools.cache
@@ -52,16 +53,13 @@ def textures(paths: Iterable[str], shapes: Iterable[str], known: Collection[str]
     each image, by its folder.
     """
     images = [(os.path.splitext(os.path.basename(path))[0], shape) for path, shape in zip(paths, shapes)]
-    for rule in (_texture_first, _shape_first):
-        if all(rule(*image) in known for image in images):  # most sets end at their first name
-            return [rule(*image) for image in images]
+    for pattern in TEXTURE_FIRST, SHAPE_FIRST:
+        found = []
+        for name, shape in images:
+            match = pattern.fullmatch(name)
+            if not match or match["texture"] not in known or match.groupdict().get("shape", shape) != shape:
+                break  # most sets end at their first name
+            found.append(match["texture"])
+        else:
+            return found
     return None
-
-
-def _texture_first(name: str, shape: str) -> str | None:
-    return name.rsplit("-", 1)[0] if "-" in name else None
-
-
-def _shape_first(name: str, shape: str) -> str | None:
-    match = re.fullmatch(r"(.+?)\d+-(.+?)\d+", name)
-    return match[2] if match and match[1] == shape else None

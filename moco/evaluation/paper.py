@@ -29,12 +29,8 @@ def rows() -> dict[str, dict]:
 
 def check_rows(names: Iterable[str]) -> None:
     """Raise UsageError unless all rows have names of published.csv."""
-    for name in names:
-        if name not in rows():
-            raise UsageError(
-                f"--compare paper: {name} is not a row of the published table; valid names are"
-                f" {', '.join(rows())}, as in --pretrained patch-k16384-a2=FILE"
-            )
+    if unknown := [name for name in names if name not in rows()]:
+        raise UsageError(f"--compare paper: {unknown[0]} is not a row of the published table: {', '.join(rows())}")
 
 
 def incomplete(report: Mapping, suite: str) -> str:

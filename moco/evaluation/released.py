@@ -40,45 +40,29 @@ def local_path(path: str) -> str:
     if name not in drive_ids():
         raise UsageError(f"--pretrained {path}: no such checkpoint; there are {', '.join(drive_ids())}")
     cached = os.path.join(torch.hub.get_dir(), "non-semantic-negatives", f"{name}.pth.tar")
-    by_hand = f"download {link(drive_ids()[name])} and save it as {cached}"
-    if os.path.lexists(cached):
-        if problem := why_no_checkpoint(cached):
-            raise UsageError(f"--pretrained {path}: {cached}: {problem}; delete it and run again, or {by_hand}")
-        return cached
-    download(path, drive_ids()[name], cached, by_hand)
+    if not os.path.exists(cached):
+        by_hand = f"download {link(drive_ids()[name])} and save it as {cached}"
+        try:
+            _download(drive_ids()[name], cached)
+        except ImportError:
+            raise UsageError(f"--pretrained {path}: pip install gdown, or {by_hand}") from None
+        except Exception as error:  # gdown raises whatever its own dependencies raise
+            raise UsageError(f"--pretrained {path}: the download failed ({error}); {by_hand}") from error
     return cached
 
 
-def download(path: str, drive_id: str, cached: str, by_hand: str) -> None:
-    """Download a checkpoint, whole or not at all. Raises UsageError if that fails or it is something else."""
-    try:
-        import gdown
+def _download(drive_id: str, cached: str) -> None:
+    """Download a checkpoint, whole or not at all; raises an exception if that fails or it is something else."""
+    import gdown
 
-        os.makedirs(os.path.dirname(cached), exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(cached)) as folder:
-            partial = os.path.join(folder, os.path.basename(cached))
-            if not gdown.download(id=drive_id, output=partial):
-                raise OSError("no file came")
-            problem = why_no_checkpoint(partial)
-            if not problem:
-                os.replace(partial, cached)
-    except ImportError:
-        raise UsageError(f"--pretrained {path}: pip install gdown, or {by_hand}") from None
-    except Exception as error:  # gdown raises whatever its own dependencies raise
-        raise UsageError(f"--pretrained {path}: gdown failed ({error}); {by_hand}") from error
-    if problem:
-        raise UsageError(
-            f"--pretrained {path}: what was downloaded is no checkpoint and was deleted ({problem}); {by_hand}"
-        )
-
-
-def why_no_checkpoint(path: str) -> str:
-    """The reason if a file is not a whole checkpoint with weights, but a web page, say; "" if it is one."""
-    try:
-        with open(path, "rb") as file:
+    os.makedirs(os.path.dirname(cached), exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(cached)) as folder:
+        partial = os.path.join(folder, os.path.basename(cached))
+        if not gdown.download(id=drive_id, output=partial):
+            raise OSError("no file came")
+        with open(partial, "rb") as file:
             if file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
-                return "a web page, with which the drive refuses downloads for some hours"
-        saved = checkpoint.load(path, "--pretrained")
-    except (UsageError, OSError) as error:
-        return str(error).removeprefix(f"--pretrained {path}: ")
-    return "" if saved.get("state_dict") else "it holds no state_dict"
+                raise OSError("a web page came, with which the drive refuses downloads for some hours")
+        if not checkpoint.load(partial, "downloaded").get("state_dict"):
+            raise OSError("it holds no state_dict")
+        os.replace(partial, cached)

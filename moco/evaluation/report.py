@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from moco.errors import UsageError
 from moco.evaluation import scores, testsets
-from moco.evaluation.testsets import SUITES, TestSet
+from moco.evaluation.testsets import SUITES
 
 SHARED = ", shared classes"  # a second column: decisions among the classes of the set only
 CUES = {"Shape bias": "shape_bias", "Shape accuracy": "shape_decisions", "Texture accuracy": "texture_decisions"}
@@ -15,7 +15,6 @@ SETTINGS = ("model", "K", "alpha")  # the first columns
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "–": "--"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )
 
 # Figures
@@ -75,12 +74,9 @@ def check_set_name(name: str, others: Iterable[str]) -> None:
     built_in = [*SUITES, *(suite.title for suite in SUITES.values()), *CUES, scores.EXTRA, scores.MCE, *SETTINGS]
     same = next((each for each in [*others, *built_in] if each.casefold() == name.casefold()), None)
     if same is not None:
-        kind = "a further set" if same in others else "a column of the table"
-        raise UsageError(f"--set {name}=…: {same} is {kind} already; use another name")
-    if not re.fullmatch(r"\w[\w .+-]*", name) or len(name) > 40:
-        raise UsageError(
-            f"--set {name}=…: a name is up to 40 letters, digits, spaces and . + - _, as in --set imagenet-a=DIR"
-        )
+        raise UsageError(f"--set {name}=…: there is a column {same} already; use another name")
+    if not re.fullmatch(r"\w[\w .+-]{0,39}", name):
+        raise UsageError(f"--set {name}=…: a name is up to 40 letters, digits, spaces and . + - _")
 
 
 def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
@@ -89,11 +85,12 @@ def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
     for run, checkpoint in enumerate(report["checkpoints"]):
         for column, figure in figures(report, run).items():
             rows.setdefault(checkpoint["row"], {}).setdefault(column, []).append(figure)
-    pairs = {column: column.removesuffix(SHARED) for row in rows.values() for column in row if column.endswith(SHARED)}
-    repeated = [
-        column for column, own in pairs.items() if all(row.get(column) == row.get(own) for row in rows.values())
-    ]
-    return {name: {column: row[column] for column in row if column not in repeated} for name, row in rows.items()}
+
+    def repeated(column: str) -> bool:
+        own = column.removesuffix(SHARED)
+        return own != column and all(row.get(column) == row.get(own) for row in rows.values())
+
+    return {name: {column: row[column] for column in row if not repeated(column)} for name, row in rows.items()}
 
 
 def missing(report: Mapping) -> list[str]:
@@ -103,21 +100,16 @@ def missing(report: Mapping) -> list[str]:
 
 def resized(report: Mapping) -> list[str]:
     """The corruptions and severities whose images do not have the size of the crop, as published ones do."""
-    return [
-        key.removeprefix("corruption/")
-        for key, cell in report["cells"].items()
-        if key.startswith("corruption/") and "Resize" in cell["preprocessing"]
-    ]
+    cells = {key.partition("/")[2]: cell for key, cell in report["cells"].items() if key.startswith("corruption/")}
+    return [key for key, cell in cells.items() if "Resize" in cell["preprocessing"]]
 
 
 def mean_std(runs: Sequence[float]) -> str:
     """The mean and, with several runs, their sample standard deviation."""
-    mean = f"{statistics.fmean(runs):.2f}"
-    return f"{mean}±{statistics.stdev(runs):.2f}" if len(runs) > 1 else mean
+    return f"{statistics.fmean(runs):.2f}" + (f"±{statistics.stdev(runs):.2f}" if len(runs) > 1 else "")
 
 
 def mean_top1(cell: Mapping, runs: Iterable[int]) -> float:
-    """The mean top-1 of these runs on a test set."""
     return statistics.fmean(cell["results"][run]["top1"] for run in runs)
 
 
@@ -140,23 +132,12 @@ def markdown(grid: Iterable[Sequence[str]]) -> str:
 def table(report: Mapping, width: int | None = None) -> str:
     """A Markdown table of top-1 in percent, one row per row name.
 
-    width: of the terminal. If the table is wider, models become columns, in as many tables as it takes.
+    width: of the terminal. If the table is wider, models become columns, where that is narrower.
     """
     grid = _grid(report)
-    if width is None or _fits(grid, width):
-        return markdown(grid)
-    header, first, *others = grid
-    parts = [[first]]
-    for model in others:
-        if _fits(zip(header, *parts[-1], model), width):
-            parts[-1].append(model)
-        else:
-            parts.append([model])
-    return "\n".join(markdown(zip(header, *part)) for part in parts)
-
-
-def _fits(grid: Iterable[Sequence[str]], width: int) -> bool:
-    return max(map(len, markdown(grid).splitlines())) <= width
+    usual, transposed = markdown(grid), markdown(zip(*grid))
+    widest = [max(map(len, text.splitlines())) for text in (usual, transposed)]
+    return transposed if width is not None and widest[0] > max(width, widest[1]) else usual
 
 
 def _grid(report: Mapping) -> list[list[str]]:
@@ -185,10 +166,10 @@ def latex(report: Mapping) -> str:
     """The table for LaTeX, with booktabs; the best accuracy of each column is bold if there are several rows."""
     header, *rows = _grid(report)
     best = [_best(title, column) for title, column in zip(header, zip(*rows))]
-    lines = [" & ".join(map(_escape, header)) + r" \\", r"\midrule"]
+    lines = [" & ".join(title.translate(LATEX) for title in header) + r" \\", r"\midrule"]
     for row in rows:
-        cells = zip(map(_escape, row), row, best)
-        lines.append(" & ".join(rf"\textbf{{{text}}}" if cell in own else text for text, cell, own in cells) + r" \\")
+        bold = (r"\textbf{%s}" if cell in own else "%s" for cell, own in zip(row, best))
+        lines.append(" & ".join(form % cell.translate(LATEX) for form, cell in zip(bold, row)) + r" \\")
     begin = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}  % \usepackage{{booktabs}}"
     return "\n".join([begin, r"\toprule", *lines, r"\bottomrule", r"\end{tabular}"])
 
@@ -200,10 +181,6 @@ def _best(title: str, cells: Sequence[str]) -> list[str]:
         return []
     best = min(means.values()) if title == scores.MCE else max(means.values())
     return [cell for cell, mean in means.items() if mean == best]
-
-
-def _escape(text: str) -> str:
-    return text.translate(LATEX)
 
 
 # Lines below the table
@@ -225,12 +202,8 @@ def differences(report: Mapping) -> list[str]:
 
 def notes(report: Mapping) -> list[str]:
     """A line per column: its images and preprocessing, and what is unexpected or missing."""
-    lines = [_note(report, suite, title) for suite, title in titles(report).items()]
-    if report.get("not_evaluated"):
-        lines.append(not_evaluated(report["not_evaluated"]))
-    if report["limit"]:
-        lines.append(f"partial evaluation: only the first {report['limit']} images of each class (--limit)")
-    return lines
+    limit = f"partial evaluation: only the first {report['limit']} images of each class (--limit)"
+    return [_note(report, suite, title) for suite, title in titles(report).items()] + [limit] * bool(report["limit"])
 
 
 def _note(report: Mapping, suite: str, title: str) -> str:
@@ -242,29 +215,13 @@ def _note(report: Mapping, suite: str, title: str) -> str:
         if missing(report):
             line += f"; partial, {len(missing(report))} of 75 are missing ({', '.join(missing(report)[:3])}, …)"
         if resized(report):
-            line += (
-                f"; RESIZED: images of {len(resized(report))} of these do not have the crop's"
-                f" {report['image_size']} px, so the figure is not comparable with ImageNet-C's"
-            )
-    elif suite in SUITES and SUITES[suite].kind == "stylized" and "Resize" not in preprocessing:
-        line += " (not resized: the images have the crop's size already)"
+            line += f"; RESIZED: {len(resized(report))} of these have images of another size than ImageNet-C's"
     if categories := cells[0].get("categories"):
         line += f", decided between {len(categories)} of 16 categories ({', '.join(categories)}) by mean probability"
     if suite != "corruption" and (conflicts := cells[0]["results"][0].get("conflicts", cells[0]["n"])) < cells[0]["n"]:
         line += f"; Shape bias over the {conflicts} of these images whose cues are two different classes of the head"
     odd = next((cell["warning"] for cell in cells if cell["warning"]), "")
     return line + (f"; unexpected: {odd}" if odd and not report["limit"] else "")
-
-
-def unusual_preprocessing(report: Mapping, test_set: TestSet) -> str:
-    """A line on a finished set whose images do not have the published size; "" if they do."""
-    used, usual = report["cells"][test_set.key]["preprocessing"], test_set.preprocessing(report["image_size"])
-    return "" if used == usual else f"{test_set.key}: images of another size than the published {usual} takes: {used}"
-
-
-def not_evaluated(folders: Sequence[str], count: int = 20) -> str:
-    more = f" and {len(folders) - count} more" if len(folders) > count else ""
-    return f"not evaluated, since ImageNet-C has no such corruption or severity: {', '.join(folders[:count])}{more}"
 
 
 # Classes
@@ -274,14 +231,10 @@ class ClassDifference(NamedTuple):
     """One class under two rows of a report. Accuracies are top-1 in percent, means over the runs of a row."""
 
     wnid: str
-    n: int  # images; of a suite with several test sets, those of the largest
     base: float
     top1: float
+    change: float  # top1 - base
     error: float  # one standard error of `change`, from the number of images, taken as independent
-
-    @property
-    def change(self) -> float:
-        return self.top1 - self.base
 
 
 def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[ClassDifference]:
@@ -296,60 +249,46 @@ def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[
             raise UsageError(f"no row {name}; the rows are {', '.join(rows)}")
     cells = _class_cells(report, suite)
     if not cells:
-        raise UsageError(f"no test set {suite}; there are {', '.join(_names(report).values())}")
+        raise UsageError(f"no test set {suite}; there are {', '.join(titles(report))}")
     changes = []
     for wnid in dict.fromkeys(wnid for cell in cells for wnid in cell["results"][0]["classes"]):
         classes = [[result["classes"].get(wnid) for result in cell["results"]] for cell in cells]
         counts = [runs for runs in classes if runs[0]]  # the test sets that have this class
-        means = [
-            statistics.fmean(runs[run]["correct"] / runs[run]["n"] for runs in counts for run in rows[name])
+        before, after = (
+            statistics.fmean(100 * runs[run]["correct"] / runs[run]["n"] for runs in counts for run in rows[name])
             for name in (base, row)
-        ]
-        n = max(runs[0]["n"] for runs in counts)
-        error = 100 * (sum(mean * (1 - mean) for mean in means) / n) ** 0.5
-        changes.append(ClassDifference(wnid, n, *(100 * mean for mean in means), error))
+        )
+        n = max(runs[0]["n"] for runs in counts)  # of the largest of them
+        error = (sum(mean * (100 - mean) for mean in (before, after)) / n) ** 0.5
+        changes.append(ClassDifference(wnid, before, after, after - before, error))
     return sorted(changes, key=lambda each: (-each.change, each.wnid))
-
-
-def _names(report: Mapping) -> dict[str, str]:
-    """{suite or set/<name>: its name for `class_differences`}."""
-    return {key: key if key in SUITES else title for key, title in titles(report).items()}
 
 
 def _class_cells(report: Mapping, suite: str) -> list[dict]:
     """The cells whose classes count for a suite, a further set's name, or a key; [] if there are none."""
     if suite == "corruption":
         return [cell for name in testsets.STANDARD for cell in cells_of(report, f"corruption/{name}")]
-    return cells_of(report, next((key for key, name in _names(report).items() if name == suite), suite))
+    return cells_of(report, suite) or cells_of(report, f"{testsets.FURTHER}/{suite}")
 
 
 def by_class_table(report: Mapping) -> str:
-    """Markdown tables of the per-class accuracy change of each row against the first row.
+    """A Markdown table for each later row: its per-class accuracy change against the first row.
 
     A column per test set: top-1 in percent of the first row → that of the other, and the difference in points. Classes
-    are sorted by the difference in the first column. A set of categories has a table of its own.
+    are sorted by the difference in the first column.
     """
     base, *others = rows_of(report)
-    shown = [suite for suite in titles(report) if _class_cells(report, suite)]
-    alone = [suite for suite in shown if report["cells"].get(suite, {}).get("categories")]
-    groups = [[suite for suite in shown if suite not in alone], *([suite] for suite in alone)]
+    suites = {title: suite for suite, title in titles(report).items() if _class_cells(report, suite)}
     lines = []
     for row in others:
-        for suites in filter(None, groups):
-            found = {titles(report)[suite]: class_differences(report, suite, base, row) for suite in suites}
-            errors = (f"{title} {max(each.error for each in classes):.1f}" for title, classes in found.items())
-            lines.append(
-                f"{row} against {base}, by class; one standard error of a difference is up to, in points:"
-                f" {', '.join(errors)}"
-            )
-            lines.append(markdown(_by_class_grid(found)))
+        found = {title: class_differences(report, suite, base, row) for title, suite in suites.items()}
+        errors = (f"{title} {max(each.error for each in classes):.1f}" for title, classes in found.items())
+        lines.append(f"{row} against {base}, by class; largest standard error, in points: {', '.join(errors)}")
+        columns = [
+            {each.wnid: f"{each.base:.1f} → {each.top1:.1f} ({each.change:+.1f})" for each in classes}
+            for classes in found.values()
+        ]
+        names = dict.fromkeys(name for column in columns for name in column)
+        grid = [[name, *(column.get(name, "–") for column in columns)] for name in names]
+        lines.append(markdown([["class", *suites], *grid]))
     return "\n".join(lines)
-
-
-def _by_class_grid(found: Mapping[str, Sequence[ClassDifference]]) -> list[list[str]]:
-    columns = {
-        title: {each.wnid: f"{each.base:.1f} → {each.top1:.1f} ({each.change:+.1f})" for each in classes}
-        for title, classes in found.items()
-    }
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    return [["class", *columns], *([name, *(column.get(name, "–") for column in columns.values())] for name in names)]

@@ -11,9 +11,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from moco.errors import UsageError, first_line
 from moco.evaluation.testsets import TestSet
-from moco.training import files
+from moco.training import checkpoint, files
 
 VERSION = 2  # of the JSON file; the first, which has no number, resized Stylized-ImageNet and never corrupted images
 SETTINGS = ("image_size", "limit", "wnids_sha256")  # of a report
@@ -26,17 +25,12 @@ def sha256(data: bytes) -> str:
 
 
 def new(
-    rows: Mapping[str, Sequence[str]],
-    pretraining: Iterable[Mapping],
-    wnids: Sequence[str],
-    image_size: int,
+    rows: Mapping[str, Sequence[str]], pretraining: Iterable[Mapping], wnids: Sequence[str], image_size: int,
     limit: int | None,
-    not_evaluated: Sequence[str] = (),
-) -> dict:
+) -> dict:  # fmt: skip
     """An empty report on {row name: checkpoint files}.
 
-    pretraining: the pre-training options of each file, {} if the file does not store them; not_evaluated: folders
-    beside the corruptions that are not one of them.
+    pretraining: the pre-training options of each file, {} if the file does not store them.
     """
     entries = [(name, file) for name, files in rows.items() for file in files]
     return {
@@ -45,7 +39,6 @@ def new(
         "limit": limit,
         "wnids": wnids,
         "wnids_sha256": sha256("\n".join(wnids).encode()),
-        "not_evaluated": list(not_evaluated),
         "checkpoints": [
             {
                 "row": name,
@@ -82,22 +75,21 @@ def unfinished(report: Mapping, test_set: TestSet) -> list[int]:
 def add(report: dict, test_set: TestSet, results: Iterable[Mapping]) -> None:
     """Complete the test set's cell with the results of its `unfinished` checkpoints, in their order."""
     fresh, known = iter(results), _earlier(report, test_set)
-    usual = next((entry["preprocessing"] for entry in known if entry), test_set.preprocessing(report["image_size"]))
     merged = [dict(entry["result"] if entry else next(fresh)) for entry in known]
-    preprocessing = [result.pop("preprocessing", usual) for result in merged]
+    used = [entry["preprocessing"] if entry else new.pop("preprocessing") for entry, new in zip(known, merged)]
     report["cells"][test_set.key] = {
         "folder": os.path.abspath(test_set.folder),
         "n": len(test_set.labels),
         "images_sha256": _images_sha256(test_set),
-        "preprocessing": preprocessing[-1],
+        "preprocessing": used[-1],
         "warning": test_set.warning(report["wnids"]),
         "results": merged,
     }
     if test_set.categories:
         report["cells"][test_set.key]["categories"] = list(test_set.categories)
-    used = {id(entry) for entry in known}
+    taken = {id(entry) for entry in known}
     for sha, sets in list(report["earlier"].items()):
-        left = {key: [each for each in entries if id(each) not in used] for key, entries in sets.items()}
+        left = {key: [each for each in entries if id(each) not in taken] for key, entries in sets.items()}
         report["earlier"][sha] = {key: entries for key, entries in left.items() if entries}
     report["earlier"] = {sha: sets for sha, sets in report["earlier"].items() if sets}
 
@@ -131,14 +123,10 @@ def _earlier(report: Mapping, test_set: TestSet) -> list[dict | None]:
             wanted.items() <= entry.items()
             and entry["folder"] in (test_set.folder, os.path.abspath(test_set.folder))
             and (entry["images_sha256"] is None or entry["images_sha256"] == images())
-            and (
-                entry["version"] == VERSION
-                or test_set.kind == "photos"
-                or entry["preprocessing"] == test_set.preprocessing_of_images(entry["image_size"])
-            )
+            and (entry["version"] == VERSION or test_set.kind == "photos")
         )
 
-    entries = [report["earlier"].get(checkpoint["sha256"], {}) for checkpoint in report["checkpoints"]]
+    entries = [report["earlier"].get(model["sha256"], {}) for model in report["checkpoints"]]
     return [next(filter(fits, sets.get(test_set.key, [])), None) for sets in entries]
 
 
@@ -153,23 +141,18 @@ def _read(path: str) -> dict[str, dict[str, list[dict]]]:
     if not os.path.lexists(path) or os.path.isfile(path) and os.path.getsize(path) == 0:
         return {}
     found: dict[str, dict[str, list[dict]]] = {}
-    try:
+    with checkpoint.reading(f"--json {path}"):
         if not os.path.isfile(path):
             raise ValueError("not a regular file")
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         if not {"checkpoints", "cells"} <= content.keys():
-            raise ValueError("JSON of another program, without the keys checkpoints and cells")
+            raise ValueError("JSON of another program")
         for sha, key, entry in _entries(content):
             _check(sha, entry)
             entries = found.setdefault(sha, {}).setdefault(key, [])
             if entry not in entries:  # two rows may have had the same checkpoint
                 entries.append(entry)
-    except Exception as error:  # whatever fails in reading means: damaged, or not ours
-        raise UsageError(
-            f"--json {path}: not a report that this script can continue ({type(error).__name__}:"
-            f" {first_line(error)[:300]}); name another file, or repair or remove this one"
-        ) from error
     return found
 
 
@@ -178,8 +161,8 @@ def _entries(content: Mapping) -> Iterator[tuple[str, str, dict]]:
     settings = {"version": content.get("version", 1), **{name: content[name] for name in SETTINGS}}
     for key, cell in content["cells"].items():
         shared = settings | {"images_sha256": cell.get("images_sha256")} | {name: cell[name] for name in CELL}
-        for checkpoint, result in zip(content["checkpoints"], cell["results"], strict=True):
-            yield checkpoint["sha256"], key, shared | {"result": result}
+        for model, result in zip(content["checkpoints"], cell["results"], strict=True):
+            yield model["sha256"], key, shared | {"result": result}
     for sha, sets in content.get("earlier", {}).items():
         for key, entries in sets.items():
             for entry in entries:
@@ -201,4 +184,4 @@ def _check(sha: str, entry: Mapping) -> None:
         and sum(decisions) <= conflicts > 0 < n == result["n"]
         and all(each["correct"] <= each["n"] > 0 for each in classes)
     ):
-        raise ValueError(f"impossible values: {json.dumps(entry)[:200]}")
+        raise ValueError(f"impossible values, {json.dumps(result)}")

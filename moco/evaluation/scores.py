@@ -70,30 +70,25 @@ def score(
             done += len(used)
             on_batch(len(used) * ctx.world_size)
         *decisions, used = distributed.all_reduce(rows).cpu()
-        counts = used.bincount(minlength=len(testsets.presets(image_size))).tolist()
-        preprocessing = {"preprocessing": testsets.describe_preprocessing(counts, image_size)}
-        names = list(test_set.categories or wnids)
-        pairs = zip(decisions[::2], decisions[1::2])
-        yield test_set, [_result(*pair, labels, test_set.textures, names) | preprocessing for pair in pairs]
+        preprocessing = testsets.describe_preprocessing(used.bincount().tolist(), image_size)
+        names, pairs = list(test_set.categories or wnids), zip(decisions[::2], decisions[1::2])
+        results = [_result(*pair, labels, names) for pair in pairs]
+        if test_set.textures is not None:
+            textures = torch.as_tensor(test_set.textures)
+            results = [each | _cue_figures(own, labels, textures) for each, own in zip(results, decisions[::2])]
+        yield test_set, [each | {"preprocessing": preprocessing} for each in results]
 
 
-def _result(
-    decided: torch.Tensor,
-    decided_shared: torch.Tensor,
-    labels: torch.Tensor,
-    textures: Sequence[int] | None,
-    names: Sequence[str],
-) -> dict:
+def _result(decided: torch.Tensor, decided_shared: torch.Tensor, labels: torch.Tensor, names: Sequence[str]) -> dict:
     n, hits = len(labels), decided == labels
     counts = labels.bincount(minlength=len(names)).tolist()
     correct = labels[hits].bincount(minlength=len(names)).tolist()
-    result = {
+    return {
         "top1": 100 * hits.sum().item() / n,
         "top1_shared_classes": 100 * (decided_shared == labels).sum().item() / n,
         "n": n,
         "classes": {name: {"n": m, "correct": c} for name, m, c in zip(names, counts, correct) if m},
     }
-    return result if textures is None else result | _cue_figures(decided, labels, torch.as_tensor(textures))
 
 
 def _cue_figures(decided: torch.Tensor, labels: torch.Tensor, textures: torch.Tensor) -> dict:

@@ -5,6 +5,8 @@ al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021. Any other set of images
 """
 
 import functools
+import glob
+import itertools
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -88,16 +90,6 @@ class TestSet(NamedTuple):
         """The logits (N, outputs) of a head as those that decide on this set: of categories, if there are some."""
         return cues.category_logits(logits, self.categories.values()) if self.categories else logits
 
-    def preprocessing(self, size: int) -> str:
-        """The preprocessing of images of the published size, for crops of `size` px."""
-        return presets(size)[preset_index(self.kind, 2 * size if self.kind == "photos" else size, size)][0]
-
-    def preprocessing_of_images(self, size: int) -> str:
-        """The preprocessing of the first image of each class, whose sizes are read from the headers."""
-        first = dict(zip(reversed(self.labels), reversed(self.paths))).values()
-        used = [preset_index(self.kind, side, size) for side in map(_shorter_side, first) if side]
-        return describe_preprocessing([used.count(index) for index in range(len(presets(size)))], size)
-
     def warning(self, wnids: Sequence[str]) -> str:
         """`Suite.odd_counts` of this set if all classes are ImageNet's; "" if not."""
         if not all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids):
@@ -138,15 +130,6 @@ def describe_preprocessing(counts: Sequence[int], size: int) -> str:
     return used[0][0] if len(used) == 1 else "; ".join(f"{name} of {count} images" for name, count in used)
 
 
-def _shorter_side(path: str) -> int:
-    """0 if the file is not an image: reading all of it will say so."""
-    try:
-        with Image.open(path) as image:
-            return min(image.size)
-    except Exception:  # on damaged data PIL raises nearly anything
-        return 0
-
-
 class PreprocessedImages(datasets.ImageList):
     """The images of a test set: item i is (the i-th image, the index of its preset)."""
 
@@ -165,10 +148,7 @@ class PreprocessedImages(datasets.ImageList):
 
 
 def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: int | None = None) -> list[TestSet]:
-    """All test sets of {suite or set/<name>: directory}.
-
-    Raises UsageError if a directory does not hold what its suite needs.
-    """
+    """All test sets of {suite or set/<name>: directory}. Raises UsageError where one lacks what its suite needs."""
     parts = {}
     for key, directory in directories.items():
         parts |= corruption_folders(directory) if key == "corruption" else {key: class_root(directory)}
@@ -198,27 +178,15 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     starts = np.searchsorted(folder_labels, folder_labels)  # images are sorted by class
     kept = np.flatnonzero((labels >= 0) & (np.arange(len(labels)) - starts < (limit or len(labels))))
     if not len(kept) or categories is not None and len(categories) < 2:
-        raise UsageError(_no_class(directory, folder.classes, wnids, by_category, categories))
+        hint = "; as cue conflicts, --set NAME=DIR, it needs a head with classes in two of them" if by_category else ""
+        raise UsageError(
+            f"{directory}: none of its {len(folder.classes)} class folders ({folder.classes[0]}, …) is a class of the"
+            f" head ({wnids[0]}, …){hint}"
+        )
     paths, labels = folder.paths[kept], labels[kept].astype(np.int32)
     textures = cues.textures(paths, (names[label] for label in labels), {*names, *folder.classes})
     indices = textures and [index_of.get(texture, -1) for texture in textures]
     return TestSet(key, directory, paths, labels, indices, categories)
-
-
-def _no_class(
-    directory: str, folders: Sequence[str], wnids: Sequence[str], by_category: bool, categories: Mapping | None
-) -> str:
-    if categories is not None:
-        return (
-            f"{directory}: its folders are categories of ImageNet's classes, and the head's classes ({wnids[0]}, …)"
-            f" cover {'only ' + next(iter(categories)) if categories else 'none of them'}; at least two categories are"
-            " needed"
-        )
-    hint = "; images in these categories are a further set: --set cue-conflict=DIR" if by_category else ""
-    return (
-        f"{directory}: none of its {len(folders)} class folders ({folders[0]}, …) is a class of the head"
-        f" ({wnids[0]}, …){hint}"
-    )
 
 
 def corruption_folders(directory: str) -> dict[str, str]:
@@ -228,35 +196,25 @@ def corruption_folders(directory: str) -> dict[str, str]:
     """
     found = {}
     for group, names in CORRUPTIONS.items():
-        for name in names:
-            for severity in SEVERITIES:
-                for parent in (directory, os.path.join(directory, group)):
-                    folder = os.path.join(parent, name, str(severity))
-                    if folders.is_folder(folder):
-                        other = found.setdefault(f"corruption/{name}/{severity}", folder)
-                        if not os.path.samefile(folder, other):
-                            raise UsageError(f"{directory}: {folder} and {other} are the same test set; remove one")
+        for name, severity, parent in itertools.product(names, SEVERITIES, (directory, os.path.join(directory, group))):
+            folder = os.path.join(parent, name, str(severity))
+            if folders.is_folder(folder):
+                other = found.setdefault(f"corruption/{name}/{severity}", folder)
+                if not os.path.samefile(folder, other):
+                    raise UsageError(f"{directory}: {folder} and {other} are the same test set; remove one")
     if not found:
         raise UsageError(f"{directory}: no <corruption>/<severity>/<wnid> folders, for example gaussian_noise/1/")
     return found
 
 
 def unknown_corruptions(directory: str) -> list[str]:
-    """The folders of an ImageNet-C folder that lie where corruptions and severities do, and are neither."""
-    groups = ("", *CORRUPTIONS)
-    known = [os.path.join(group, name) for group in groups for names in CORRUPTIONS.values() for name in names]
-    expected = {*CORRUPTIONS, *known, *(os.path.join(name, str(severity)) for name in known for severity in SEVERITIES)}
-    found = [os.path.join(parent, name) for parent in (*groups, *known) for name in _folders(directory, parent)]
-    return sorted(set(found) - expected)
-
-
-def _folders(directory: str, parent: str) -> list[str]:
-    """The names of the visible folders in directory/parent, if it can be read."""
-    try:
-        entries = os.scandir(os.path.join(directory, parent))
-        return [each.name for each in entries if each.is_dir() and not each.name.startswith(".")]
-    except OSError:
-        return []
+    """The folders of an ImageNet-C folder that lie where corruptions do, and are none of them."""
+    known = {*CORRUPTIONS, *itertools.chain(*CORRUPTIONS.values())}
+    parents = [os.path.join(glob.escape(directory), group) for group in ("", *CORRUPTIONS)]
+    found = [
+        os.path.relpath(path, directory) for parent in parents for path in glob.glob(os.path.join(parent, "*", ""))
+    ]
+    return sorted(path for path in found if os.path.basename(path) not in known)
 
 
 def missing_corruptions(keys: Collection[str]) -> list[str]:
@@ -295,6 +253,5 @@ def head_classes(
         return imagenet_100
     raise UsageError(
         f"--pretrained {path}: it stores no class list for its {outputs} outputs, and none fits; name a file of them"
-        f" with --classes (ImageNet-100's: {os.path.relpath(folders.IMAGENET_100)}), or give as --val the data the head"
-        f" was trained on, if it has {outputs} classes, or train the head with main_lincls.py, which stores them"
+        f" with --classes (ImageNet-100's: {os.path.relpath(folders.IMAGENET_100)}), or the head's data with --val"
     )

@@ -24,6 +24,15 @@ from moco.training import files
 PREFIX = "module."
 FC_KEYS = ("fc.weight", "fc.bias")
 COUNTER = "num_batches_tracked"
+COMPARED = (
+    "arch",
+    "moco_dim",
+    "moco_k",
+    "mlp",
+    "aug_plus",
+    "image_size",
+    "robust",
+)  # options that a resumed pre-training must repeat
 CONTAINERS = (
     "state_dict",
     "model_state_dict",
@@ -198,15 +207,8 @@ def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Se
     state = strip_prefix(saved["state_dict"])
     if "queue" not in state:
         raise UsageError(f"{source}: it has no queue, so it is not a pre-training checkpoint")
-    dim, length = state["queue"].shape if state["queue"].dim() == 2 else (0, 0)
-    known = saved.get("options", {})  # published files hold no options
-    saved_with = {
-        "arch": saved["arch"],
-        "moco_dim": dim,
-        "moco_k": length,
-        "mlp": "encoder_q.fc.2.weight" in state,
-        **{name: known[name] for name in ("aug_plus", "image_size", "robust") if name in known},
-    }
+    known = {"arch": saved["arch"]} | saved.get("options", {})  # published files hold none: their shapes must do
+    saved_with = {name: known[name] for name in COMPARED if name in known}
     check_same(source, {f"--{name.replace('_', '-')}": (there, options[name]) for name, there in saved_with.items()})
     there = saved.get("classes", classes)
     if there != classes:
@@ -249,7 +251,7 @@ def check_exactly(
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UsageError(
-                f"{source}: does not fit this model: it {fault} {names[0]}{more}; check --arch and the head's options"
+                f"{source}: does not fit this model: it {fault} {names[0]}{more}; check --arch, --mlp and --moco-k"
             )
     if broken := nonfinite(state_dict):
         raise UsageError(

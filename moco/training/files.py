@@ -113,12 +113,8 @@ class FolderLock:
             on_busy(owner)
             _lock(descriptor, wait=True)
         if locked is None and fcntl:
-            print(
-                f"{self.path}: this file system has no locks, so nothing stops a second run from writing here: start"
-                " one only",
-                file=sys.stderr,
-                flush=True,
-            )
+            warning = "this file system has no locks: see that no second run writes here"
+            print(f"{self.path}: {warning}", file=sys.stderr, flush=True)
         _held[self.path] = descriptor
         job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}{job}"

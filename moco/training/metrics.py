@@ -69,7 +69,8 @@ class RunningMeans:
 def append_jsonl(path: str, record: Mapping) -> None:
     """Append one line to the log, durably. Floats keep six significant digits."""
     with open(path, "a") as file:
-        file.write(json.dumps(_rounded(dict(record))) + "\n")
+        rounded = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
+        file.write(json.dumps(rounded) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -88,14 +89,6 @@ def read_jsonl(path: str) -> tuple[list[dict], int]:
             else:
                 damaged += 1
     return records, damaged
-
-
-def _rounded(value):
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def truncate_jsonl(path: str, epoch: int, probe: str | None = None) -> int:

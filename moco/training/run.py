@@ -254,7 +254,8 @@ class Run:
         """Raise RunError rather than report or save a loss, or weights of every head, that are not finite."""
         step, what = self.means.finite_steps("loss") + 1, "the loss is"
         if step > self.means.steps:
-            if not weights or not all(map(_is_broken, self.optimizer.param_groups)):
+            groups = (group["params"] for group in self.optimizer.param_groups)
+            if not weights or any(all(weight.isfinite().all() for weight in group) for group in groups):
                 return
             step, what = self.means.steps, "weights are"
         lr = min(group["lr"] for group in self.optimizer.param_groups)
@@ -266,11 +267,6 @@ class Run:
             f"{what} not finite in epoch {self.epoch} step {step}, at lr {lr:g} (first image of the batch: {first});"
             f" {advice}; the saved checkpoints are intact: continue from them with --resume auto"
         )
-
-
-def _is_broken(group: Mapping) -> bool:
-    """Whether a parameter group of an optimizer has an infinite or NaN weight."""
-    return not all(weight.isfinite().all() for weight in group["params"])
 
 
 def exit_on_signal(signum: int, where: str, in_step: bool = True) -> NoReturn:

@@ -11,7 +11,6 @@ from helpers import EVALUATE, TORCHRUN, GrayLevels, paint, refused, run_script, 
 from reports import save_linear
 
 import eval_robustness
-from moco.errors import UsageError
 from moco.evaluation import paper
 from moco.evaluation.testsets import SUITES, Suite
 
@@ -48,23 +47,15 @@ def stored(path):
 # In this process, with models whose decisions are painted
 
 
-class Off(GrayLevels):
-    """Always decides for the class after."""
-
-    def forward(self, images):
-        return super().forward(images).roll(1, dims=1)
-
-
 @pytest.fixture
 def painted(tmp_path, monkeypatch, capsys):
-    """Run the script on models that read their decisions off the images: its options → the lines that it prints."""
+    """Run the script on a model that reads its decisions off the images: its options → the lines that it prints."""
     (tmp_path / "m.pth").write_bytes(b"")
 
     def run(*options):
-        models = {"right": GrayLevels(), "off": Off()}
-        rows = [f"{name}=m.pth" for name in models]
-        monkeypatch.setattr(eval_robustness, "load_models", lambda *_: (list(models.values()), [{}] * 2, WNIDS, 28))
-        monkeypatch.setattr(sys, "argv", [EVALUATE, "--pretrained", *rows, *map(str, options), "-j", "0", "-b", "3"])
+        monkeypatch.setattr(eval_robustness, "load_models", lambda *_: ([GrayLevels()], [{}], WNIDS, 28))
+        arguments = ["--pretrained", "mine=m.pth", *map(str, options), "-j", "0", "-b", "3"]
+        monkeypatch.setattr(sys, "argv", [EVALUATE, *arguments])
         eval_robustness.main()
         return capsys.readouterr().out.splitlines()
 
@@ -99,26 +90,17 @@ def test_every_column_of_a_miniature_is_computed_by_hand(tmp_path, painted):
         " Corruption, extra four | Shape bias | Shape accuracy | Texture accuracy |"
     )
     assert lines[2] == (
-        "| right | – | – | 75.00 | 44.44 | 60.00 | 50.00 | 50.00 | 75.00 | 50.00 | 66.67 | 50.00 | 25.00 |"
+        "| mine | – | – | 75.00 | 44.44 | 60.00 | 50.00 | 50.00 | 75.00 | 50.00 | 66.67 | 50.00 | 25.00 |"
     )
-    # Off by one: right is what was painted as the class before. Val: 1 of 8. Corruption: 0, 2 of 3 and 0.
-    # Stylized: no shape, one texture of 4.
-    assert lines[3].startswith("| off | – | – | 12.50 | 22.22 | 0.00 | 0.00 |")
-    assert lines[3].endswith("| 0.00 | 0.00 | 0.00 | 25.00 |")
     note = "Corruption: 8 images, CenterCrop(28), 4 corruptions × severities; partial, 72 of 75"
     assert any(line.startswith(note) for line in lines)
-    saved = stored(tmp_path / "r.json")
-    assert saved["cells"]["val"]["results"][0]["classes"] == {
-        wnid: {"n": n, "correct": 2} for wnid, n in {"n01": 3, "n02": 3, "n04": 2}.items()
-    }
-    assert saved["table"]["right"]["Corruption"] == [pytest.approx(400 / 9)]
+    assert stored(tmp_path / "r.json")["table"]["mine"]["Corruption"] == [pytest.approx(400 / 9)]
 
 
 def test_an_entry_of_suites_is_an_option_a_column_and_compared(tmp_path, monkeypatch, painted):
     with open(paper.TABLE, newline="") as file:
         published = [line | {"my-set": 50, "my-set_std": 1} for line in csv.DictReader(file)]
-    for line, name in zip(published, ("right", "off")):
-        line["name"] = name
+    published[0]["name"] = "mine"
     with open("published.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, published[0])
         writer.writeheader()
@@ -129,22 +111,18 @@ def test_an_entry_of_suites_is_an_option_a_column_and_compared(tmp_path, monkeyp
         paint(tmp_path / "s" / "n02" / f"{i}.png", decision)
     options = ["--my-set", tmp_path / "s", "--json", "r.json", "--compare", "paper"]
     lines = painted(*options)
-    assert lines[:4] == ["| model | K | alpha | My set |", "|---|---|---|---|", *lines[2:4]]
-    assert lines[2:4] == ["| right | – | – | 50.00 |", "| off | – | – | 50.00 |"]
+    assert lines[0] == "| model | K | alpha | My set |" and lines[2] == "| mine | – | – | 50.00 |"
     assert "My set is not compared: crops of 28 px, published: 224" in lines
-    assert stored(tmp_path / "r.json")["table"]["right"] == {"My set": [50.0]}
     monkeypatch.setattr(paper, "SIZE", 28)
     monkeypatch.setattr(paper, "CLASSES", 4)
-    assert "| right, paper | 50.00±1.00 |" in painted(*options)
+    assert "| mine, paper | 50.00±1.00 |" in painted(*options)
 
 
 def test_rows_are_files_or_named_lists_of_them(tmp_path):
-    odd = tmp_path / "a=b.pth"
+    odd = tmp_path / "a=b,c.pth"
     odd.write_bytes(b"")
     rows = eval_robustness.parse_rows(["x.pth", "n=a.pth,b.pth", str(odd)])
     assert rows == {"x.pth": ["x.pth"], "n": ["a.pth", "b.pth"], str(odd): [str(odd)]}
-    with pytest.raises(UsageError, match="name n is taken"):
-        eval_robustness.parse_rows(["n=a.pth", "n=b.pth"])
 
 
 # As a program
@@ -160,15 +138,11 @@ def test_two_processes_give_exactly_the_figures_of_one(linear, tmp_path):
 
 
 def test_an_incomplete_corruption_set_exits_non_zero(linear, tmp_path):
-    unknown = "no such corruption or severity: fogg"
-    assert unknown in evaluation(linear, "--json", tmp_path / "r.json", "--dry-run").stdout
-    run = evaluation(linear, "--json", tmp_path / "r.json", check=False)
+    assert "no such corruption: fogg" in evaluation(linear, "--json", tmp_path / "r.json", "--dry-run").stderr
+    run = evaluation(linear, "--json", tmp_path / "r.json", "--limit", 1, check=False)
     assert run.returncode == 1 and "| Corruption (partial, resized) |" in run.stdout and "Traceback" not in run.stderr
     assert "3 corruptions × severities; partial, 73 of 75" in run.stdout and "RESIZED" in run.stdout
-    assert unknown in run.stdout and unknown in run.stderr
-    assert "corruption/fog/1: images of another size" in run.stderr and "Resize(37), CenterCrop(32)" in run.stderr
-    quick = evaluation(linear, "--json", tmp_path / "q.json", "--limit", 1, "--allow-partial")
-    assert "only the first 1 images of each class" in quick.stdout and "val: 3 images" in quick.stdout
+    assert "only the first 1 images of each class" in run.stdout and "val: 3 images" in run.stdout
 
 
 def test_a_killed_evaluation_resumes_to_the_same_file(linear, tmp_path):
@@ -186,42 +160,21 @@ def test_a_killed_evaluation_resumes_to_the_same_file(linear, tmp_path):
     assert "| mine | – | – | 12.50 |" in run.stdout
 
 
-def test_only_what_is_missing_is_scored_and_every_table_is_printed_from_the_file(linear, tmp_path):
-    one, two = linear / "one.pth.tar", linear / "two.pth.tar"
-    common = ["--val", linear / "data", "-j", 0, "--json", tmp_path / "r.json"]
-    first = run_script(EVALUATE, "--pretrained", one, *common)
-    other = run_script(EVALUATE, "--pretrained", two, *common)
-    rows = [f"a={one}", f"b={two}", "--sketch", linear / "data" / "train"]
-    both = run_script(EVALUATE, "--pretrained", *rows, *common)
-    assert "1 of 2 test sets are already in" in both.stderr and "test sets are already" not in other.stderr
-    figures = [run.stdout.splitlines()[2].split(" | ")[3].rstrip(" |") for run in (first, other)]
-    assert [line.split(" | ")[3] for line in both.stdout.splitlines()[2:4]] == figures
-    saved = stored(tmp_path / "r.json")
-    assert list(saved["table"]) == ["a", "b"] and list(saved["cells"]) == ["val", "sketch"] and saved["earlier"] == {}
-    again = run_script(EVALUATE, "--pretrained", *rows, *common, "--by-class", "--latex").stdout.splitlines()
-    assert (
-        "| class | val | Sketch |" in again and r"\bottomrule" in again and again[-1] == f"wrote {tmp_path / 'r.json'}"
-    )
-    assert stored(tmp_path / "r.json") == saved
-
-
-def test_further_sets_are_evaluated_and_resumed(linear, tmp_path):
-    command = [
-        EVALUATE, "--pretrained", f"mine={linear / 'one.pth.tar'}", "--json", tmp_path / "r.json",
-        "--set", f"own={linear / 'data'}", "--set", f"cues={linear / 'cues'}", "-j", 0,
-    ]  # fmt: skip
-    run = run_script(*command, "--val", linear / "data")
+def test_models_and_sets_are_added_and_every_table_is_printed_from_the_file(linear, tmp_path):
+    rows = [f"{name}={linear / name}.pth.tar" for name in ("one", "two")]
+    sets = ["--set", f"own={linear / 'data'}", "--set", f"cues={linear / 'cues'}", "-j", 0]
+    common = ["--json", tmp_path / "r.json", "--val", linear / "data"]
+    run_script(EVALUATE, "--pretrained", rows[0], *common)
+    run = run_script(EVALUATE, "--pretrained", *rows, *sets, *common)
     made = stored(tmp_path / "r.json")
-    assert list(made["cells"]) == ["val", "set/own", "set/cues"]
+    assert list(made["cells"]) == ["val", "set/own", "set/cues"] and made["earlier"] == {}
     assert made["cells"]["set/own"]["results"] == made["cells"]["val"]["results"]
-    assert made["cells"]["set/own"]["folder"] == str(linear / "data" / "val")
-    row, cues = made["table"]["mine"], made["cells"]["set/cues"]
-    assert row["own"] == row["val"] and cues["n"] == 3 and cues["categories"] == ["cat", "dog"]
+    row, cues = made["table"]["one"], made["cells"]["set/cues"]
+    assert cues["n"] == 3 and cues["categories"] == ["cat", "dog"] and "cues (2 of 16 categories)" in run.stdout
     assert row["cues: Shape accuracy"][0] + row["cues: Texture accuracy"][0] == pytest.approx(100)  # two categories
-    assert "cues (2 of 16 categories)" in run.stdout
-    again = run_script(*command)
-    assert "2 of 2 test sets are already in" in again.stderr and "cues (2 of 16 categories)" in again.stdout
-    assert stored(tmp_path / "r.json")["table"]["mine"]["own"] == row["own"]
+    again = run_script(EVALUATE, "--pretrained", *rows, *sets, *common, "--by-class", "--latex")
+    assert "3 of 3 test sets are already in" in again.stderr and stored(tmp_path / "r.json") == made
+    assert "| class | val | own | cues |" in again.stdout and r"\bottomrule" in again.stdout
 
 
 def test_bad_inputs_are_refused(linear, tmp_path):
@@ -233,7 +186,6 @@ def test_bad_inputs_are_refused(linear, tmp_path):
         (model, "nothing to test on: use any of --val DIR --corruption DIR"),
         (["--val", data], "nothing to test"),
         ([*model, "--val", data, "--compare", "paper"], "not a row of the published table"),
-        ([*model, "--val", data, "--json", tmp_path / "no" / "r.json"], "no folder"),
         ([*model, "--val", data, "--json", tmp_path / "foreign.json"], "JSON of another program"),
         ([*model, "--val", data, "--plot", tmp_path / "p.png"], "add --corruption DIR"),
         ([*model, "--val", data, "--by-class"], "name two or more"),
@@ -241,10 +193,7 @@ def test_bad_inputs_are_refused(linear, tmp_path):
         ([*model, "--val", tmp_path / "nowhere"], "no such directory"),
         (["--pretrained", f"a={best}", f"a={best}", "--val", data], "the name a is taken"),
         ([*model, "--set", cues], f"as in --set cues={cues}"),
-        ([*model, "--set", "cues="], "a set needs a name and a folder"),
-        ([*model, "--set", f"val={cues}"], "val is a column of the table already"),
-        ([*model, "--set", f"a={cues}", f"a={data}"], "a is a further set already"),
-        ([*model, "--set", f"a={tmp_path / 'nowhere'}"], "no such directory"),
+        ([*model, "--set", f"a={cues}", f"a={data}"], "there is a column a already"),
     ):
         assert message in refused(EVALUATE, *options)
     assert (tmp_path / "foreign.json").read_text() == '{"name": "package"}'
@@ -256,6 +205,5 @@ def test_a_head_without_class_list_needs_one(linear, tmp_path):
     classes.write_text("\n".join((OTHER, DOG, CAT)))
     settings = ["--pretrained", path, "--sketch", linear / "data" / "val", "--json", tmp_path / "r.json"]
     assert "--classes" in refused(EVALUATE, *settings)
-    assert "nowhere.txt: no" in refused(EVALUATE, *settings, "--classes", tmp_path / "nowhere.txt")
     run_script(EVALUATE, *settings, "--classes", classes, "-j", 0)
     assert stored(tmp_path / "r.json")["wnids"] == [DOG, CAT, OTHER]  # sorted

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, TORCHRUN, refused, run_script, write_folder
+from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused, run_script, write_folder
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -21,11 +21,11 @@ def probed(tmp_path_factory):
     return root
 
 
-def features(probed, *options, data=None, **settings):
+def features(probed, *options):
     """(what was printed, the arrays of the file)"""
     path = probed / "f.npz"
     path.unlink(missing_ok=True)
-    run = run_script(PROBE, *SMALL_PROBE, "--features", path, *options, data or probed / "data", **settings)
+    run = run_script(PROBE, *SMALL_PROBE, "--features", path, *options, probed / "data")
     with np.load(path, allow_pickle=False) as file:
         return run.stdout, dict(file)
 
@@ -60,21 +60,9 @@ def test_a_backbone_needs_no_head_and_trains_none(probed):
     assert before == {path: path.stat().st_mtime_ns for path in probed.iterdir() if path.name != "f.npz"}
 
 
-@pytest.mark.slow
-def test_three_processes_write_the_features_of_one_also_without_an_image(probed, tmp_path):
-    write_folder(tmp_path / "few", val=1)  # two images
-    for data in (probed / "data", tmp_path / "few"):
-        options = ["--evaluate", "--resume", probed / "model_best_random.pth.tar", "-b", 9]
-        _, one = features(probed, *options, data=data)
-        _, three = features(probed, *options, data=data, launcher=[*TORCHRUN, "--nproc-per-node=3"])
-        assert np.allclose(one.pop("features"), three.pop("features"), atol=1e-5)
-        assert all(np.array_equal(one[name], three[name]) for name in one)
-
-
 def test_a_file_of_features_that_cannot_be_is_refused(probed):
     best, data = ["--pretrained", probed / "model_best_random.pth.tar"], probed / "data"
     assert "its name must end in .npz" in refused(PROBE, *best, "--features", probed / "f.npy", data)
-    assert "there is no folder" in refused(PROBE, *best, "--features", probed / "no" / "f.npz", data)
     export = [*best, "--features", probed / "f.npz", "--export-backbone", probed / "b.pth"]
     assert "--export-backbone writes the backbone and does nothing else" in refused(PROBE, *export, data)
     assert not (probed / "b.pth").exists()

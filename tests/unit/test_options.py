@@ -106,9 +106,3 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path):
     for name, why in {"a.txt": "must end in .png or .pdf", "b.png": "it is a folder", "no/a.png": "no folder"}.items():
         with pytest.raises(UsageError, match=f"--plot {tmp_path}/{name}: .*{why}"):
             options.check_file("--plot", str(tmp_path / name), endings=(".png", ".pdf"))
-
-
-def test_a_start_epoch_beyond_the_last_is_refused():
-    options.check_epochs(parser().parse_args(["DIR", "--start-epoch", "4"]))
-    with pytest.raises(UsageError, match="--start-epoch 5: it must be below --epochs 5"):
-        options.check_epochs(parser().parse_args(["DIR", "--start-epoch", "5"]))

@@ -29,25 +29,16 @@ def test_probe_has_the_given_backbone_frozen_and_a_new_head(backbone):
     assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["stem.0.0.weight", "stages.1.bn1.running_mean", "stem.0.1.num_batches_tracked"])
-def test_a_changed_weight_or_statistic_is_noticed(backbone, name):
+def test_a_changed_statistic_is_noticed(backbone):
     model = classifier.build_probe("resnet10", 4, backbone)
-    model.state_dict()[name].add_(1)
-    with pytest.raises(RuntimeError, match=f"backbone changed during training: {name}$"):
+    model.state_dict()["stages.1.bn1.running_mean"].add_(1)
+    with pytest.raises(RuntimeError, match="backbone changed during training: stages.1.bn1.running_mean$"):
         classifier.check_frozen(model, backbone)
 
 
-def test_a_backbone_of_another_architecture_is_refused(backbone):
-    with pytest.raises(UsageError, match="does not fit"):
-        classifier.build_probe("resnet18", 4, backbone)
-
-
 def linear_checkpoint(width, **extra):
-    return {
-        "arch": "resnet10",
-        "state_dict": checkpoint.add_prefix(build_encoder("resnet10", width).state_dict()),
-        **extra,
-    }
+    state = checkpoint.add_prefix(build_encoder("resnet10", width).state_dict())
+    return {"arch": "resnet10", "state_dict": state, **extra}
 
 
 def test_a_head_is_scored_only_on_its_own_classes():
@@ -84,14 +75,6 @@ def test_a_linear_checkpoint_loads_with_a_head_of_its_width(tmp_path):
     assert torch.equal(model.fc.weight, saved["state_dict"]["module.fc.weight"])
 
 
-def test_heads_side_by_side_give_each_heads_logits():
-    heads = LinearHeads(nn.Linear(3, 2) for _ in range(3))
-    features = torch.randn(4, 3)
-    logits = heads(features)
-    assert logits.shape == (3, 4, 2)
-    assert all(torch.equal(own, head(features)) for own, head in zip(logits, heads))
-
-
 def test_the_best_head_wins_and_one_with_nan_never_does():
     heads = LinearHeads(nn.Linear(3, 2) for _ in range(3))
     best = classifier.BestHead([0.0, 0.0, 0.0], winner=0)
@@ -125,23 +108,8 @@ def test_a_loss_far_above_chance_shows_that_a_head_diverged(classes, losses, hea
     assert diverged_heads(losses, classes) == heads
 
 
-@pytest.mark.parametrize(
-    "heads, lrs, losses, hint",
-    [
-        (
-            {1, 0},
-            [30, 3],
-            [713_068, math.nan],
-            "loss diverged for --lr 30 3 (713068 nan; chance is 2.30); try --lr 0.003 0.03 0.3: a head for each on the"
-            " same features; the best head is kept",
-        ),
-        (
-            {3},
-            [0.1, 1, 3, 30],
-            [0.9, 1.1, 99, 713_068],
-            "loss diverged for --lr 30 (713068; chance is 2.30); --lr 0.1 1 are fine; the best head is kept",
-        ),
-    ],
-)
-def test_the_hint_names_learning_rates_that_learn_or_some_to_try(heads, lrs, losses, hint):
-    assert divergence_hint(heads, lrs, losses, 10) == hint
+def test_the_hint_names_learning_rates_that_diverged_and_if_none_learns_some_to_try():
+    all_diverged = divergence_hint({1, 0}, [30, 3], [713_068, math.nan], 10)
+    assert "--lr 30 3 (713068 nan; chance is 2.30); try --lr 0.003 0.03 0.3: " in all_diverged
+    one = divergence_hint({3}, [0.1, 1, 3, 30], [0.9, 1.1, 99, 713_068], 10)
+    assert one == "loss diverged for --lr 30 (713068; chance is 2.30); the best head is kept"

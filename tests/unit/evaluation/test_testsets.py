@@ -1,29 +1,14 @@
 """The test sets: what is listed, under which classes, and the classes of a head."""
 
 import pytest
-from helpers import paint, write_folder
+from helpers import write_folder
 
 from moco.data import folders
 from moco.errors import UsageError
 from moco.evaluation import testsets
-from moco.evaluation.testsets import SUITES, Suite, TestSet
+from moco.evaluation.testsets import TestSet
 
-WNIDS = ["n01", "n02", "n03", "n04"]
 IMAGENET_100 = folders.read_class_list(folders.IMAGENET_100)
-
-
-def test_images_are_listed_in_the_order_of_their_folders(tmp_path):
-    paint(tmp_path / "n02" / "b.png", 1)
-    paint(tmp_path / "n01" / "a.png", 0)
-    (test_set,) = testsets.list_test_sets({"val": str(tmp_path)}, WNIDS)
-    assert list(test_set.labels) == [0, 1]
-    assert [path.rsplit("/", 1)[1] for path in test_set.paths] == ["a.png", "b.png"]
-
-
-def test_no_common_class_is_refused(tmp_path):
-    paint(tmp_path / "cat" / "a.png", 0)
-    with pytest.raises(UsageError, match=r"none of its 1 class folders \(cat, …\) is a class of the head \(n01, …\)"):
-        testsets.list_test_sets({"val": str(tmp_path)}, WNIDS)
 
 
 def test_unexpected_numbers_of_images_get_a_warning():
@@ -37,22 +22,23 @@ def test_unexpected_numbers_of_images_get_a_warning():
     assert odd._replace(key="rendition").warning(wnids) == odd._replace(key="set/own").warning(wnids) == ""
 
 
-def test_preprocessing_of_images_of_the_published_size(monkeypatch):
-    def preprocessing(key, **more):
-        return TestSet(key, "", [], [], **more).preprocessing(224)
-
-    assert preprocessing("stylized") == preprocessing("corruption/fog/3") == "CenterCrop(224)"
-    assert preprocessing("set/cues", categories={"cat": [0], "dog": [1]}) == "CenterCrop(224)"
-    assert preprocessing("val") == preprocessing("set/cues") == "Resize(256), CenterCrop(224)"
-    monkeypatch.setitem(SUITES, "own", Suite("Own", kind="stylized"))
-    assert preprocessing("own") == "CenterCrop(224)"
-
-
 def test_folders_that_are_no_corruption_are_listed(tmp_path):
-    for name in ("fog/1", "fog/6", "gausian_noise/1", "noise/shot_noise/2", "noise/static/3", ".cache/1", "notes"):
+    for name in ("fog/1", "gausian_noise/1", "noise/shot_noise/2", "noise/static/3", ".cache/1", "notes"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "README.md").write_text("")
-    assert testsets.unknown_corruptions(str(tmp_path)) == ["fog/6", "gausian_noise", "noise/static", "notes"]
+    assert testsets.unknown_corruptions(str(tmp_path)) == ["gausian_noise", "noise/static", "notes"]
+
+
+def test_both_layouts_of_corruptions_are_found_but_not_of_one(tmp_path):
+    for name in ("fog/1", "noise/shot_noise/2"):
+        (tmp_path / name).mkdir(parents=True)
+    found = {"corruption/shot_noise/2": f"{tmp_path}/noise/shot_noise/2", "corruption/fog/1": f"{tmp_path}/fog/1"}
+    assert testsets.corruption_folders(str(tmp_path)) == found
+    (tmp_path / "weather/fog/1").mkdir(parents=True)
+    with pytest.raises(UsageError, match="weather/fog/1 and .*fog/1 are the same test set; remove one"):
+        testsets.corruption_folders(str(tmp_path))
+    with pytest.raises(UsageError, match="no <corruption>/<severity>/<wnid> folders"):
+        testsets.corruption_folders(str(tmp_path / "fog"))
 
 
 # Classes of a head
@@ -69,7 +55,7 @@ def test_the_checkpoints_own_classes_come_first(tmp_path):
 def test_then_those_of_val_if_there_are_as_many(tmp_path):
     data = write_folder(tmp_path / "data", classes=("n08", "n02", "n05"), train=1, val=1)
     assert testsets.head_classes("x", {}, 3, val=data) == ["n02", "n05", "n08"]
-    with pytest.raises(UsageError, match="--classes .*give as --val.*train the head"):
+    with pytest.raises(UsageError, match="name a file of them with --classes .* --val"):
         testsets.head_classes("x", {}, 4, val=data)
 
 
