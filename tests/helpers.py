@@ -22,8 +22,9 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 
-from moco import augment, distributed
+from moco import augment
 from moco.distributed import DistContext
+from moco.encoders import configure_device
 from moco.processes import launch
 from moco.training import files
 
@@ -246,32 +247,28 @@ def completed(process, timeout=120):
 # Ranks
 
 
-def train_steps(ctx, ddp_model, optimizer, batches):
-    """Train on (query, key, negative) batches of this rank; returns each step's loss, the mean over the ranks."""
-    losses = []
-    for query, key, negative in batches:
-        logits, labels = ddp_model(query, key, negative.unsqueeze(1))
-        loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append((distributed.all_reduce(loss.detach().clone()) / ctx.world_size).item())
-    return losses
+def run_ranks(world, folder, *functions, kind="cpu"):
+    """{name of function: [what function(ctx) returned on each rank]}, in one group of `world` processes.
 
-
-def run_ranks(world, folder, *functions):
-    """{name of function: [what function(ctx) returned on each rank]}, in one gloo group of `world` processes."""
-    arguments = (world, launch.free_port(), str(folder), functions)
+    They run in the folder, on GPUs if the kind of device is "cuda": each rank on its own if there are as many (over
+    NCCL, which refuses two ranks on one), else all on the first ones.
+    """
+    arguments = (world, launch.free_port(), str(folder), functions, kind)
     mp.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
     ranks = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
     return {function.__name__: [rank[function.__name__] for rank in ranks] for function in functions}
 
 
-def _rank(rank, world, port, folder, functions):
+def _rank(rank, world, port, folder, functions, kind):
     torch.set_num_threads(1)
-    ctx = DistContext(rank, world, rank, world)
-    launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", "nccl", _save_results, functions, folder, {})
+    gpus = torch.cuda.device_count() if kind == "cuda" else 0
+    device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
+    configure_device(device, strict_fp32=True, deterministic=True)
+    ctx = DistContext(rank, world, rank, world, device)
+    backend = "nccl" if gpus >= world else "gloo"
+    launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", backend, _save_results, functions, folder, {})
 
 
 def _save_results(ctx, functions, folder):
-    torch.save({function.__name__: function(ctx) for function in functions}, Path(folder, f"{ctx.rank}.pt"))
+    os.chdir(folder)
+    torch.save({function.__name__: function(ctx) for function in functions}, f"{ctx.rank}.pt")

@@ -38,17 +38,17 @@ def golden_model(case):
 def golden_steps(case, model, steps=None, ctx=distributed.DistContext()):  # noqa: B008
     """Train as the file's rule says. Returns this rank's losses, logits and queue pointers of every step."""
     ddp_model = distributed.wrap_ddp(model, ctx.device)
-    optimizer = torch.optim.SGD(model.parameters(), case["lr"], momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.parameters(), case["lr"], momentum=0.9, weight_decay=1e-4, fused=True)
     result = {"loss": [], "logits": [], "queue_ptr": []}
     for i in range(steps or case["steps"]):
-        views = [view.chunk(ctx.world_size)[ctx.rank] for view in golden_images(case, i, ctx.world_size)]
-        logits, labels = ddp_model(*views)
+        images = golden_images(case, i, ctx.world_size)
+        logits, labels = ddp_model(*(views.chunk(ctx.world_size)[ctx.rank].to(ctx.device) for views in images))
         loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         result["loss"].append(loss.item())
-        result["logits"].append(logits.detach())
+        result["logits"].append(logits.detach().cpu())
         result["queue_ptr"].append(model.queue_ptr.item())
     return result
 
@@ -81,12 +81,6 @@ def oracle_keys(encoder, images, world):
     return keys
 
 
-def oracle_logits(case, q, k, ts, queue):
-    """One query's logits."""
-    products = [q @ k, *(q @ old for old in queue), *(case["alpha"] * (q @ t) for t in ts)]
-    return torch.stack(products) / case["T"]
-
-
 def oracle_steps(case, world):
     """[{"loss", "logits", "queue_ptr"} of every step] of each rank."""
     encoder_q, encoder_k = oracle_encoder(case), oracle_encoder(case)
@@ -104,15 +98,17 @@ def oracle_steps(case, world):
             negatives = [oracle_keys(encoder_k, im_t[:, j], world) for j in range(case["n"])]
         losses = []
         for rank in range(world):
-            logits = torch.stack(
-                [
-                    oracle_logits(case, q / q.norm(), keys[row], [t[row] for t in negatives], queue)
-                    for row, q in enumerate(queries[rank], rank * batch)
+            logits = []
+            for row, q in enumerate(F.normalize(queries[rank], dim=1), rank * batch):
+                products = [
+                    q @ keys[row],
+                    *(q @ old for old in queue),
+                    *(case["alpha"] * (q @ t[row]) for t in negatives),
                 ]
-            )
+                logits.append(torch.stack(products) / case["T"])
             losses.append(sum(row.exp().sum().log() - row[0] for row in logits) / batch)
             result[rank]["loss"].append(losses[rank].item())
-            result[rank]["logits"].append(logits.detach())
+            result[rank]["logits"].append(torch.stack(logits).detach())
         gradients = torch.autograd.grad(sum(losses) / world, parameters)
         with torch.no_grad():
             for number, (parameter, gradient) in enumerate(zip(parameters, gradients)):

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, completed, ended, run_script, started, wait_for
+from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, completed, ended, run_script, started
 
 pytestmark = pytest.mark.slow
 
@@ -58,18 +58,3 @@ def test_a_second_evaluation_of_a_report_is_refused(stopped, shared_data, tmp_pa
     run_script(EVALUATE, *settings, tmp_path / "other.json")
     first.send_signal(signal.SIGCONT)
     assert completed(first).returncode == 0
-
-
-def test_a_requeue_while_the_old_run_lives_is_refused(shared_data, tmp_path):
-    settings = [*SMALL, "--epochs", 1000, "-p", 1, "--resume", "auto", "--ckpt_path", tmp_path, shared_data]
-    spawned = ["--multiprocessing-distributed", "--world-size", 1, "--rank", 0]
-    old = started(PRETRAIN, *settings, *spawned)
-    wait_for(old, "epoch 1 ")
-    refused = run_script(PRETRAIN, *settings, *spawned, check=False)
-    assert refused.returncode == 2 and refused.stderr.count("another run is writing here") == 1, refused.stderr
-    old.kill()
-    ended(old)
-    new = started(PRETRAIN, *settings, *spawned)
-    wait_for(new, "starting at epoch")
-    new.terminate()
-    assert ended(new)[0] == 143

@@ -20,21 +20,21 @@ from helpers import (
     TORCHRUN,
     completed,
     log,
+    run_ranks,
     run_script,
     same,
     started,
-    train_steps,
     wait_for,
     weights,
-)  # fmt: skip
+)
+from oracle import GOLDEN, golden_model, golden_steps
 
 from moco import augment, distributed
 from moco.builder import MoCo
 from moco.data import loader
 from moco.distributed import DistContext
-from moco.encoders import build_encoder, configure_device
+from moco.encoders import build_encoder
 from moco.errors import PeerError
-from moco.processes import launch
 from moco.processes.exits import translate_error
 from moco.training import metrics
 from moco.views import training_views
@@ -109,76 +109,57 @@ def test_reserved_memory_is_flat_from_the_second_epoch_on(device):
     assert max(reserved[1:]) <= 1.1 * min(reserved[1:])
 
 
-# Two ranks: each on its own GPU if there are two (over NCCL, which refuses two ranks on one), else both on one (gloo)
+# Two ranks: each on its own GPU if there are two, else both on one
+
+CASE = {**GOLDEN[0]["case"], "arch": "resnet10", "K": 20, "size": 32, "steps": 3}
 
 
-def in_two_ranks(folder, device, function, **options):
-    """[what function(ctx) returns on each rank]; `options` are those of start_processes."""
-    arguments = (launch.free_port(), str(folder), device.type, function)
-    mp.start_processes(_rank, arguments, nprocs=2, start_method="forkserver", **options)
-    return [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(2)]
-
-
-def _rank(rank, port, folder, kind, function):
-    torch.set_num_threads(1)
-    gpus = torch.cuda.device_count() if kind == "cuda" else 0
-    device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
-    configure_device(device, strict_fp32=True, deterministic=True)  # the fixture's are those of another process
-    ctx = DistContext(rank, 2, rank, 2, device)
-    backend = "nccl" if gpus > 1 else "gloo"
-    launch._join_and_run(ctx, f"tcp://127.0.0.1:{port}", backend, _save_result, function, folder, {})
-
-
-def _save_result(ctx, function, folder):
-    torch.save(function(ctx, folder), Path(folder, f"{ctx.rank}.pt"))
-
-
-def steps(ctx, folder=None, training=False):
-    """Weights, queue and losses after three steps of a global batch of 8, on the CPU."""
-    torch.manual_seed(0)
-    model = MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, K=20, m=0.9, T=0.2, alpha=2.0)
-    model.train(training).to(ctx.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, fused=True)
-    images = torch.randn(3, 3, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    batches = ([view.chunk(ctx.world_size)[ctx.rank].to(ctx.device) for view in views] for views in images)
+def steps(ctx, training=False):
+    """Weights, queue and losses after three steps of a global batch of 8."""
+    model = golden_model(CASE).train(training).to(ctx.device, memory_format=torch.channels_last)
     distributed.seed_shuffles(0)
-    losses = train_steps(ctx, distributed.wrap_ddp(model, ctx.device), optimizer, batches)
+    losses = golden_steps(CASE | {"batch": 8 // ctx.world_size}, model, ctx=ctx)["loss"]
     weights = torch.cat([weight.detach().flatten() for weight in model.encoder_q.parameters()]).cpu()
-    return {"losses": losses, "queue": model.queue.cpu(), "weights": weights}
+    return {"losses": torch.tensor(losses), "queue": model.queue.cpu(), "weights": weights}
 
 
-def steps_in_train_mode(ctx, folder):
-    return steps(ctx, folder, training=True)
+def steps_in_train_mode(ctx):
+    return steps(ctx, training=True)
 
 
-def shuffled(ctx, folder):
+def shuffled(ctx):
     rows = torch.arange(ctx.rank * 6, ctx.rank * 6 + 6, device=ctx.device).float().view(6, 1)
     some, order = distributed.batch_shuffle(rows)
     return {"rows": rows.cpu(), "shuffled": some.cpu(), "back": distributed.batch_unshuffle(some, order).cpu()}
 
 
-def test_unshuffle_undoes_shuffle(device, tmp_path):
-    ranks = in_two_ranks(tmp_path, device, shuffled)
-    assert torch.cat([rank["shuffled"] for rank in ranks]).sort(dim=0).values.flatten().tolist() == list(range(12))
-    for rank in ranks:
+@pytest.fixture(scope="module")
+def ranks(device, tmp_path_factory):
+    return run_ranks(2, tmp_path_factory.mktemp("ranks"), steps, steps_in_train_mode, shuffled, kind=device.type)
+
+
+def test_unshuffle_undoes_shuffle(ranks):
+    everything = torch.cat([rank["shuffled"] for rank in ranks["shuffled"]])
+    assert everything.sort(dim=0).values.flatten().tolist() == list(range(12))
+    for rank in ranks["shuffled"]:
         assert torch.equal(rank["back"], rank["rows"]) and not torch.equal(rank["shuffled"], rank["rows"])
 
 
-def test_two_ranks_equal_one(device, tmp_path):
+def test_two_ranks_equal_one(device, ranks):
     """With BatchNorm in eval mode, where sharing a batch must not matter."""
-    alone = steps(DistContext(device=device))
-    for rank in in_two_ranks(tmp_path, device, steps):
-        assert rank["losses"] == pytest.approx(alone["losses"], abs=1e-4)
-        torch.testing.assert_close(rank["queue"], alone["queue"], atol=1e-4, rtol=0)
-        torch.testing.assert_close(rank["weights"], alone["weights"], atol=1e-4, rtol=1e-3)
+    alone, two = steps(DistContext(device=device)), ranks["steps"]
+    torch.testing.assert_close((two[0]["losses"] + two[1]["losses"]) / 2, alone["losses"], atol=1e-6, rtol=0)
+    for rank in two:
+        torch.testing.assert_close(rank["queue"], alone["queue"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(rank["weights"], alone["weights"], atol=1e-6, rtol=1e-6)
 
 
-def test_two_ranks_keep_equal_weights(device, tmp_path):
-    one, other = in_two_ranks(tmp_path, device, steps_in_train_mode)
+def test_two_ranks_keep_equal_weights(ranks):
+    one, other = ranks["steps_in_train_mode"]
     assert torch.equal(one["weights"], other["weights"]) and torch.equal(one["queue"], other["queue"])
 
 
-def killed(ctx, folder):
+def killed(ctx):
     """Rank 1 is killed after some steps; rank 0 writes when it has noticed."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from the parent, which notices, too
     try:
@@ -186,17 +167,17 @@ def killed(ctx, folder):
             steps(ctx)
             distributed.all_reduce_max(0)  # the heartbeat of Run.after_step
             if ctx.rank == 1 and step == 1:
-                Path(folder, "killed").write_text(str(time.time()))
+                Path("killed").write_text(str(time.time()))
                 os.kill(os.getpid(), signal.SIGKILL)
     except RuntimeError as error:
         if isinstance(translate_error(error), PeerError):
-            Path(folder, "noticed").write_text(str(time.time()))
+            Path("noticed").write_text(str(time.time()))
         raise
 
 
 def test_a_killed_rank_is_noticed_within_30_s(device, tmp_path):
     with pytest.raises(mp.ProcessExitedException):
-        in_two_ranks(tmp_path, device, killed, join=True)
+        run_ranks(2, tmp_path, killed, kind=device.type)
     deadline = time.monotonic() + 30
     while not (tmp_path / "noticed").exists() and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -69,29 +69,14 @@ def test_lr_drops_tenfold_at_the_schedule_in_the_log_too(data, tmp_path):
     assert "epoch 1 [5/5]  loss " in run.stdout and "  lr 0.1  " in run.stdout
 
 
-@pytest.fixture(scope="module")
-def stopped(data, tmp_path_factory):
-    """The same run, stopped by a signal within its second epoch."""
-    folder = tmp_path_factory.mktemp("stopped")
-    settings = [PROBE, *SMALL_PROBE, *LRS, "--epochs", 3, "--ckpt_path", folder, data]
+def test_stopped_within_an_epoch_and_resumed_equals_uninterrupted(data, whole, tmp_path):
+    settings = [PROBE, *SMALL_PROBE, *LRS, "--epochs", 3, "--ckpt_path", tmp_path, data]
     run = run_script(FAULTS, "SIGTERM in step 8", *settings, check=False)
     assert run.returncode == 143 and run.stderr == "", run.stderr
     assert "stopped by SIGTERM in epoch 1 after step 3, saved; continue with --resume auto" in run.stdout
-    assert len(log(folder)) == 1
-    return folder
-
-
-def test_stopped_within_an_epoch_and_resumed_equals_uninterrupted(data, whole, stopped, tmp_path):
-    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
-    resume = ["--epochs", 3, "--resume", "auto", "--ckpt_path", tmp_path, data]
-    assert "starting at epoch 1 step 3 " in run_script(PROBE, *SMALL_PROBE, *LRS, *resume).stdout
+    assert len(log(tmp_path)) == 1
+    assert "starting at epoch 1 step 3 " in run_script(*settings, "--resume", "auto").stdout
     assert_equal_runs(tmp_path, whole)
-
-
-def test_within_an_epoch_the_data_order_must_be_the_same(data, stopped):
-    resume = [PROBE, *SMALL_PROBE, *LRS, "--resume", "auto", "--ckpt_path", stopped, data]
-    assert "--seed 1, this run has 2" in refused(*resume, "--seed", 2)
-    assert "images per step: 8, this run has 4" in refused(*resume, "-b", 4)
 
 
 def test_a_probe_shares_the_folder_of_its_pretraining_only(data, tmp_path):
@@ -171,26 +156,19 @@ def test_a_probe_ends_once_no_head_is_finite(data, tmp_path):
 
 def test_bad_data_are_refused(tmp_path):
     data = write_folder(tmp_path / "data")
-    (data / "train" / "n03").mkdir()
-    assert "n03" in refused(PROBE, "-b", 8, data)
-    (data / "train" / "n03").rmdir()
     (data / "val" / "n02").rename(data / "val" / "n04")
     assert "different classes" in refused(PROBE, "-b", 8, data)
-    assert "no val/ folder" in refused(PROBE, "-b", 8, data / "val")
 
 
 def test_bad_checkpoints_are_refused(data, whole, tmp_path):
     run_script(PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", tmp_path, data)
     pretrained, linear = tmp_path / "checkpoint_0000.pth.tar", whole / BEST
-    missing, readme = tmp_path / "x.pth.tar", REPOSITORY / "README.md"
     for options, message in (
-        (["--pretrained", missing], "no such file"),
-        (["--pretrained", readme], "not a checkpoint"),
+        (["--pretrained", REPOSITORY / "README.md"], "not a checkpoint"),
         (["-a", "resnet50", "--pretrained", pretrained], "resnet10, not --arch resnet50"),
         (["-e", "--resume", pretrained], "no linear head"),
         (["-e"], "--evaluate needs"),
         (["--resume", linear, "--lr", 0.1, "--epochs", 9], "it has heads for 3 learning rates, --lr has 1"),
-        (["--resume", whole / LAST, *LRS, "--epochs", 3], "already finished (3 epochs)"),
         (["--lr", 1, "x", 2], "is not one or more numbers above 0"),
     ):
         assert message in refused(PROBE, *SMALL_PROBE, *options, "--ckpt_path", tmp_path / "new", data)
@@ -200,15 +178,9 @@ def test_bad_checkpoints_are_refused(data, whole, tmp_path):
     assert "2 classes that differ from the 3 of this data (for example n02)" in line
     assert "it has no queue" in refused(PRETRAIN, *SMALL, "--resume", linear, data)
 
-    saved = torch.load(pretrained, weights_only=True)
-    saved["state_dict"]["module.encoder_q.stages.0.conv1.weight"][0, 0, 0, 0] = float("inf")
-    torch.save(saved, pretrained)
-    assert "stages.0.conv1.weight the first" in refused(PROBE, *SMALL_PROBE, "--pretrained", pretrained, data)
-
 
 def test_an_export_without_its_inputs_is_refused(data, whole, tmp_path):
     target = ["--export-backbone", tmp_path / "x.pth"]
     assert "--export-backbone needs --pretrained" in refused(PROBE, *target)
-    assert "DIR" in refused(PROBE, "--pretrained", whole / BEST)
     assert "not --arch resnet50" in refused(PROBE, "-a", "resnet50", "--pretrained", whole / BEST, *target)
     assert not (tmp_path / "x.pth").exists()

@@ -1,22 +1,16 @@
-"""Several ranks over gloo: the method, the collectives, and what DistributedDataParallel says."""
+"""Several ranks over gloo: the method and the collectives."""
 
 import functools
-import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from helpers import run_ranks, train_steps
-from oracle import arrangement, golden_model, golden_steps, oracle_steps
+from helpers import run_ranks
+from oracle import arrangement, build, golden_model, golden_steps, oracle_steps
 
 from moco import distributed
-from moco.builder import MoCo
-from moco.distributed import DistContext
-from moco.encoders import build_encoder
 
-GLOBAL_BATCH = 8
-WORLD_2 = [  # batch: of each rank
+CASES = [  # batch: of each rank
     {"arch": "resnet10", "dim": 16, "K": 24, "m": 0.9, "T": 0.2, "mlp": True, "alpha": 2.0, "n": 2, "batch": 4,
      "size": 32, "steps": 3, "lr": 0.03},
     {"arch": "resnet10", "dim": 16, "K": 25, "m": 0.99, "T": 0.1, "mlp": False, "alpha": 3.0, "n": 1, "batch": 5,
@@ -28,24 +22,7 @@ def share(x, ctx):
     return x.chunk(ctx.world_size)[ctx.rank]
 
 
-def small_moco(**settings):
-    torch.manual_seed(0)
-    return MoCo(lambda num_classes: build_encoder("resnet10", num_classes), dim=16, **settings)
-
-
 # What each rank does. All these functions run in one process group of each size.
-
-
-def steps_in_eval_mode(ctx):
-    """Three steps on a fixed global batch with BatchNorm in eval mode, where sharding must not matter."""
-    model = small_moco(K=20, m=0.9, T=0.2, alpha=2.0).eval()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    ddp_model = distributed.wrap_ddp(model, ctx.device)
-    images = torch.randn(3, 3, GLOBAL_BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    batches = ([share(view, ctx) for view in views] for views in images)
-    losses = train_steps(ctx, ddp_model, optimizer, batches)
-    fc = model.encoder_q.fc.weight.detach()
-    return {"losses": losses, "queue": model.queue, "pointer": model.queue_ptr, "fc": fc}
 
 
 def uneven_rows(ctx):
@@ -88,50 +65,22 @@ def shuffle_as_gathering(ctx):
 def key_bytes(ctx):
     """The bytes of the images that reach this rank when keys are encoded, in fp32 and in bf16."""
     images = torch.randn(8, 3, 32, 32)
-    models = [small_moco(K=8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    models = [build(dim=16, K=8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     # Of the two exchanges, the second returns the features.
     return [received_bytes(functools.partial(model._encode_key, images))[0] for model in models]
 
 
-def keys_of_unlike_batches(ctx):
-    """Keys of a rank that holds images unlike the others', with BatchNorm in train mode."""
-    distributed.seed_shuffles(5)
-    return small_moco(K=8)._encode_key(share(unlike_images(), ctx))
-
-
-def unlike_images():
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(8, 3, 32, 32, generator=generator) * torch.arange(1, 9).view(-1, 1, 1, 1)
-
-
 def host_collectives(ctx):
-    maxima = distributed.all_reduce_max(ctx.rank, -ctx.rank, 5)
-    return (
-        maxima,
-        distributed.gather_lists([ctx.rank] * ctx.rank),
-        distributed.resolve_seed(100 - ctx.rank, {}),
-    )
+    maxima, joined = distributed.all_reduce_max(ctx.rank, -ctx.rank, 5), distributed.gather_lists([ctx.rank] * ctx.rank)
+    return maxima, joined, distributed.resolve_seed(100 - ctx.rank, {})
 
 
-def main_rank(ctx):
-    return distributed.rank(), distributed.world_size(), distributed.is_main()
+def train_cases(ctx):
+    torch.randperm = arrangement  # of this process, which ends after this
+    return [golden_steps(case, golden_model(case), ctx=ctx) for case in CASES]
 
 
-def warned(ctx):
-    """What DDP says when a 1×1 kernel's gradient has the strides that 16-bit training on a GPU gives it."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = torch.nn.Conv2d(4, 8, 1).to(memory_format=torch.channels_last)
-        model.weight.register_hook(lambda gradient: gradient.clone().as_strided(gradient.shape, (4, 1, 1, 1)))
-        ddp_model = distributed.wrap_ddp(model, ctx.device)
-        ddp_model(torch.randn(2, 4, 8, 8).to(memory_format=torch.channels_last)).sum().backward()
-    return [str(warning.message) for warning in caught], model.weight.stride(), model.weight.grad.stride()
-
-
-FUNCTIONS = (
-    steps_in_eval_mode, uneven_rows, shuffle_rows, shuffle_as_gathering, key_bytes, keys_of_unlike_batches,
-    host_collectives, main_rank, warned,
-)  # fmt: skip
+FUNCTIONS = uneven_rows, shuffle_rows, shuffle_as_gathering, key_bytes, host_collectives, train_cases
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -141,17 +90,6 @@ def ranks(request, tmp_path_factory):
 
 
 # What must hold of their results
-
-
-def test_world_size_changes_neither_queue_nor_loss(ranks):
-    alone = steps_in_eval_mode(DistContext())
-    assert alone["pointer"].item() == 3 * GLOBAL_BATCH % 20  # the queue is no multiple of the batch: it wrapped
-    for rank in ranks["steps_in_eval_mode"]:
-        assert torch.equal(rank["queue"], ranks["steps_in_eval_mode"][0]["queue"])
-        assert torch.equal(rank["pointer"], alone["pointer"])
-        assert rank["losses"] == pytest.approx(alone["losses"], abs=1e-5)
-        torch.testing.assert_close(rank["queue"], alone["queue"], atol=1e-5, rtol=0)
-        torch.testing.assert_close(rank["fc"], alone["fc"], atol=1e-5, rtol=0)
 
 
 def test_rows_of_uneven_length_are_joined_by_rank(ranks):
@@ -179,44 +117,15 @@ def test_images_for_a_two_byte_encoder_travel_as_two_bytes(ranks):
     assert ranks["key_bytes"] == [[8 * 3 * 32 * 32 * 4, 8 * 3 * 32 * 32 * 2]] * len(ranks["key_bytes"])
 
 
-def test_keys_have_the_statistics_of_a_shuffled_batch(ranks):
-    keys, world = torch.cat(ranks["keys_of_unlike_batches"]), len(ranks["keys_of_unlike_batches"])
-    model, images = small_moco(K=8), unlike_images()
-    # The permutation of both ranks.
-    order = torch.randperm(8, generator=torch.Generator().manual_seed(distributed.derive_seed(5)))
-    expected = torch.empty_like(keys)
-    for part in order.chunk(world):
-        expected[part] = F.normalize(model.encoder_k(images[part]), dim=1).detach()
-    torch.testing.assert_close(keys, expected, atol=1e-5, rtol=0)
-    unshuffled = torch.cat([F.normalize(model.encoder_k(part), dim=1).detach() for part in images.chunk(world)])
-    assert not torch.allclose(keys, unshuffled, atol=1e-3)
-
-
 def test_hosts_agree_on_maxima_lists_and_rank_0s_number(ranks):
     world = len(ranks["host_collectives"])
     expected = [world - 1, 0, 5], [rank for rank in range(world) for _ in range(rank)], 100
     assert ranks["host_collectives"] == [expected] * world
 
 
-def test_rank_0_alone_is_the_main_process(ranks):
-    world = len(ranks["main_rank"])
-    assert ranks["main_rank"] == [(rank, world, rank == 0) for rank in range(world)]
-
-
-def test_strides_of_1x1_kernels_cause_no_warning(ranks):
-    for texts, weight, gradient in ranks["warned"]:
-        assert weight != gradient and not any("Grad strides" in text for text in texts)
-
-
-def train_cases(ctx):
-    torch.randperm = arrangement  # of this process, which ends after this
-    return [golden_steps(case, golden_model(case), ctx=ctx) for case in WORLD_2]
-
-
-def test_every_step_of_two_ranks_equals_the_oracle(tmp_path):
-    ranks = run_ranks(2, tmp_path, train_cases)["train_cases"]
-    for number, case in enumerate(WORLD_2):
-        for result, expected in zip(ranks, oracle_steps(case, world=2)):
+def test_every_step_of_several_ranks_equals_the_oracle(ranks):
+    for number, case in enumerate(CASES):
+        for result, expected in zip(ranks["train_cases"], oracle_steps(case, world=len(ranks["train_cases"]))):
             assert result[number]["loss"] == pytest.approx(expected["loss"], abs=1e-7, rel=0)
             torch.testing.assert_close(result[number]["logits"], expected["logits"], atol=1e-7, rtol=0)
             assert result[number]["queue_ptr"] == expected["queue_ptr"]

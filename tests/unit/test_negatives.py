@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from moco.negatives import NEGATIVES, PUBLISHED_NAMES, patch_negatives
+from moco.negatives import NEGATIVES, patch_negatives
 
 SIZE = 40
 
@@ -39,19 +39,11 @@ def patch_size_of(negative):
     return breaks[0].item() + 1 if len(breaks) else SIZE
 
 
-def test_patch_sizes_are_uniform_with_both_ends():
-    negatives = patch_negatives(labelled_pixels(), 5, 8, np.random.default_rng(1), count=2000)[0]
-    sizes = torch.tensor([patch_size_of(negative) for negative in negatives])
-    shares = sizes.bincount(minlength=9)[5:9] / 2000
+def test_patch_sizes_of_every_negative_are_uniform_with_both_ends():
+    negatives = patch_negatives(labelled_pixels(500), 5, 8, np.random.default_rng(1), count=4)
+    sizes = torch.tensor([patch_size_of(negative) for negative in negatives.flatten(0, 1)])
     assert sizes.min() == 5 and sizes.max() == 8
-    assert shares.tolist() == pytest.approx([0.25] * 4, abs=0.04)
-
-
-def test_every_image_of_a_batch_draws_its_own_patch_size():
-    sizes = [
-        patch_size_of(negative[0]) for negative in patch_negatives(labelled_pixels(200), 5, 8, np.random.default_rng(2))
-    ]
-    assert set(sizes) == {5, 6, 7, 8}
+    assert sizes.bincount()[5:].div(2000).tolist() == pytest.approx([0.25] * 4, abs=0.04)
 
 
 def test_positions_are_uniform_up_to_the_last_one():
@@ -71,22 +63,14 @@ def test_a_patch_as_large_as_the_image_gives_the_image():
     assert torch.equal(patch_negatives(images, 16, 16, np.random.default_rng(0))[:, 0], images)
 
 
-def refusal(images, low=4, high=8):
-    with pytest.raises(ValueError) as refused:
-        patch_negatives(images, low, high, np.random.default_rng(0))
-    return str(refused.value)
-
-
-@pytest.mark.parametrize("low, high", [(0, 16), (20, 10), (16, SIZE + 1)])
-def test_patch_sizes_that_do_not_fit_are_refused(low, high):
-    assert f"patch sizes {low}..{high} do not fit" in refusal(labelled_pixels(), low, high)
-
-
-@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 2, 3, 32, 32), (32, 32), ()])
-def test_images_that_are_no_batch_of_square_ones_are_refused(shape):
-    message = refusal(torch.zeros(shape))
-    assert f"got the shape {shape}" in message and "images.unsqueeze(0)" in message
-    assert "a batch of square images" in refusal(labelled_pixels()[:, :, :, :-1])
+@pytest.mark.parametrize("shape, low, high, told", [
+    ((1, 3, 40, 40), 0, 16, "patch sizes 0..16 do not fit"), ((1, 3, 40, 40), 20, 10, "patch sizes 20..10 do not fit"),
+    ((1, 3, 40, 40), 16, 41, "patch sizes 16..41 do not fit"), ((1, 3, 40, 39), 4, 8, "a batch of square images"),
+    ((3, 32, 32), 4, 8, r"got the shape \(3, 32, 32\); .* images.unsqueeze\(0\)"),
+    ((), 4, 8, r"got the shape \(\)")])  # fmt: skip
+def test_sizes_that_do_not_fit_and_images_that_are_no_batch_of_square_ones_are_refused(shape, low, high, told):
+    with pytest.raises(ValueError, match=told):
+        patch_negatives(torch.zeros(shape), low, high, np.random.default_rng(0))
 
 
 OPTIONS = {"patch_ratio": (4, 12), "num_nonsem": 2, "image_size": SIZE}
@@ -113,8 +97,3 @@ def test_every_kind_makes_negatives_of_the_query_or_of_its_texture():
 def test_options_that_do_not_suit_a_kind_are_refused(kind, options, told):
     refused = NEGATIVES[kind].refusal(OPTIONS | options)
     assert refused.startswith(told) and bool(refused) == bool(told)
-
-
-def test_the_published_names_are_kinds():
-    assert {NEGATIVES[kind] for kind in PUBLISHED_NAMES.values()} == set(NEGATIVES.values())
-    assert PUBLISHED_NAMES == {"nonsem": "patch", "texture_syn": "texture"}

@@ -84,15 +84,9 @@ def test_a_batch_is_divided_among_the_ranks_or_refused():
 
 
 def test_workers_are_shared_and_limited_to_the_cores(monkeypatch):
-    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: range(16), raising=False)
-    assert [options.workers_per_rank(total, ranks) for total, ranks in ((32, 8), (10, 4), (0, 4), (4, 1))] == [
-        2,
-        3,
-        0,
-        4,
-    ]
-    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: range(2), raising=False)
-    assert options.workers_per_rank(32, 4) == 1
+    for cores, total, ranks, share in (16, 32, 8, 2), (16, 10, 4, 3), (16, 0, 4, 0), (16, 4, 1, 4), (2, 32, 4, 1):
+        monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid, cores=cores: range(cores), raising=False)
+        assert options.workers_per_rank(total, ranks) == share
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
@@ -112,9 +106,3 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path):
     for name, why in {"a.txt": "must end in .png or .pdf", "b.png": "it is a folder", "no/a.png": "no folder"}.items():
         with pytest.raises(UsageError, match=f"--plot {tmp_path}/{name}: .*{why}"):
             options.check_file("--plot", str(tmp_path / name), endings=(".png", ".pdf"))
-
-
-def test_a_start_epoch_beyond_the_last_is_refused():
-    options.check_epochs(parser().parse_args(["DIR", "--start-epoch", "4"]))
-    with pytest.raises(UsageError, match="--start-epoch 5: it must be below --epochs 5"):
-        options.check_epochs(parser().parse_args(["DIR", "--start-epoch", "5"]))

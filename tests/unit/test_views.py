@@ -2,7 +2,6 @@ import numpy as np
 import torch
 
 from moco import augment, views
-from moco.negatives import NEGATIVES, Negative
 
 
 def views_of(crops, robust, num_nonsem, seed):
@@ -35,13 +34,3 @@ def test_query_and_key_are_augmented_independently():
     query, key, negatives = views_of(crops, "none", 0, seed=6)
     assert negatives.shape == (8, 0, 3, 32, 32)
     assert (query - key).abs().flatten(1).amax(1).gt(0.1).all()
-
-
-def test_a_new_kind_of_negative_is_given_the_query_and_the_options(monkeypatch):
-    def make(query, texture, rng, options):
-        assert texture is None and 0 <= rng.random() < 1 and options["num_nonsem"] == 3
-        return -query.unsqueeze(1)
-
-    monkeypatch.setitem(NEGATIVES, "inverted", Negative(make))
-    query, _, negatives = views_of(torch.zeros(2, 2, 3, 32, 32, dtype=torch.uint8), "inverted", 3, seed=0)
-    assert torch.equal(negatives[:, 0], -query)
