@@ -24,23 +24,9 @@ from moco.training import files
 PREFIX = "module."
 FC_KEYS = ("fc.weight", "fc.bias")
 COUNTER = "num_batches_tracked"
-COMPARED = (
-    "arch",
-    "moco_dim",
-    "moco_k",
-    "mlp",
-    "aug_plus",
-    "image_size",
-    "robust",
-)  # options that a resumed pre-training must repeat
-CONTAINERS = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "teacher",
-    "network",
-    "net",
-)  # of weights, in any project's files
+# Options that a resumed pre-training must repeat, and where files of any project keep weights
+COMPARED = ("arch", "moco_dim", "moco_k", "mlp", "aug_plus", "image_size", "robust")
+CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher", "network", "net")
 MOMENTUM = re.compile("momentum|encoder_k|target|student|ema")
 
 
