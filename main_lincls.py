@@ -246,6 +246,9 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     inputs.saved.clear()  # as much memory as all heads and the backbone
     inputs.backbone.clear()
 
+    def predict(images: torch.Tensor) -> torch.Tensor:  # logits (heads, N, classes)
+        return heads(classifier.extract_features(backbone, images, DTYPES[args.precision]))
+
     # --- epochs
     diverged: set[int] = set()  # the heads of which a line has said so
     for epoch in range(run.epoch, args.epochs):
@@ -255,9 +258,8 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
         if new := classifier.diverged_heads(stats["loss"], len(train.classes)) - diverged:
             run.print(classifier.divergence_hint(new, args.lr, stats["loss"], len(train.classes)))
             diverged |= new
-        predictor = functools.partial(classifier.predict, backbone, heads, DTYPES[args.precision])
         with run.evaluation():
-            results = classifier.evaluate(predictor, val_loader, ctx.device)
+            results = classifier.evaluate(predict, val_loader, ctx.device)
         classifier.check_frozen(backbone, frozen)
         is_best = best.update(heads, results)
         run.print(
@@ -416,7 +418,7 @@ def main() -> None:
         "the class list": inputs.val.classes,
         "the images per step": derived.get("images per step"),
         "the crop size": inputs.image_size,
-        "the checkpoint of --resume": checkpoint.progress(inputs.saved),
+        "the checkpoint of --resume": [inputs.saved.get(name) for name in ("epoch", "step")],
     }
     launch.launch(worker, args, inputs, agree)
 

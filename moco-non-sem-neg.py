@@ -132,9 +132,11 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     if saved:
         check_resume(args, saved, model, data, sampler)
     workers = options.workers_per_rank(args.workers, local_world_size)
+    flat = data.classes == [folders.FLAT] and not os.path.isdir(os.path.join(args.data, "train", folders.FLAT))
+    classes = f"{len(data.classes)} classes"
     return Inputs(data, knn_folders, saved, lock), {
         "processes": f"{world_size}, with {workers} loader workers each",
-        "images": f"{len(data.photos)} in {folders.count_classes(args.data, data.classes)}",
+        "images": f"{len(data.photos)} in {'1 class, as there are no class folders' if flat else classes}",
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
         "chance loss": f"{chance_loss(args.moco_k, args.num_nonsem):.3f}",
@@ -217,7 +219,8 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
         numbered = is_due(epoch, args.save_freq, args.epochs)
         run.end_epoch(stats, [f"checkpoint_{epoch:04d}.pth.tar"] if numbered else [])
         if args.keep and distributed.is_main():
-            checkpoint.prune(args.ckpt_path, args.keep, r"checkpoint_\d{4,}\.pth\.tar")
+            for name in checkpoint.matching(args.ckpt_path, r"checkpoint_\d{4,}\.pth\.tar")[: -args.keep]:
+                os.remove(os.path.join(args.ckpt_path, name))
     distributed.barrier()  # wait for rank 0 to finish saving
 
 
@@ -325,7 +328,7 @@ def main() -> None:
         "the kNN images": [len(folder.paths) for folder in inputs.knn],
         "the class list": inputs.train.classes,
         "the images per step": derived["images per step"],
-        "the checkpoint of --resume": checkpoint.progress(inputs.saved),
+        "the checkpoint of --resume": [inputs.saved.get(name) for name in ("epoch", "step")],
     }
     launch.launch(main_worker, args, inputs, agree)
 

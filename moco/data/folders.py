@@ -242,13 +242,6 @@ def list_training_images(data: str, with_textures: bool = False) -> TrainingImag
     )
 
 
-def count_classes(data: str, classes: Sequence[str]) -> str:
-    """The number of classes of the training images of `data`, and whether they lie in no class folders."""
-    if list(classes) == [FLAT] and not os.path.isdir(os.path.join(data, "train", FLAT)):
-        return "1 class, as there are no class folders"
-    return f"{len(classes)} classes"
-
-
 def _index_by_stem(paths: PathArray) -> dict[str, int]:
     """{path relative to the root, without its suffix: index}. Raises UsageError for two images of one stem."""
     index_of = {name[: name.rindex(".")]: index for index, name in enumerate(paths.names())}

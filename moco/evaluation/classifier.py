@@ -141,11 +141,6 @@ def extract_features(backbone: nn.Module, images: torch.Tensor, dtype: torch.dty
         return backbone(images).float()
 
 
-def predict(backbone: nn.Module, heads: nn.Module, dtype: torch.dtype, images: torch.Tensor) -> torch.Tensor:
-    """The logits (heads, N, classes) of LinearHeads on a backbone whose `fc` is Identity."""
-    return heads(extract_features(backbone, images, dtype))
-
-
 @torch.inference_mode()
 def predictions(predict: Callable, batches: Iterable, device: torch.device) -> Iterator[tuple]:
     """(predict(images), labels (N,)) for each batch, normalised and on the device."""

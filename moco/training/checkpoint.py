@@ -12,7 +12,6 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -51,12 +50,6 @@ def _on_cpu(value):
     return type(value)(map(_on_cpu, value)) if isinstance(value, (list, tuple)) else value
 
 
-def prune(folder: str, keep: int, pattern: str) -> None:
-    """Remove all but the last `keep` files of the folder whose names match `pattern`, a regular expression."""
-    for name in matching(folder, pattern)[:-keep]:
-        os.remove(os.path.join(folder, name))
-
-
 def resume_path(resume: str, folder: str, pattern: str, restarted: bool = False) -> str:
     """The file to resume from, or '' for a fresh start. restarted: by torchrun, after a failure of this run.
 
@@ -87,23 +80,17 @@ def load(path: str, option: str = "--resume") -> dict:
             warnings.simplefilter("ignore")  # about sparse tensors, which are refused later
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes may raise anything; all of it means: not a checkpoint
-        raise UsageError(f"{option} {path}: not a checkpoint: {_why_not_loaded(path, error)}") from error
+        why = f"it is damaged, truncated or another kind of file ({first_line(error)}); copy or download it again"
+        if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL (\S+)", str(error))):
+            saver = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            why = f"loading it would run code ({code[1]}); if you trust it, save its tensors alone: {saver}"
+        raise UsageError(f"{option} {path}: not a checkpoint: {why}") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(name, str) for name in checkpoint):
         raise UsageError(f"{option} {path}: not a checkpoint, it holds a {type(checkpoint).__name__}")
     state = checkpoint.get("state_dict", {})
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UsageError(f"{option} {path}: not a checkpoint, its state_dict does not consist of tensors")
     return checkpoint
-
-
-def _why_not_loaded(path: str, error: Exception) -> str:
-    code = re.search(r"GLOBAL (\S+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and code:
-        return (
-            f"loading it would run code ({code[1]}), so it is not loaded; if you trust it, save its tensors alone:"
-            " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
-        )
-    return f"it is damaged, truncated or another kind of file ({first_line(error)}); copy or download it again"
 
 
 def add_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -178,11 +165,6 @@ def arch_of(saved: Mapping, source: str) -> str | None:
         if (arch := saved.get("arch")) not in (None, *ARCHS):
             raise ValueError(f"its arch is {arch!r}, not one of those of --arch")
         return arch
-
-
-def progress(saved: Mapping) -> str:
-    """The epoch and step at which a checkpoint was saved, in words."""
-    return f"epoch {saved.get('epoch')}, step {saved.get('step', 0)}" if saved else "none"
 
 
 def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Sequence[str]) -> None:
@@ -305,15 +287,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping) -> None:
 # Backbones, in whatever file they are
 
 
-class Backbone(NamedTuple):
-    """The weights of a backbone, with torchvision's names and without a head, and where in the file they were."""
-
-    weights: dict[str, torch.Tensor]
-    origin: str
-
-
-def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> Backbone:
-    """The weights for `network` (on the meta device; its fc is left out) in a loaded checkpoint.
+def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> tuple[dict, str]:
+    """The weights for `network` (on the meta device) without its fc, and where in a loaded checkpoint they are.
 
     They may be under any prefix: pre-training checkpoints (the query encoder), linear ones, plain torchvision
     state_dicts, and files of other projects, whose weights are in `model`, `teacher`, `backbone.`, `encoder.`, …, or
@@ -340,7 +315,7 @@ def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> Backb
         for name, value in own.items():  # PyTorch before 0.4.1 did not count batches
             weights.setdefault(name, torch.zeros_like(value, device="cpu"))
         where = f"{container + ': ' if container else ''}{prefix}*"
-        return Backbone(weights, f"{len(weights)} tensors from {where}, {len(state) - len(weights)} others left out")
+        return weights, f"{len(weights)} tensors from {where}, {len(state) - len(weights)} others left out"
     raise UsageError(f"{source}: it holds no weights of this --arch ({', '.join(list(state)[:2])}, …); check --arch")
 
 

@@ -126,7 +126,7 @@ def test_accuracies_of_heads_equal_the_cpus(device):
         backbone.fc = torch.nn.Identity()
         backbone.to(where, memory_format=torch.channels_last)
         heads.to(where)
-        evaluate = lambda images: classifier.predict(backbone, heads, torch.float32, images)
+        evaluate = lambda images: heads(classifier.extract_features(backbone, images))
         return classifier.evaluate(evaluate, labelled(100, 9), where)
 
     for here, there in zip(accuracies(CPU), accuracies(device)):

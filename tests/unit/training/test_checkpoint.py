@@ -96,8 +96,6 @@ def test_auto_resume_takes_the_last_epoch_and_pruning_keeps_it(tmp_path):
     assert checkpoint.resume_path("a/file", tmp_path, pattern, restarted=True) == latest
     assert checkpoint.resume_path("auto", tmp_path / "nowhere", pattern) == ""
     assert checkpoint.resume_path("a/file", tmp_path, pattern) == "a/file"
-    checkpoint.prune(tmp_path, 2, r"checkpoint_\d{4,}\.pth\.tar")
-    assert {path.name for path in tmp_path.iterdir()} == {*numbered[1:], *others, "checkpoint_latest.pth.tar"}
 
 
 # Whose backbone it is
@@ -149,8 +147,8 @@ def test_weights_of_other_projects_are_found(kind):
     state = resnet().state_dict()
     found = checkpoint.find_backbone(FOREIGN[kind](state), "x", on_meta())
     expected = {name: value for name, value in state.items() if not name.startswith("fc.")}
-    assert same(found.weights, expected)
-    assert f"{len(expected)} tensors from" in found.origin
+    assert same(found[0], expected)
+    assert f"{len(expected)} tensors from" in found[1]
 
 
 def test_another_network_is_not_taken_for_a_resnet18():
