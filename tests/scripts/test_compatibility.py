@@ -172,7 +172,7 @@ def test_published_linear_files_of_1000_outputs_are_tested(tmp_path):
         results.append(json.loads(report.read_text())["cells"]["val"]["results"])
     assert results[0] == results[1] and results[0][0]["n"] == 15
     line = refused(EVALUATE, "--pretrained", tmp_path / "published.pth.tar", "--val", data)
-    assert "--classes" in line and "give as --val the data" in line and "train the head with main_lincls.py" in line
+    assert "--classes" in line and "or the head's data with --val" in line
     resume = ["--evaluate", "--resume", tmp_path / "published.pth.tar"]
     probed = run_script(PROBE, "-a", "resnet10", *resume, "-b", 4, "-j", 0, data)
     assert f"top-1 {results[1][0]['top1']:.2f} %" in probed.stdout
