@@ -176,11 +176,11 @@ def needs_texture(args: argparse.Namespace) -> bool:
 
 def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Pre-train in one process, on ctx.device; every way of launching ends here."""
-    data, saved = inputs.train, inputs.saved
-    seed = distributed.resolve_seed(args.seed, saved)
+    seed = distributed.resolve_seed(args.seed, inputs.saved)
     configure_device(ctx.device, args.strict_fp32, deterministic=args.seed is not None)
 
     # --- data: the workers decode and crop; augmentation runs on the training device
+    data, saved = inputs.train, inputs.saved
     batch_size = options.per_rank(args.batch_size, ctx.local_world_size)  # this process's; the option is the node's
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     dataset = RetryDataset(TwoCrops(data.photos, args.image_size, data.textures), data.labels)

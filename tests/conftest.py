@@ -52,7 +52,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_launcher(monkeypatch):
-    """As started by hand: without the variables of torchrun, srun, operators and MPI."""
+    """Start by hand: without the variables of torchrun, srun, operators and MPI."""
     names = {*TORCHRUN_RANK, "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT"}
     for name in list(os.environ):
         if name in names or name.startswith(("SLURM_", "OMPI_", "PMI_", "MV2_")):
@@ -88,5 +88,5 @@ def imagenet(tmp_path):
 
 @pytest.fixture(scope="module")
 def shared_data(tmp_path_factory):
-    """As `data`, for tests that do not change it."""
+    """The folder of `data`, for tests that do not change it."""
     return write_folder(tmp_path_factory.mktemp("shared") / "data")

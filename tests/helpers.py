@@ -240,7 +240,7 @@ def assert_one_line(result, *expected):
 
 
 def completed(process, timeout=120):
-    """As `ended`, in the form of run_script's result."""
+    """The outcome of `ended`, in the form of run_script's result."""
     return subprocess.CompletedProcess(process.args, *ended(process, timeout))
 
 

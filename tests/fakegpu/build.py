@@ -67,7 +67,7 @@ def main():
 
 
 def versions(headers):
-    """What each library says of itself, as -D flags, from the real headers."""
+    """The version that each library reports, as -D flags, from the real headers."""
 
     def number(folder, file, *names):
         text = (folder / file).read_text(errors="replace") if (folder / file).exists() else ""

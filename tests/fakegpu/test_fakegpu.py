@@ -92,7 +92,7 @@ class OnFakeGpus:
 
 
 def more_often(many, few, kind):
-    """What the further steps of the first run have added. DDP times its first ten steps and then every hundredth."""
+    """Counts that the further steps of the first run have added; DDP times its first ten and then every hundredth."""
     many, few = many.counts(kind), few.counts(kind)
     added = {place: count - few.get(place, 0) for place, count in many.items() if "distributed.py" not in place}
     return {place: count for place, count in added.items() if count > 0}

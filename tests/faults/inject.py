@@ -55,7 +55,7 @@ def fails(error):
 
 
 def hangs(how):
-    """As on a mount that does not answer, or as a stopped process."""
+    """Hang for good, like a mount that does not answer or a stopped process."""
 
     def hang():
         print("hanging", flush=True)

@@ -40,7 +40,7 @@ def test_an_evaluation_ends_well_whatever_its_streams(whole, tmp_path, kind):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_whose_output_is_not_read_ends_silently(whole, tmp_path, script):
-    """As in `… | head -1`, with a reader that has ended already."""
+    """Run a script into a pipe whose reader has ended already, like `… | head -1`."""
     command = whole.command(script, tmp_path, "--dry-run") if script != EVALUATE else whole.evaluation(tmp_path)
     run = run_script(FAULTS, "unread stdout", *command, check=False)
     assert run.returncode == 128 + signal.SIGPIPE and "error" not in run.stderr.lower(), run.stderr

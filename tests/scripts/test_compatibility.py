@@ -179,7 +179,7 @@ def test_published_linear_files_of_1000_outputs_are_tested(tmp_path):
 
 
 def test_the_published_script_resumes_a_linear_file_and_this_one_the_published_scripts(shared_data, tmp_path):
-    """What its resuming does with a file, for a head as wide as the file's."""
+    """The outcome of its resuming from a file, for a head as wide as the file's."""
     run_script(PROBE, *SMALL_PROBE, "--lr", 0.1, 1, "--epochs", 1, "--ckpt_path", tmp_path, shared_data)
     saved = torch.load(tmp_path / "checkpoint_robust_random.pth.tar", weights_only=True)
     start_epoch, best_acc1 = saved["epoch"], saved["best_acc1"].to("cpu")

@@ -58,7 +58,7 @@ def accuracies(ctx):
 
 
 def features_in_order(ctx):
-    """Of more images than ranks, and of fewer."""
+    """Test sets of more images than ranks, and of fewer."""
     rows = [torch.arange(2.0 * n).reshape(n, 2) for n in (5, 2)]
     return [classifier.gather_in_order(each[ctx.rank :: ctx.world_size], len(each), ctx) for each in rows]
 

@@ -23,7 +23,7 @@ def commands():
 
 
 def write_images(root):
-    """As the steps that are left out write them, of ten classes."""
+    """Files like those that the left-out steps write, of ten classes."""
     write_folder(root / "fashion", [f"c{label}" for label in range(10)], train=26, suffix=".png")
     for folder in ("fog/1", "snow/5"):
         for label in range(10):

@@ -1,4 +1,4 @@
-"""What a GPU would refuse or wait for, found without one.
+"""Misplaced tensors and hidden waits of a step on a GPU, found without one.
 
 Fake cuda tensors go through augmentation, negatives and forward (backward needs a real GPU there); meta tensors go
 through a whole step. Both refuse .item() and other looks at values; OneDevice refuses what slips through them.

@@ -1,4 +1,4 @@
-"""What a process did on the fake GPUs: counts, and the Python code that did it."""
+"""Report of a process on the fake GPUs: counts, and the Python code that did it."""
 
 import atexit
 import collections

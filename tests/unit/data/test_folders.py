@@ -187,7 +187,7 @@ def test_links_to_data_elsewhere_are_listed(tree, tmp_path):
 @pytest.mark.parametrize("place", [".", "n01", "n02/sub"])
 @pytest.mark.parametrize("denied", ["scandir", "stat"])
 def test_an_unreadable_folder_is_refused_with_its_path(tree, monkeypatch, place, denied):
-    """As root nothing is unreadable: the system's answer is put in. Without x, a folder can be listed, not entered."""
+    """To root nothing is unreadable: the system's answer is put in. Without x, a folder can be listed, not entered."""
     folder, real = str(tree / place), getattr(os, denied)
 
     def deny(path, *args, **options):

@@ -110,7 +110,7 @@ def pretraining(state):
 
 
 def numbered(state):
-    """As lightly saves a ResNet: nn.Sequential(*network.children())."""
+    """The form in which lightly saves a ResNet: nn.Sequential(*network.children())."""
     children = [name for name, _ in build_encoder("resnet18", 7).named_children()]
     return {f"{children.index(name.split('.')[0])}.{name.split('.', 1)[1]}": value for name, value in state.items()}
 
@@ -120,7 +120,7 @@ def prefixed(prefix, state):
 
 
 def with_momentum_encoder(state):
-    """As solo-learn saves: the momentum backbone comes first here, and must not be taken."""
+    """The form of solo-learn: the momentum backbone comes first here, and must not be taken."""
     momentum = {name: torch.full_like(value, 7) for name, value in state.items()}
     momentum = prefixed("momentum_backbone.", momentum)
     return momentum | prefixed("backbone.", state) | {"projector.0.weight": torch.ones(3)}
