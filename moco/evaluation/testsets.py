@@ -211,9 +211,8 @@ def unknown_corruptions(directory: str) -> list[str]:
     """The folders of an ImageNet-C folder that lie where corruptions do, and are none of them."""
     known = {*CORRUPTIONS, *itertools.chain(*CORRUPTIONS.values())}
     parents = [os.path.join(glob.escape(directory), group) for group in ("", *CORRUPTIONS)]
-    found = [
-        os.path.relpath(path, directory) for parent in parents for path in glob.glob(os.path.join(parent, "*", ""))
-    ]
+    paths = (path for parent in parents for path in glob.glob(os.path.join(parent, "*", "")))
+    found = (os.path.relpath(path, directory) for path in paths)
     return sorted(path for path in found if os.path.basename(path) not in known)
 
 

@@ -155,7 +155,7 @@ def _start_ranks(node: int, count: int, world_size: int, job: tuple) -> None:
     with blocked():  # a signal to all processes must not end the tracker of multiprocessing, which unblocks some
         resource_tracker.ensure_running()
     with blocked():  # nor the fork server; one that comes while it imports PyTorch is forwarded afterwards
-        arguments = (node * count, count, world_size, pickle.dumps(job))  # its tensors not through /dev/shm
+        arguments = (node * count, count, world_size, _Job(job))
         ranks = mp.start_processes(_rank, arguments, nprocs=count, join=False, start_method=METHOD)
         received: list[int] = []
 
@@ -178,6 +178,13 @@ def _start_ranks(node: int, count: int, world_size: int, job: tuple) -> None:
         raise RunError(
             f"process {error.error_index} was killed {how}; if memory ran out, use a smaller --batch-size or fewer -j"
         ) from error
+
+
+class _Job(tuple):
+    """Pickled anew as each process starts, since a lock goes to one process at a time; tensors not through /dev/shm."""
+
+    def __reduce__(self):
+        return bytes, (pickle.dumps(tuple(self)),)
 
 
 def _rank(local_rank: int, first_rank: int, count: int, world_size: int, job: bytes) -> None:

@@ -200,22 +200,17 @@ def check_exactly(
     did not have), unexpected, of another shape, not finite, or not an ordinary tensor of the same kind of number."""
     own = module.state_dict()
     both = [(name, own[name], state_dict[name]) for name in own if name in state_dict]
-    for fault, names in (
-        (
-            "lacks",
-            [name for name in own if name not in {*state_dict, *allowed_missing} and not name.endswith(COUNTER)],
-        ),
-        ("has the unknown", [name for name in state_dict if name not in own]),
-        ("has another shape for", [name for name, mine, other in both if mine.shape != other.shape]),
-        (
-            "has another kind of tensor for",
-            [
-                n
-                for n, mine, other in both
-                if not _is_dense(other) or mine.is_floating_point() != other.is_floating_point()
-            ],
-        ),
-    ):
+    faults = {
+        "lacks": [name for name in own if name not in {*state_dict, *allowed_missing} and not name.endswith(COUNTER)],
+        "has the unknown": [name for name in state_dict if name not in own],
+        "has another shape for": [name for name, mine, other in both if mine.shape != other.shape],
+        "has another kind of tensor for": [
+            name
+            for name, mine, other in both
+            if not _is_dense(other) or mine.is_floating_point() != other.is_floating_point()
+        ],
+    }
+    for fault, names in faults.items():
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UsageError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PRETRAIN, PROBE, assert_one_line, completed, started, wait_for, write_folder
+from helpers import PRETRAIN, PROBE, completed, started, wait_for, write_folder
 
 HERE = Path(__file__).resolve().parent
 LIBRARIES = "libcudart.so.13 libcublas.so.13 libcublasLt.so.13 libcudnn.so.9 libnccl.so.2 libcuda.so.1"
@@ -92,9 +93,13 @@ class OnFakeGpus:
 
 
 def more_often(many, few, kind):
-    """Counts that the further steps of the first run have added; DDP times its first ten and then every hundredth."""
+    """Counts that the further steps of the first run have added.
+
+    DDP times its first ten steps and then every hundredth; how many of a probe's epochs are the best so far, and are
+    saved, is chance where figures are whatever the memory held.
+    """
     many, few = many.counts(kind), few.counts(kind)
-    added = {place: count - few.get(place, 0) for place, count in many.items() if "distributed.py" not in place}
+    added = {place: count - few.get(place, 0) for place, count in many.items() if not re.search(r"(distributed|checkpoint)\.py", place)}
     return {place: count for place, count in added.items() if count > 0}
 
 
@@ -190,7 +195,9 @@ def test_a_signal_to_two_ranks_saves(fake, files, tmp_path):
     assert "stopped by SIGTERM" in run.result.stdout and (tmp_path / "checkpoint_latest.pth.tar").exists()
 
 
-def test_a_gpu_without_enough_free_memory_is_refused(fake, files, tmp_path):
+def test_a_gpu_without_enough_memory_ends_the_run_with_what_helps(fake, files, tmp_path):
     options = (*NETWORK, *METHOD, "--batch-size", 8, "--epochs", 1, "--ckpt_path", tmp_path, files)
     run = OnFakeGpus(fake, tmp_path, PRETRAIN, *options, gigabytes=0.6, code=1)
-    assert_one_line(run.result, "GPU 0: 0.08 GB of 0.6 GB are free")
+    *of_pytorch, line = run.result.stderr.splitlines()
+    assert line.startswith(f"{PRETRAIN}: error: out of memory (CUDA out of memory. ") and "--batch-size" in line
+    assert all("CUDACachingAllocator" in warning for warning in of_pytorch)

@@ -114,6 +114,7 @@ SETTINGS = {
     "impatient for batches": sets("moco.data.loader", DATA_SECONDS=2),
     "workers as asked": sets("moco.options", workers_per_rank=lambda total, ranks: -(-total // ranks)),  # on any cores
     "no fast JPEG decoder": sets("moco.data.images", has_fast_jpeg=lambda: False),
+    "two GPUs": sets("moco.processes.launch", usable_gpus=lambda: 2),  # whose processes find none, and use the CPU
     "unread stdout": unread,
     "stdout is full": lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1),
     "stdout cannot encode": lambda: sys.stdout.reconfigure(encoding="ascii", errors="strict"),

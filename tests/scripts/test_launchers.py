@@ -1,7 +1,7 @@
 """Ways to start several processes: the same run whichever launcher starts them."""
 
 import pytest
-from helpers import PRETRAIN, SMALL, ended, log, run_script, same, started, weights
+from helpers import FAULTS, PRETRAIN, SMALL, TORCHRUN, ended, log, run_script, same, started, weights
 
 from moco.processes.launch import free_port
 
@@ -50,3 +50,11 @@ def test_one_process_per_gpu_is_one_on_a_cpu_and_the_run_of_one_process(shared_d
         run = run_script(PRETRAIN, *SMALL, "--epochs", 1, *options, "--ckpt_path", tmp_path / name, shared_data)
     assert "no GPU found: running one CPU process (gloo)" in run.stdout
     assert log(tmp_path / "alone") == log(tmp_path / "spawned")
+
+
+def test_a_process_per_gpu_is_the_run_of_torchrun(shared_data, tmp_path):
+    command = lambda name: [PRETRAIN, *SMALL, "--epochs", 1, "--ckpt_path", tmp_path / name, shared_data]  # noqa: E731
+    run_script(*command("torchrun"), launcher=[*TORCHRUN, "--nproc-per-node=2"])
+    run_script(FAULTS, "two GPUs", *command("spawned"), "--multiprocessing-distributed")
+    assert log(tmp_path / "torchrun") == log(tmp_path / "spawned")
+    assert same(weights(tmp_path / "torchrun" / LATEST), weights(tmp_path / "spawned" / LATEST))
