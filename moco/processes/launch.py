@@ -11,7 +11,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 import torch
@@ -178,6 +178,8 @@ def _start_ranks(node: int, count: int, world_size: int, job: tuple) -> None:
         raise RunError(
             f"process {error.error_index} was killed {how}; if memory ran out, use a smaller --batch-size or fewer -j"
         ) from error
+    if server := getattr(forkserver._forkserver, "_forkserver_pid", None):
+        os.kill(server, signal.SIGKILL)  # it has nothing to save, and `| tee` would wait for PyTorch's exit handlers
 
 
 class _Job(tuple):

@@ -92,13 +92,9 @@ class Run:
         """
         first_step = self.step
         self.sampler.epoch, self.sampler.first_step = epoch, first_step
+        epochs_left = self.args.epochs - epoch - 1
         self.progress = metrics.Progress(
-            loader,
-            epoch,
-            self.sampler.global_batch_size,
-            self.args.print_freq,
-            self.args.epochs - epoch - 1,
-            first_step,
+            loader, epoch, self.sampler.global_batch_size, self.args.print_freq, epochs_left, first_step
         )
 
         def prepare_step(batch, step):

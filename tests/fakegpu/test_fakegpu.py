@@ -184,7 +184,7 @@ def test_two_ranks_use_their_own_gpus_and_sync_at_reports_only(fake, files, tmp_
         OnFakeGpus(fake, tmp_path, PRETRAIN, *options, tmp_path / str(batch), "--batch-size", batch, files, gpus=2)
         for batch in (16, 8)
     )
-    assert few.contexts() == many.contexts() == [[], [], [0], [1]]  # the first are the program and the fork server
+    assert few.contexts() == many.contexts() == [[], [0], [1]]  # the first is the launcher
     assert more_often(many, few, "sync") == {}
     assert sum(more_often(many, few, "h2d").values()) == 0
 
