@@ -91,8 +91,7 @@ class FolderLock:
         if self.path in _held:
             return
         folder = os.path.dirname(self.path)
-        if not os.path.isdir(folder):
-            atexit.register(_remove_unused, self.path)
+        made = not os.path.isdir(folder)
         try:
             os.makedirs(folder, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
@@ -116,6 +115,7 @@ class FolderLock:
             warning = "this file system has no locks: see that no second run writes here"
             print(f"{self.path}: {warning}", file=sys.stderr, flush=True)
         _held[self.path] = descriptor
+        atexit.register(_remove_unused, self.path, made)
         job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}{job}"
         os.ftruncate(descriptor, 0)
@@ -131,13 +131,15 @@ class FolderLock:
             _held[self.path] = shared.detach()
 
 
-def _remove_unused(path: str) -> None:
-    """Remove a lock file and its folder if nothing else is in it: a run that was refused leaves nothing behind."""
+def _remove_unused(path: str, made: bool) -> None:
+    """Remove a lock file whose run has written nothing, and the folder if it was made for it: nothing stays behind."""
     folder, name = os.path.split(path)
+    guarded = name.removesuffix(".lock").removeprefix(".")  # "" if it is the whole folder
     with contextlib.suppress(OSError):
-        if os.listdir(folder) == [name]:
+        if not os.path.lexists(os.path.join(folder, guarded)) or made and os.listdir(folder) == [name]:
             os.remove(path)
-            os.rmdir(folder)
+            if made:
+                os.rmdir(folder)
 
 
 def _lock(descriptor: int, wait: bool = False) -> bool | None:
