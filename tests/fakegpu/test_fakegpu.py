@@ -22,7 +22,6 @@ RANKS = ("--multiprocessing-distributed", "-j", 0)
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("fakegpu"),
     pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA"),
     pytest.mark.skipif(
         not all(map(shutil.which, ("gcc", "g++", "nm"))), reason="there is no C++ compiler to build the fake GPU with"

@@ -30,7 +30,6 @@ from helpers import (
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),
     pytest.mark.skipif(
         os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))),
         reason="no Slurm, or not root",
