@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
 # The scripts import these from here, after the lines above.
 from moco.data import folders  # noqa: E402
 from moco.data.rgb import check_resizable, to_rgb  # noqa: E402, F401
-from moco.errors import RunError, UsageError  # noqa: E402, F401
+from moco.errors import RunError, UsageError, one_line  # noqa: E402, F401
 from moco.options import OptionParser, positive_int  # noqa: E402
 from moco.processes import signals  # noqa: E402
 from moco.processes.exits import cli_main  # noqa: E402
@@ -59,22 +60,40 @@ def lock(option: str, folder: Path) -> None:
 
 
 def claim(option: str, out: Path, mark: str, settings: dict) -> None:
-    """Mark a locked output folder as made with these settings, in the file `mark` in it.
+    """Make an output folder and mark it as made with these settings, in the file `mark` in it.
 
-    Raises UsageError if the folder holds something else or was made with other settings.
+    Needs no lock: of runs that start at once, one marks the folder and all compare. Raises UsageError if the folder was
+    made with other settings, holds files and no mark, or cannot be written to.
     """
-    wanted, path = json.dumps(settings) + "\n", out / mark
-    made = path.read_text(errors="replace") if path.is_file() else ""
-    others = [
-        name
-        for name in os.listdir(out)
-        if not (name.startswith(".") or name in folders.NOT_DATA or PARTIAL.search(name))
-    ]
-    if not made and not others:
-        write_atomically(path, wanted.encode())
-    elif made != wanted:
-        holds = f"images made with {made.strip()}, not {wanted.strip()}" if made else "something else"
-        raise UsageError(f"{option} {out} holds {holds}; try a new folder")
+    wanted, path = one_line(json.dumps(settings)).strip(), out / mark  # the text that is printed below
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        # Listed before the mark is read: runs mark the folder before they write anything else there.
+        if all(name.startswith(".") or name in folders.NOT_DATA or PARTIAL.search(name) for name in os.listdir(out)):
+            _write_unless_there(path, wanted + "\n")
+        made = one_line(path.read_text(errors="replace")).strip() if path.is_file() else ""
+    except OSError as error:
+        raise UsageError(f"{option} {out} cannot be written to ({error}); choose another folder") from error
+    if made and made != wanted:
+        holds = f"images made with {made}, not {wanted}"
+        raise UsageError(f"{option} {out} holds {holds}; name a new folder, or remove this one")
+    if not made:
+        raise UsageError(
+            f"{option} {out} holds files but no {mark}, which tells how they were made; name a new folder or, if they"
+            f" were made with these settings, write this line to {path}: {wanted}"
+        )
+
+
+def _write_unless_there(path: Path, text: str) -> None:
+    """Write a file whole; if other processes write it at the same time, the first one's stays."""
+    with tempfile.TemporaryDirectory(prefix=".mark-", dir=path.parent) as folder:
+        whole = Path(folder, path.name)
+        whole.write_text(text)
+        try:
+            os.link(whole, path)  # unlike a rename, it fails if the other one is there
+        except OSError:
+            if not path.exists():  # this file system has no hard links
+                os.replace(whole, path)
 
 
 def check_stems(option: str, photos: Sequence[str]) -> None:
@@ -94,6 +113,12 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     with atomic_write(path, "wb", durable=False) as file:
         file.write(data)
+
+
+def report_left_out(folder: Path, left_out: str) -> None:
+    """Print which other files lie among a folder's photos. left_out: as of folders.ImageFolder."""
+    if left_out:
+        print(f"{folder}: left out, as these formats are not read: {left_out}", flush=True)
 
 
 def report_broken(broken: Sequence[tuple[object, str]]) -> int:

@@ -138,8 +138,13 @@ def write_images(photo: str, recipe: Recipe) -> tuple[str, bool, str | None]:
 
 
 def list_photos(source: Path, limit: int | None) -> list[str]:
-    """The paths below `source` of the first `limit` photos of each class. UsageError if two would share a file."""
-    photos = folders.list_images(source).first(limit).paths.names()
+    """The paths below `source` of the first `limit` photos of each class. UsageError if two would share a file.
+
+    Prints which other files lie there.
+    """
+    listed = folders.list_images(source)
+    common.report_left_out(source, listed.left_out)
+    photos = listed.first(limit).paths.names()
     common.check_stems(f"--val {source}", photos)
     return photos
 

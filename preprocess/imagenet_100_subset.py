@@ -4,15 +4,18 @@
 
 Makes DST/train/<wnid> and DST/val/<wnid>: symbolic links to SRC's class folders; with --mode hardlink or copy, real
 folders; with --resize S, folders of smaller copies. A class folder appears only when it is complete, and existing ones
-are kept, so that the script can be stopped and run again.
+are kept, so that the script can be stopped and run again. DST/subset.json keeps --resize and the class list; another
+one is refused there.
 """
 
 import argparse
 import functools
+import hashlib
 import io
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -145,11 +148,15 @@ def count(folder: Path, usual: range) -> None:
 
 
 def list_sources(source: Path, wnids: list[str]) -> dict[str, list[str]]:
-    """{"train/<wnid>": the paths of its photos below it, …}. UsageError if one of the classes holds none."""
+    """{"train/<wnid>": the paths of its photos below it, …}. UsageError if one of the classes holds none.
+
+    Prints which other files lie there.
+    """
     images = {}
     for split in SPLITS:
-        listed = {}
-        images |= {f"{split}/{wnid}": folders.images_in(source / split / wnid, listed) for wnid in wnids}
+        listed, others = {}, Counter()
+        images |= {f"{split}/{wnid}": folders.images_in(source / split / wnid, listed, others) for wnid in wnids}
+        common.report_left_out(source / split, folders.count_text(others))
     empty = [name for name, names in images.items() if not names]
     if empty:
         raise UsageError(
@@ -207,6 +214,8 @@ def main() -> int:
         return 1
     images = list_sources(args.imagenet_path, args.wnids)
     common.lock("--imagenet100_path", args.imagenet100_path)
+    classes = {"classes": len(args.wnids), "sha256": hashlib.sha256("\n".join(args.wnids).encode()).hexdigest()}
+    common.claim("--imagenet100_path", args.imagenet100_path, "subset.json", {"resize": args.resize, **classes})
     return make(args, images)
 
 

@@ -6,8 +6,8 @@
 Reads SRC/train/<class>/<name>.JPEG, cuts one 96×96 patch from the photo's centre and one from a random place, and
 writes a 224×224 texture made from both to DST/train/<class>/<name>.png. If DST is named SRC-texture and lies beside
 SRC, `moco-non-sem-neg.py --robust texture DST` reads it. The script can be stopped and run again: existing textures
-are kept. With --splits val it makes textures of the validation photos, a test set of textures alone for
-`eval_robustness.py --set texture=DST`.
+are kept. DST/textures.json keeps the settings, and others are refused there. With --splits val it makes textures of the
+validation photos, a test set of textures alone for `eval_robustness.py --set texture=DST`.
 """
 
 import argparse
@@ -120,12 +120,13 @@ def texture_path(destination: Path, photo: str) -> Path:
 
 
 def list_photos(source: Path, splits: list[str], limit: int | None) -> list[str]:
-    """The paths below `source` of the first `limit` photos of each class."""
-    return [
-        os.path.join(split, name)
-        for split in splits
-        for name in folders.list_images(source / split, flat=True).first(limit).paths.names()
-    ]
+    """The paths below `source` of the first `limit` photos of each class. Prints which other files lie there."""
+    photos = []
+    for split in splits:
+        listed = folders.list_images(source / split, flat=True)
+        common.report_left_out(source / split, listed.left_out)
+        photos += [os.path.join(split, name) for name in listed.first(limit).paths.names()]
+    return photos
 
 
 def save_preview(path: Path, photos: list[str], recipe: Recipe) -> None:
@@ -211,6 +212,15 @@ def shard(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def claim(destination: Path, recipe: Recipe) -> None:
+    """Mark DST as made with this recipe. UsageError if it was made with another; --time-limit may change."""
+    program = recipe.program and os.path.realpath(shutil.which(recipe.program))
+    photos = os.path.relpath(os.path.realpath(recipe.source), os.path.realpath(destination))  # they may move together
+    settings = {"photos": photos, "patch": recipe.patch, "size": recipe.size}
+    settings |= {"seed": recipe.seed, "program": program}
+    common.claim("--imagenet_t_path", destination, "textures.json", settings)
+
+
 def main() -> int:
     args, photos = parse_args()
     recipe = Recipe(args.imagenet_path, args.seed, args.patch, args.size, args.texture_synthesis, args.time_limit)
@@ -218,6 +228,7 @@ def main() -> int:
         save_preview(args.preview, photos, recipe)
         print(f"wrote {args.preview}")
         return 0
+    claim(args.imagenet_t_path, recipe)
     part, parts = args.shard
     photos = photos[part - 1 :: parts]
     jobs = [photo for photo in photos if args.overwrite or not texture_path(args.imagenet_t_path, photo).exists()]

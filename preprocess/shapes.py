@@ -19,7 +19,6 @@ Each image is a function of (seed, set, class, number), so neither workers nor r
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from math import cos, exp, log, pi, sin
 from pathlib import Path
@@ -316,10 +315,11 @@ def main() -> None:
     counts = {name: getattr(args, name) for name in ("seed", "train", "test", "cell")}
     settings = {"version": VERSION, **counts}
     common.lock("--out", args.out)
-    if (args.out / DONE).is_file() and json.loads((args.out / DONE).read_text()) == settings:
+    done = (args.out / DONE).is_file()
+    common.claim("--out", args.out, DONE if done else BEGUN, settings)
+    if done:
         print(f"{args.out}: already there")
     else:
-        common.claim("--out", args.out, BEGUN, settings)
         generate(args.out, **counts, workers=args.workers)
         (args.out / BEGUN).rename(args.out / DONE)
     if args.preview:

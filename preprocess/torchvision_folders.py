@@ -4,7 +4,7 @@
 
 Writes OUT/{train,val}/<class>/<number>.png. STL-10's 100,000 unlabeled images, on which the paper pre-trains, become a
 data set of their own: OUT/unlabeled/train/all/<number>.png. Raw files are read from RAW as torchvision keeps them;
-missing ones are downloaded to RAW. The script can be stopped and run again.
+missing ones are downloaded to RAW. The script can be stopped and run again; another data set is refused in OUT.
 """
 
 import argparse
@@ -97,6 +97,7 @@ def main() -> None:
             opened = {folder: open_part(kind, root, part) for folder, part in parts_of(args.dataset).items()}
         except RuntimeError as error:
             parser.error(f"--root {args.root}: {error}")
+        common.claim("--out", args.out, "torchvision.json", {"dataset": args.dataset})
         for folder, dataset in opened.items():
             write_images(dataset, args.out / folder)
             print(f"{args.out / folder}: {len(dataset)} images")

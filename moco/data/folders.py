@@ -3,6 +3,7 @@
 import codecs
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class ImageFolder(NamedTuple):
     paths: PathArray
     labels: np.ndarray  # int32, ascending
     classes: list[str]  # the sorted names of label 0, 1, …
+    left_out: str = ""  # how many files of other formats lie among the images, as "2 .gif, 1 .txt"
 
     def first(self, limit: int | None) -> "ImageFolder":
         """Only the first `limit` images of each class; all for None."""
@@ -68,6 +70,7 @@ class TrainingImages(NamedTuple):
     labels: np.ndarray
     classes: list[str]
     unmatched: str = ""  # how many photos were left out because they have no texture, with examples
+    left_out: str = ""  # as of ImageFolder: beside the photos, or the textures
 
 
 # Listing
@@ -76,33 +79,40 @@ class TrainingImages(NamedTuple):
 def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
     """List the images of a folder of class folders: regular files at any depth with a suffix of IMG_EXTENSIONS.
 
-    Follows links; a link to an image is listed under its own name. Skips hidden entries and NOT_DATA. flat: accept
-    images in the folder itself, if it has no class folders, as one class, FLAT. Raises UsageError if the directory is
-    missing or has no class folders, if a class is empty or images lie beside the class folders, if something cannot be
-    read, if a link leads nowhere, or if links lead to the same folder twice, as every loop does.
+    Follows links; a link to an image is listed under its own name. Skips hidden entries and NOT_DATA, and counts files
+    with another suffix. flat: accept images in the folder itself, if it has no class folders, as one class, FLAT.
+    Raises UsageError if the directory is missing or has no class folders, if a class is empty or images lie beside the
+    class folders, if something cannot be read, or if links lead nowhere or to one folder twice, as every loop does.
     """
     directory = Path(directory)
     if not is_folder(directory):
         raise UsageError(f"{directory}: no such directory; it must hold one folder of images per class")
-    folders, images = scan_folder(directory)
+    others: Counter[str] = Counter()
+    folders, images = scan_folder(directory, others)
     classes, beside = sorted(folders), sorted(images)
     if beside and classes:
         names = _count_and_first(beside)
         raise UsageError(f"{directory}: it has images beside its class folders: {names}; move them into these, or away")
     root = str(directory / "_").removesuffix("_")
     if beside and flat:
-        return ImageFolder(PathArray(root, beside), np.zeros(len(beside), np.int32), [FLAT])
+        return ImageFolder(PathArray(root, beside), np.zeros(len(beside), np.int32), [FLAT], count_text(others))
     if not classes:
         only = f", only {len(beside)} images; labels are needed here: make one folder of images per class"
         raise UsageError(f"{directory}: it has no class folders{only if beside else ''}")
     listed = {}
     _list_once(directory, os.path.realpath(directory), listed)
-    found = {name: images_in(root + name, listed) for name in classes}
+    found = {name: images_in(root + name, listed, others) for name in classes}
     if empty := [name for name in classes if not found[name]]:
-        raise UsageError(f"{directory}: no image in {_count_and_first(empty)}; remove or fill these class folders")
+        only = f", only {count_text(others)} (read are {' '.join(IMG_EXTENSIONS)})" if others else ""
+        raise UsageError(f"{directory}: no image in {_count_and_first(empty)}{only}; remove or fill these folders")
     paths = PathArray(root, (f"{name}/{image}" for name in classes for image in found[name]))
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), list(map(len, found.values())))
-    return ImageFolder(paths, labels, classes)
+    return ImageFolder(paths, labels, classes, count_text(others))
+
+
+def count_text(suffixes: Counter[str]) -> str:
+    """{suffix: files} as text: "20 .avif, 1 .txt"."""
+    return ", ".join(f"{n} {suffix}" for suffix, n in suffixes.most_common())
 
 
 def class_folders(folder: str | Path) -> list[str]:
@@ -110,11 +120,13 @@ def class_folders(folder: str | Path) -> list[str]:
     return sorted(scan_folder(folder)[0])
 
 
-def images_in(class_folder: str | Path, listed: dict[str, str] | None = None) -> list[str]:
+def images_in(
+    class_folder: str | Path, listed: dict[str, str] | None = None, others: Counter[str] | None = None
+) -> list[str]:
     """The sorted paths, relative to a class folder, of the images at any depth in it.
 
-    listed: one dict for all class folders that are listed together: no folder may be reached twice. Raises UsageError
-    as `list_images` does.
+    listed: one dict for all class folders that are listed together: no folder may be reached twice. others: counts the
+    files that are no images, by suffix. Raises UsageError as `list_images` does.
     """
     listed = {} if listed is None else listed
     images, waiting = [], [("", os.path.realpath(class_folder))]
@@ -122,7 +134,7 @@ def images_in(class_folder: str | Path, listed: dict[str, str] | None = None) ->
         below, real = waiting.pop()
         folder = os.path.join(class_folder, below).removesuffix("/")
         _list_once(folder, real, listed)
-        folders, names = scan_folder(folder)
+        folders, names = scan_folder(folder, others)
         images += [below + name for name in names]
         for name in folders:
             path = os.path.join(folder, name)  # realpath looks at every folder above, so only for links
@@ -131,11 +143,11 @@ def images_in(class_folder: str | Path, listed: dict[str, str] | None = None) ->
     return sorted(images)
 
 
-def scan_folder(folder: str | Path) -> tuple[list[str], list[str]]:
+def scan_folder(folder: str | Path, others: Counter[str] | None = None) -> tuple[list[str], list[str]]:
     """The names of a folder's subfolders and of its images; follows links, skips hidden entries and NOT_DATA.
 
-    Makes no system call per entry, except for links. Raises UsageError if something cannot be read or a link leads
-    nowhere.
+    others: counts the other files by suffix. Makes no system call per entry, except for links. Raises UsageError if
+    something cannot be read or a link leads nowhere.
     """
     folders, images = [], []
     try:
@@ -145,8 +157,11 @@ def scan_folder(folder: str | Path) -> tuple[list[str], list[str]]:
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file():
-                    images.append(entry.name)
+                elif entry.is_file():
+                    if entry.name.lower().endswith(IMG_EXTENSIONS):
+                        images.append(entry.name)
+                    elif others is not None:
+                        others[os.path.splitext(entry.name)[1].lower() or "without suffix"] += 1
                 elif entry.is_symlink():
                     os.stat(entry.path)  # raises an error if it leads nowhere
         os.stat(os.path.join(folder, "."))  # raises an error if the files in it cannot be opened
@@ -200,7 +215,20 @@ def split_path(data: str, split: str) -> str:
     path = os.path.join(data, split)
     if not is_folder(path):
         raise UsageError(f"{data}: it has no {split}/ folder; DIR is the folder above {split}/, not {split}/ itself")
+    if split == "val":
+        check_not_training(path)
     return path
+
+
+def check_not_training(val: str) -> None:
+    """Raise UsageError if the folder val/, or a class folder in it, is the one in train/ beside it: by a link."""
+    train = os.path.join(os.path.dirname(os.path.normpath(val)), "train")
+    for name in [".", *class_folders(val)]:
+        own, other = os.path.join(val, name), os.path.join(train, name)
+        if os.path.exists(other) and os.path.samefile(own, other):
+            raise UsageError(
+                f"{os.path.normpath(own)}: these are the training images, {os.path.normpath(other)}; test on others"
+            )
 
 
 def photo_root(texture_root: str) -> Path:
@@ -223,7 +251,7 @@ def list_training_images(data: str, with_textures: bool = False) -> TrainingImag
     photo_data = str(photo_root(data)) if with_textures else data
     photos = list_images(split_path(photo_data, "train"), flat=True)
     if not with_textures:
-        return TrainingImages(photos.paths, None, photos.labels, photos.classes)
+        return TrainingImages(photos.paths, None, photos.labels, photos.classes, left_out=photos.left_out)
     textures = list_images(split_path(data, "train"), flat=True)
     texture_of, photo_of = _index_by_stem(textures.paths), _index_by_stem(photos.paths)
     without_photo = [index for stem, index in texture_of.items() if stem not in photo_of]
@@ -239,6 +267,7 @@ def list_training_images(data: str, with_textures: bool = False) -> TrainingImag
         textures.labels[chosen],
         textures.classes,
         _count_and_first(photos.paths[without_texture]) if without_texture else "",
+        ", ".join(filter(None, (photos.left_out, textures.left_out))),
     )
 
 

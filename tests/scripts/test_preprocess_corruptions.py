@@ -91,8 +91,10 @@ def test_a_second_run_makes_only_what_is_missing(photos, tmp_path, run):
 
 def test_broken_and_small_photos_are_told(photos, tmp_path, run):
     (photos / "val" / "dog" / "c.jpg").write_bytes(b"no image")
+    (photos / "val" / "cat" / "d.avif").touch()
     result = run(photos, tmp_path / "c", "--size", 64, check=False)
     assert result.returncode == 1 and len(tree(tmp_path / "c")) == 95 * 2 + 1
+    assert f"{photos / 'val'}: left out, as these formats are not read: 1 .avif\n" in result.stdout
     assert "of 2 photos, 64 px; 2 photos below 73 px were enlarged first" in result.stdout
     assert "1 broken images were left out" in result.stderr and "dog/c.jpg: Unidentified" in result.stderr
 

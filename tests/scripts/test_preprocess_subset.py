@@ -29,7 +29,7 @@ def test_the_subset_holds_the_listed_classes_and_stays(imagenet, mode):
     if mode == "symlink":
         assert not os.path.isabs(os.readlink(data / "train" / "n01"))
     else:
-        assert tree(data) == photos_of(imagenet)
+        assert photos_of(data) == photos_of(imagenet)
     assert (data / photo).samefile(imagenet / photo) == (mode != "copy")
     before = {path: path.lstat().st_mtime_ns for path in data.rglob("n*")}
     assert "0 class folders made, 4 were there already" in run_script(*command).stdout
@@ -71,7 +71,27 @@ def test_a_class_that_was_half_made_is_made_anew(imagenet):
     half.mkdir(parents=True)
     (half / "n01_0.JPEG").write_bytes(b"half")
     run_script(*subset_command(imagenet, "--mode", "copy"))
-    assert tree(imagenet.parent / "i100") == photos_of(imagenet)
+    assert photos_of(imagenet.parent / "i100") == photos_of(imagenet)
+
+
+def test_a_folder_holds_one_subset(imagenet):
+    def run(imagenet, *options):
+        return run_script(*subset_command(imagenet, *options), check=False)
+
+    data, fewer = imagenet.parent / "i100", imagenet.parent / "fewer.txt"
+    (imagenet / "train" / "n01" / "a.avif").touch()
+    assert "train: left out, as these formats are not read: " in (stdout := run(imagenet, "--resize", 48).stdout)
+    assert "1 .avif" in stdout
+    fewer.write_text("n01")
+    made = tree(data)
+    for options in (), ("--resize", 64), ("--resize", 48, "--classes", fewer):
+        assert "i100 holds images made with " in refusal(run(imagenet, *options))
+    assert tree(data) == made
+    shutil.rmtree(data / "val" / "n01")  # as if interrupted
+    moved = imagenet.rename(imagenet.with_name("moved"))
+    (imagenet.parent / "classes.txt").write_text("n01 n02")
+    assert "1 class folders made, 3 were there already" in run(moved, "--resize", 48, "--mode", "copy").stdout
+    assert tree(data) == made
 
 
 def test_missing_classes_are_all_listed_and_nothing_is_made(imagenet):
@@ -104,7 +124,9 @@ def test_a_misleading_tree_is_refused_before_any_work(imagenet, tree, command):
 
 
 def test_an_empty_class_of_an_earlier_run_is_not_done(imagenet):
-    (imagenet.parent / "i100" / "train" / "n01").mkdir(parents=True)
+    run_script(*subset_command(imagenet))
+    (imagenet.parent / "i100" / "train" / "n01").unlink()
+    (imagenet.parent / "i100" / "train" / "n01").mkdir()
     assert "i100/train/n01 is there already, but" in refusal(run_script(*subset_command(imagenet), check=False))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import PRETRAIN, SMALL, run_script
 from PIL import Image
-from preprocessing import TEXTURE, refusal, subset_command, texture_command, tree
+from preprocessing import TEXTURE, refusal, subset_command, texture_command, tree, write_imagenet
 
 
 def test_from_imagenet_to_training_with_textures(imagenet):
@@ -31,7 +31,7 @@ def test_from_imagenet_to_training_with_textures(imagenet):
     training = run_script(
         PRETRAIN, *SMALL, "--epochs", 1, "--robust", "texture_syn", "--ckpt_path", imagenet.parent / "ckpt", textures
     )
-    assert "photos skipped because they have no texture: 3: " in training.stdout
+    assert "photos without a texture  left out, 3: " in training.stdout
     assert (imagenet.parent / "ckpt" / "checkpoint_0000.pth.tar").exists()
 
 
@@ -44,7 +44,8 @@ def test_textures_depend_on_the_seed_and_the_path_alone(imagenet):
         return textures
 
     one = made(("--workers", 1))
-    assert sorted(one) == sorted(name.replace(".JPEG", ".png") for name in tree(imagenet) if "part" in name)
+    photos = sorted(name.replace(".JPEG", ".png") for name in tree(imagenet) if "part" in name)
+    assert sorted(one) == ["textures.json", *photos]
     assert one == made(()) == made(*(("--shard", part) for part in ("1/3", "3/3", "2/3")))
     other = made(("--seed", 1))
     assert one.keys() == other.keys() and all(one[name] != other[name] for name in one)
@@ -55,7 +56,7 @@ def test_what_is_there_is_kept_unless_asked_for_anew(imagenet):
     run_script(*command)
     texture = imagenet.parent / "t" / "train" / "n02" / "part0" / "n02_0.png"
     right = texture.read_bytes()
-    assert len(tree(imagenet.parent / "t")) == 2
+    assert len(tree(imagenet.parent / "t")) == 2 + 1
     texture.write_bytes(b"mine")
     assert "2 of them done" in run_script(*command).stdout and texture.read_bytes() == b"mine"
     run_script(*command, "--overwrite")
@@ -65,6 +66,30 @@ def test_what_is_there_is_kept_unless_asked_for_anew(imagenet):
 def test_a_preview_writes_nothing_else(imagenet, tmp_path):
     run_script(*texture_command(imagenet, "--splits", "val", "--preview", tmp_path / "sheet.png"))
     assert Image.open(tmp_path / "sheet.png").width > 2 * (32 + 24 + 32) and not (tmp_path / "t").exists()
+
+
+def test_a_folder_holds_textures_of_one_recipe(imagenet, tmp_path):
+    other, made = write_imagenet(tmp_path / "elsewhere" / "imagenet"), tmp_path / "t"
+    program, sheet = external_program(tmp_path / "program", ""), tmp_path / "sheet.png"
+    (imagenet / "train" / "n01" / "a.avif").touch()
+    stdout = run_script(*texture_command(imagenet, "--shard", "1/2")).stdout
+    assert "train: left out, as these formats are not read: " in stdout and "1 .avif" in stdout
+    half = tree(made)
+    for options in (
+        ("--patch", 16), ("--size", 48), ("--seed", 1, "--overwrite"), ("--texture-synthesis", program),
+        ("--imagenet_path", other),
+    ):  # fmt: skip
+        line = refusal(run_script(*texture_command(imagenet, *options), check=False))
+        assert "t holds images made with {" in line and line.endswith("; name a new folder, or remove this one\n")
+    run_script(*texture_command(imagenet, "--patch", 16, "--preview", sheet))
+    assert tree(made) == half
+    mark = (made / "textures.json").read_text()
+    (made / "textures.json").unlink()
+    assert mark in refusal(run_script(*texture_command(imagenet), check=False))
+    (made / "textures.json").write_text(mark)
+    imagenet.with_name("link").symlink_to(imagenet)
+    run_script(*texture_command(imagenet.with_name("link"), "--shard", "2/2", "--time-limit", 9))
+    assert len(tree(made)) == 6 + 1 and tree(made).items() > half.items()
 
 
 def external_program(path, body):
@@ -89,6 +114,7 @@ canvas.save(sys.argv[4])""",
     assert np.array_equal(texture[:24, :24], photo[20:44, 28:52])  # the centre of 80×64 px
     for body, told in ("time.sleep(60)", "took more than 1 s"), ("sys.exit('out of ideas')", "out of ideas"):
         program = external_program(tmp_path / "program", body)
+        shutil.rmtree(tmp_path / "t")
         options = ("--texture-synthesis", program, "--time-limit", 1, "--limit", 1)
         run = run_script(*texture_command(imagenet, *options), check=False)
         assert run.returncode == 1 and run.stderr.count(told) == 2 and not tree(tmp_path / "t" / "train")

@@ -24,6 +24,7 @@ def test_fashion_mnist_from_the_files_of_its_archive(tmp_path):
     for _ in range(2):  # the second run finds all there
         run_script(FOLDERS, "--dataset", "fashionmnist", "--root", tmp_path / "raw", "--out", tmp_path / "out")
     assert sorted(tree(tmp_path / "out")) == [
+        "torchvision.json",
         "train/Dress/000003.png",
         "train/Pullover/000002.png",
         "train/T-shirt_top/000000.png",

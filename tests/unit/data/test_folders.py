@@ -50,7 +50,7 @@ def test_paths_act_as_a_sequence_of_str():
 def test_files_are_listed_in_the_order_of_their_paths(tmp_path, monkeypatch):
     names = ["a/10.JPG", "a/x-y/1.png", "a/x.png", "a/x.png.png", "a/x/1.png", "a-b/\udcff.png", "b/2.png"]
     touch(tmp_path / "train", *reversed(names))
-    paths, labels, classes = folders.list_images(tmp_path / "train")
+    paths, labels, classes, _ = folders.list_images(tmp_path / "train")
     assert paths.names() == names and paths[0] == f"{tmp_path}/train/a/10.JPG" and classes == ["a", "a-b", "b"]
     assert labels.tolist() == [0] * 5 + [1, 2]
     monkeypatch.chdir(tmp_path / "train")
