@@ -36,85 +36,65 @@ V1 = Recipe(0.4, 0.4, 0.4, hue=0.4, jitter_p=1.0, gray_p=0.2, gray_first=True, b
 V2 = Recipe(0.4, 0.4, 0.4, hue=0.1, jitter_p=0.8, gray_p=0.2, gray_first=False, blur_p=0.5)
 
 
-class AugParams(NamedTuple):
-    """The random parameters of N images, as NumPy arrays.
+class Plan(NamedTuple):
+    """The random operations on N images: NumPy arrays on the host, tensors on the device.
 
-    `order[:, j]` is the j-th operation of brightness, contrast and saturation; hue comes before the `hue_slot`-th of
-    them (3: after all).
+    Each image has its own order of brightness, contrast and saturation. Its j-th blend is with black, its mean gray
+    (`contrast`) or each pixel's gray (`saturation`).
     """
 
-    factors: np.ndarray  # N×3
-    order: np.ndarray  # N×3
-    hue_shift: np.ndarray  # N
-    hue_slot: np.ndarray  # N
-    jittered: np.ndarray  # N, bool
-    gray: np.ndarray  # N, bool
-    sigma: np.ndarray  # N, pixels; 0 leaves the image sharp
-    flip: np.ndarray  # N, bool
+    before: np.ndarray | torch.Tensor  # N×3: the factors of the blends before the change of hue; 1 where there is none
+    after: np.ndarray | torch.Tensor  # N×3: of those after it
+    contrast: np.ndarray | torch.Tensor  # N×3, bool
+    saturation: np.ndarray | torch.Tensor  # N×3, bool
+    hue_shift: np.ndarray | torch.Tensor  # N
+    jittered: np.ndarray | torch.Tensor  # N, bool: whether blends and hue change the image
+    gray: np.ndarray | torch.Tensor  # N, bool
+    sigma: np.ndarray | torch.Tensor  # N, pixels; 0 leaves the image sharp
+    flip: np.ndarray | torch.Tensor  # N, bool
 
 
-def draw(recipe: Recipe, n: int, rng: np.random.Generator) -> AugParams:
-    """Draw the parameters of n images."""
+def draw(recipe: Recipe, n: int, rng: np.random.Generator) -> Plan:
+    """Draw the operations on n images."""
 
     def uniform(low, high):
         return rng.uniform(low, high, n).astype(np.float32)
 
     factors = [uniform(max(0, 1 - s), 1 + s) for s in (recipe.brightness, recipe.contrast, recipe.saturation)]
-    return AugParams(
-        factors=np.stack(factors, axis=1),
-        order=rng.random((n, 3)).argsort(axis=1),
-        hue_shift=uniform(-recipe.hue, recipe.hue),
-        hue_slot=rng.integers(4, size=n),
-        jittered=rng.random(n) < recipe.jitter_p,
+    order = rng.random((n, 3)).argsort(axis=1)
+    factors = np.take_along_axis(np.stack(factors, axis=1), order, axis=1)
+    hue_shift = uniform(-recipe.hue, recipe.hue)
+    before_hue = np.arange(3) < rng.integers(4, size=(n, 1))
+    jittered = rng.random((n, 1)) < recipe.jitter_p
+    return Plan(
+        before=np.where(jittered & before_hue, factors, np.float32(1)),
+        after=np.where(jittered & ~before_hue, factors, np.float32(1)),
+        contrast=order == CONTRAST,
+        saturation=order == SATURATION,
+        hue_shift=hue_shift,
+        jittered=jittered[:, 0],
         gray=rng.random(n) < recipe.gray_p,
         sigma=uniform(*recipe.blur_sigma) * (rng.random(n) < recipe.blur_p),
         flip=rng.random(n) < 0.5,
     )
 
 
-class Plan(NamedTuple):
-    """The operations on N images, in order: NumPy arrays on the host, tensors on the device.
-
-    The j-th blend of an image is with black, its mean gray (`contrast`) or each pixel's gray (`saturation`).
-    """
-
-    flip: np.ndarray | torch.Tensor  # N, bool
-    gray: np.ndarray | torch.Tensor  # N, bool
-    jittered: np.ndarray | torch.Tensor  # N, bool
-    hue_shift: np.ndarray | torch.Tensor  # N
-    sigma: np.ndarray | torch.Tensor  # N
-    contrast: np.ndarray | torch.Tensor  # N×3, bool
-    saturation: np.ndarray | torch.Tensor  # N×3, bool
-    before: np.ndarray | torch.Tensor  # N×3: the factors of the blends before the change of hue; 1 where there is none
-    after: np.ndarray | torch.Tensor  # N×3: of those after it
-
-
-def plan(params: AugParams) -> Plan:
-    """The operations that these parameters mean, on the host."""
-    factors = np.take_along_axis(params.factors, params.order, axis=1)
-    before_hue = np.arange(3) < params.hue_slot[:, None]
-    jittered, one = params.jittered[:, None], np.float32(1)
-    return Plan(
-        flip=params.flip,
-        gray=params.gray,
-        jittered=params.jittered,
-        hue_shift=params.hue_shift,
-        sigma=params.sigma,
-        contrast=params.order == CONTRAST,
-        saturation=params.order == SATURATION,
-        before=np.where(jittered & before_hue, factors, one),
-        after=np.where(jittered & ~before_hue, factors, one),
-    )
-
-
-def apply(recipe: Recipe, params: AugParams, images: torch.Tensor) -> torch.Tensor:
+def apply(recipe: Recipe, plan: Plan, images: torch.Tensor) -> torch.Tensor:
     """uint8 crops (N, 3, S, S) → normalised float32 images (N, 3, S, S)."""
-    host = plan(params)
-    (on_device,) = to_device([host], images.device)  # in one copy
+    (on_device,) = to_device([plan], images.device)  # in one copy
     result = torch.empty(images.shape, device=images.device)
     for chunk in chunks(images):
-        parts = (Plan(*(values[chunk] for values in plans)) for plans in (host, on_device))
-        result[chunk] = _apply(recipe, *parts, images[chunk])
+        # Here and below, `host` decides what is skipped and `device` holds the same values where the images are.
+        host, device = (Plan(*(values[chunk] for values in each)) for each in (plan, on_device))
+        x = _where(host.flip, device.flip, lambda x: x.flip(3), images[chunk]).float().div_(255)
+        if recipe.gray_first:
+            x = _where(host.gray, device.gray, grayscale, x)
+        x = color_jitter(x, host, device)
+        if not recipe.gray_first:
+            x = _where(host.gray, device.gray, grayscale, x)
+        if host.sigma.any():
+            x = gaussian_blur(x, device.sigma, recipe.blur_sigma[1])
+        result[chunk] = normalize(x)
     return result
 
 
@@ -125,21 +105,6 @@ def chunks(images: torch.Tensor) -> list[slice]:
     """
     step = 1 if images.device.type == "cpu" else max(1, len(images))
     return [slice(start, start + step) for start in range(0, len(images), step)]
-
-
-# Below, `host` decides what is skipped and `device` holds the same values where the images are.
-
-
-def _apply(recipe: Recipe, host: Plan, device: Plan, images: torch.Tensor) -> torch.Tensor:
-    x = _where(host.flip, device.flip, lambda x: x.flip(3), images).float().div_(255)
-    if recipe.gray_first:
-        x = _where(host.gray, device.gray, grayscale, x)
-    x = color_jitter(x, host, device)
-    if not recipe.gray_first:
-        x = _where(host.gray, device.gray, grayscale, x)
-    if host.sigma.any():
-        x = gaussian_blur(x, device.sigma, recipe.blur_sigma[1])
-    return normalize(x)
 
 
 def _where(host, device, change, x):

@@ -45,13 +45,10 @@ class ResNet10(nn.Module):
         self.stem = nn.Sequential(
             _conv_bn(3, widths[0], 7, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)
         )
-        self.stages = nn.Sequential(
-            BasicBlock(widths[0], widths[0]),
-            *[
-                BasicBlock(narrow, wide, stride=2, downsample=_conv_bn(narrow, wide, 1, stride=2))
-                for narrow, wide in zip(widths, widths[1:])
-            ],
-        )
+        blocks = [BasicBlock(widths[0], widths[0])]
+        for narrow, wide in zip(widths, widths[1:]):
+            blocks.append(BasicBlock(narrow, wide, stride=2, downsample=_conv_bn(narrow, wide, 1, stride=2)))
+        self.stages = nn.Sequential(*blocks)
         self.norm = nn.BatchNorm1d(widths[-1])
         self.fc = nn.Linear(widths[-1], num_classes)
         for module in self.modules():

@@ -16,12 +16,11 @@ def training_views(
     those that this kind of negative reads (patch: patch_ratio, num_nonsem).
     Returns normalised query (N, 3, S, S), key (N, 3, S, S) and negatives (N, n, 3, S, S) on the device of the crops.
     """
-    query_params, key_params = augment.draw(recipe, len(crops), rng), augment.draw(recipe, len(crops), rng)
-    query = augment.apply(recipe, query_params, crops[:, 0])
-    key = augment.apply(recipe, key_params, crops[:, 1])
+    query_plan, key_plan = (augment.draw(recipe, len(crops), rng) for _ in range(2))
+    query = augment.apply(recipe, query_plan, crops[:, 0])
+    key = augment.apply(recipe, key_plan, crops[:, 1])
     if robust == "none":
         return query, key, query.new_empty(len(query), 0, *query.shape[1:])
-    kind, texture = NEGATIVES[robust], None
-    if kind.needs_texture:
-        texture = augment.apply(recipe, query_params, crops[:, 2])
+    kind = NEGATIVES[robust]
+    texture = augment.apply(recipe, query_plan, crops[:, 2]) if kind.needs_texture else None
     return query, key, kind.make(query, texture, rng, options)

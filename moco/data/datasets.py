@@ -106,12 +106,12 @@ class RetryDataset(Dataset):
                     return self.dataset[candidate], unreadable
             except BadImage as bad:
                 unreadable.append(bad.args)
-        path, reason = unreadable[0]
-        others = len(unreadable) - 1
-        raise RunError(f"{path} ({reason}), and {others} others of its class cannot be read; is the data still there?")
+        (path, reason), *others = unreadable
+        bad = f"{path} ({reason}), and {len(others)} others of its class"
+        raise RunError(f"{bad} cannot be read; is the data still there?")
 
     def _candidates(self, index: int, seed: int) -> Iterator[int]:
         yield index
-        same_class = np.flatnonzero(self.labels == self.labels[index])
-        chosen = random.Random(seed).sample(range(len(same_class)), min(REPLACEMENTS + 1, len(same_class)))
-        yield from [other for i in chosen if (other := int(same_class[i])) != index][:REPLACEMENTS]
+        same_class = np.flatnonzero(self.labels == self.labels[index]).tolist()
+        chosen = random.Random(seed).sample(same_class, min(REPLACEMENTS + 1, len(same_class)))
+        yield from [other for other in chosen if other != index][:REPLACEMENTS]

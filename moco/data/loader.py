@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, default_collate
 
 from moco import distributed
-from moco.data import images
 from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
 from moco.processes import signals
@@ -22,8 +21,7 @@ class GlobalBatchSampler(Sampler):
 
     Order and seeds follow from (seed, epoch) alone: a step sees the same global batch with any number of ranks.
     batch_size: images per rank and step; images that do not fill a global batch at the end of an epoch are left out.
-    Set `epoch`, and `first_step` to start within it, before each pass. Raises UsageError if there is not even one
-    batch.
+    Set `epoch`, and `first_step` to start within it, before each pass. Raises UsageError if no batch is full.
     """
 
     def __init__(self, num_images: int, batch_size: int, seed: int, ctx: DistContext):
@@ -53,9 +51,6 @@ class GlobalBatchSampler(Sampler):
         return [index for index, _ in next(iter(everywhere))]
 
 
-# Loaders
-
-
 class WorkerLoader(DataLoader):
     """A DataLoader whose worker processes leave stop signals to the trainer and end with it, however it ends.
 
@@ -73,7 +68,6 @@ class WorkerLoader(DataLoader):
                 "timeout": DATA_SECONDS,
             }
         super().__init__(dataset, num_workers=workers, pin_memory=device.type == "cuda", **settings)
-        _tell_slow_decoding()
 
     def _get_iterator(self) -> Iterator:
         with signals.blocked():  # in the workers until they are ready; and PyTorch cannot clean up half an iterator
@@ -92,12 +86,6 @@ class WorkerLoader(DataLoader):
 def _start_worker(worker_id: int) -> None:
     signals.signal_when_parent_ends(signal.SIGKILL)  # the kernel ends it even if it is stopped
     signals.leave_signals_to_trainer()
-
-
-@functools.cache
-def _tell_slow_decoding() -> None:
-    if distributed.is_main() and not images.has_fast_jpeg():
-        print("torchvision has no decode_jpeg here: PIL reads the JPEGs, which is slower", file=sys.stderr, flush=True)
 
 
 def train_loader(dataset: Dataset, sampler: GlobalBatchSampler, workers: int, device: torch.device) -> DataLoader:
@@ -124,6 +112,10 @@ def eval_loader(dataset: Dataset | Sequence[Dataset], batch_size: int, workers: 
     return WorkerLoader(ConcatDataset(datasets), workers, ctx.device, batch_sampler=batches)
 
 
+# One per device for the life of the process: the allocator keeps memory for each stream it has seen.
+_side_stream = functools.cache(torch.cuda.Stream)
+
+
 def prefetch(batches: Iterable, prepare: Callable, device: torch.device, first_step: int = 0) -> Iterator[tuple]:
     """Yield (prepare(batch, step), unreadable) for every (batch, unreadable); prepare returns a tuple of tensors.
 
@@ -141,9 +133,3 @@ def prefetch(batches: Iterable, prepare: Callable, device: torch.device, first_s
         for tensor in tensors:
             tensor.record_stream(training)  # the allocator must not reuse its memory before the step is done
         yield tensors, unreadable
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One stream per device for the life of the process: the allocator keeps memory for each stream it has seen."""
-    return torch.cuda.Stream(device)

@@ -7,7 +7,6 @@ whose classes have the highest mean probability; sixteen_categories.csv lists th
 import csv
 import functools
 import math
-import os
 import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -30,12 +29,11 @@ def sixteen_categories() -> dict[str, list[str]]:
 
 def outputs_by_category(wnids: Sequence[str]) -> dict[str, list[int]]:
     """{category: the outputs of its classes} of a head with these classes; categories without one are left out."""
-    output_of = {wnid: output for output, wnid in enumerate(wnids)}
-    outputs = {
-        category: [output_of[wnid] for wnid in members if wnid in output_of]
-        for category, members in sixteen_categories().items()
-    }
-    return {category: own for category, own in outputs.items() if own}
+    outputs: dict[str, list[int]] = {}
+    for category, members in sixteen_categories().items():
+        if own := [wnids.index(wnid) for wnid in members if wnid in wnids]:
+            outputs[category] = own
+    return outputs
 
 
 def category_logits(logits: torch.Tensor, categories: Iterable[Sequence[int]]) -> torch.Tensor:
@@ -47,19 +45,18 @@ def category_logits(logits: torch.Tensor, categories: Iterable[Sequence[int]]) -
 
 
 def textures(paths: Iterable[str], shapes: Iterable[str], known: Collection[str]) -> list[str] | None:
-    """The texture class of each image, from its file name; None unless each name gives one of the `known` classes.
+    """The texture class of each image, from its file name; None unless most names give one of the `known` classes.
 
-    Either all are named <texture class>-*, or all <shape class><number>-<texture class><number>. shapes: the class of
-    each image, by its folder.
+    They are named <texture class>-*, or <shape class><number>-<texture class><number>; "" stands for the others'.
+    shapes: the class of each image, by its folder.
     """
-    images = [(os.path.splitext(os.path.basename(path))[0], shape) for path, shape in zip(paths, shapes)]
+    images = [(Path(path).stem, shape) for path, shape in zip(paths, shapes)]
     for pattern in TEXTURE_FIRST, SHAPE_FIRST:
         found = []
         for name, shape in images:
             match = pattern.fullmatch(name)
-            if not match or match["texture"] not in known or match.groupdict().get("shape", shape) != shape:
-                break  # most sets end at their first name
-            found.append(match["texture"])
-        else:
+            fits = match and match["texture"] in known and match.groupdict().get("shape", shape) == shape
+            found.append(match["texture"] if fits else "")
+        if found.count("") < len(found) / 2:
             return found
     return None

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from moco import distributed
 from moco.data import datasets, loader
 from moco.distributed import DistContext
-from moco.evaluation.classifier import to_input
+from moco.evaluation.classifier import predictions
 
 K, TEMPERATURE = 200, 0.07
-BLOCK = 4096  # training images, about, that are compared at a time
+BLOCK, CHUNK = 4096, 512  # training images, about, and validation images that are compared at a time
 
 
 class _ReadableImages(datasets.RetryDataset):
@@ -39,8 +39,8 @@ def loaders(
 
 
 def _top_k(cosines: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest of the cosines (N, M), or all if there are fewer, and their labels."""
-    cosines, indices = cosines.topk(min(k, cosines.shape[1]), dim=1)
+    """The k largest of the cosines (N, M ≥ k), and their labels."""
+    cosines, indices = cosines.topk(k, dim=1)
     return cosines, labels.gather(1, indices)
 
 
@@ -51,30 +51,21 @@ def _vote(cosines: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Te
     return votes.argmax(dim=1)
 
 
-@torch.inference_mode()
-def unit_features(encoder: nn.Module, batches: Iterable, device: torch.device) -> Iterator[tuple]:
+def _unit_features(encoder: nn.Module, batches: Iterable, device: torch.device) -> Iterator[tuple]:
     """(features, labels (N,)) of each batch: unit-length inputs (N, d) of the encoder's `fc`."""
     # A copy that shares all weights. Unlike a compiled encoder, it is not compiled again for each batch size.
     backbone = copy.copy(encoder)
     backbone._modules = {**encoder._modules, "fc": nn.Identity()}
-    for images, labels in batches:
-        features = backbone(to_input(images, device)).float()
-        yield F.normalize(features, dim=1), labels.to(device, non_blocking=True)
+    return predictions(lambda images: F.normalize(backbone(images).float(), dim=1), batches, device)
 
 
 def accuracy(
-    encoder: nn.Module,
-    train_batches: Iterable,
-    val_batches: Iterable,
-    classes: int,
-    device: torch.device,
-    k: int = K,
-    chunk: int = 512,
+    encoder: nn.Module, train_batches: Iterable, val_batches: Iterable, classes: int, device: torch.device, k: int = K
 ) -> float:
     """Top-1 in percent of val_batches by their neighbours in train_batches, over all ranks, each with its share.
 
     The encoder is in eval mode meanwhile. Each rank keeps the features of all V validation images, and compares them
-    with a few batches of its training images, whose features are not kept, `chunk` validation images at a time. That
+    with a few batches of its training images, whose features are not kept, CHUNK validation images at a time. That
     takes 4 V (d + 3 k) bytes on each rank, 0.53 GB for ImageNet and a ResNet-50, and some 50 MB more.
     """
     was_training = encoder.training
@@ -84,23 +75,21 @@ def accuracy(
     width = next(layer.in_features for layer in encoder.fc.modules() if isinstance(layer, nn.Linear))
     # for a rank that has no validation image
     empty = torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.long, device=device)
-    shares = map(torch.cat, zip(empty, *unit_features(encoder, val_batches, device)))
+    shares = map(torch.cat, zip(empty, *_unit_features(encoder, val_batches, device)))
     queries, targets = map(distributed.gather_uneven, shares)
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(targets), CHUNK)]
     top_cosines = queries.new_full((len(queries), k), -math.inf)  # -inf: an empty slot, whose vote is exp(-inf) = 0
     top_labels = targets.new_zeros(len(queries), k)
-    chunks = list(zip(*(rows.split(chunk) for rows in (queries, targets, top_cosines, top_labels))))  # views
-    training = unit_features(encoder, train_batches, device)
+    training = _unit_features(encoder, train_batches, device)
     for batch in training:
-        joined = [batch, *itertools.islice(training, BLOCK // len(batch[1]))]
-        bank, bank_labels = map(torch.cat, zip(*joined))
-        for chunk_queries, _, *tops in chunks:
-            candidates = chunk_queries @ bank.T, bank_labels.expand(len(chunk_queries), -1)
-            nearest = _top_k(*(torch.cat(pair, dim=1) for pair in zip(tops, candidates)), k)
-            for top, new in zip(tops, nearest):
-                top.copy_(new)
+        bank, bank_labels = map(torch.cat, zip(batch, *itertools.islice(training, BLOCK // len(batch[1]))))
+        for own in chunks:
+            cosines = torch.cat([top_cosines[own], queries[own] @ bank.T], dim=1)
+            labels = torch.cat([top_labels[own], bank_labels.expand(len(cosines), -1)], dim=1)
+            top_cosines[own], top_labels[own] = _top_k(cosines, labels, k)
     encoder.train(was_training)
-    hits = torch.zeros((), dtype=torch.long, device=device)
-    for _, chunk_targets, *tops in chunks:
-        of_all_ranks = [distributed.gather(top.T).T for top in tops]
-        hits += (_vote(*_top_k(*of_all_ranks, k), classes) == chunk_targets).sum()
+    hits = 0
+    for own in chunks:
+        of_all_ranks = [distributed.gather(top[own].T).T for top in (top_cosines, top_labels)]
+        hits += (_vote(*_top_k(*of_all_ranks, k), classes) == targets[own]).sum()
     return 100 * hits.item() / len(targets)

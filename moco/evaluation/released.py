@@ -36,33 +36,25 @@ def local_path(path: str) -> str:
     """
     if not path.startswith(SCHEME):
         return path
-    name = path.removeprefix(SCHEME)
-    if name not in drive_ids():
-        raise UsageError(f"--pretrained {path}: no such checkpoint; there are {', '.join(drive_ids())}")
+    name, ids = path.removeprefix(SCHEME), drive_ids()
+    if name not in ids:
+        raise UsageError(f"--pretrained {path}: no such checkpoint; there are {', '.join(ids)}")
     cached = os.path.join(torch.hub.get_dir(), "non-semantic-negatives", f"{name}.pth.tar")
-    if not os.path.exists(cached):
-        by_hand = f"download {link(drive_ids()[name])} and save it as {cached}"
-        try:
-            _download(drive_ids()[name], cached)
-        except ImportError:
-            raise UsageError(f"--pretrained {path}: pip install gdown, or {by_hand}") from None
-        except Exception as error:  # gdown raises whatever its own dependencies raise
-            raise UsageError(f"--pretrained {path}: the download failed ({error}); {by_hand}") from error
+    if os.path.exists(cached):
+        return cached
+    by_hand = f"download {link(ids[name])} and save it as {cached}"
+    try:
+        import gdown
+
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=os.path.dirname(cached)) as folder:  # a whole checkpoint, or nothing
+            partial = os.path.join(folder, os.path.basename(cached))
+            if not gdown.download(id=ids[name], output=partial):
+                raise OSError("no file came")
+            checkpoint.load(partial, "downloaded")
+            os.replace(partial, cached)
+    except ImportError:
+        raise UsageError(f"--pretrained {path}: pip install gdown, or {by_hand}") from None
+    except Exception as error:  # gdown raises whatever its own dependencies raise
+        raise UsageError(f"--pretrained {path}: the download failed ({error}); {by_hand}") from error
     return cached
-
-
-def _download(drive_id: str, cached: str) -> None:
-    """Download a checkpoint, whole or not at all; raises an exception if that fails or it is something else."""
-    import gdown
-
-    os.makedirs(os.path.dirname(cached), exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=os.path.dirname(cached)) as folder:
-        partial = os.path.join(folder, os.path.basename(cached))
-        if not gdown.download(id=drive_id, output=partial):
-            raise OSError("no file came")
-        with open(partial, "rb") as file:
-            if file.read(512).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<"):
-                raise OSError("a web page came, with which the drive refuses downloads for some hours")
-        if not checkpoint.load(partial, "downloaded").get("state_dict"):
-            raise OSError("it holds no state_dict")
-        os.replace(partial, cached)

@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,27 +17,32 @@ def images():
     return torch.randint(256, (12, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def slow(recipe, params, images):
+def sequence(plan, i):
+    """The colour operations of image i in order: [(name, factor or shift)]; [] if it is not jittered."""
+    blends = [
+        ("contrast" if contrast else "saturation" if saturation else "brightness", before, after)
+        for contrast, saturation, before, after in zip(
+            *(values[i].tolist() for values in (plan.contrast, plan.saturation, plan.before, plan.after))
+        )
+    ]
+    operations = [(name, before) for name, before, _ in blends if before != 1]
+    operations += [("hue", plan.hue_shift[i].item())] if plan.jittered[i] else []
+    return operations + [(name, after) for name, _, after in blends if after != 1]
+
+
+def slow(recipe, plan, images):
     """The same recipe, image by image, through torchvision's functional operations."""
-
-    def jitter(x, i):
-        operations = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation]
-        sequence = [(operations[j], params.factors[i, j].item()) for j in params.order[i].tolist()]
-        sequence.insert(params.hue_slot[i].item(), (TF.adjust_hue, params.hue_shift[i].item()))
-        for operation, parameter in sequence if params.jittered[i] else []:
-            x = operation(x, parameter)
-        return x
-
     results = []
     for i, x in enumerate(images.float() / 255):
-        if recipe.gray_first and params.gray[i]:
+        if recipe.gray_first and plan.gray[i]:
             x = TF.rgb_to_grayscale(x, 3)
-        x = jitter(x, i)
-        if not recipe.gray_first and params.gray[i]:
+        for name, parameter in sequence(plan, i):
+            x = getattr(TF, f"adjust_{name}")(x, parameter)
+        if not recipe.gray_first and plan.gray[i]:
             x = TF.rgb_to_grayscale(x, 3)
-        if params.sigma[i] > 0:
-            x = TF.gaussian_blur(x, 2 * math.ceil(4 * recipe.blur_sigma[1]) + 1, params.sigma[i].item())
-        if params.flip[i]:
+        if plan.sigma[i] > 0:
+            x = TF.gaussian_blur(x, 2 * math.ceil(4 * recipe.blur_sigma[1]) + 1, plan.sigma[i].item())
+        if plan.flip[i]:
             x = TF.hflip(x)
         results.append(TF.normalize(x, augment.MEAN, augment.STD))
     return torch.stack(results)
@@ -44,8 +50,8 @@ def slow(recipe, params, images):
 
 @pytest.mark.parametrize("recipe", [augment.V1, augment.V2], ids=["v1", "v2"])
 def test_recipes_equal_torchvision_image_by_image(recipe, images):
-    params = augment.draw(recipe, len(images), np.random.default_rng(1))
-    torch.testing.assert_close(augment.apply(recipe, params, images), slow(recipe, params, images), atol=2e-5, rtol=0)
+    plan = augment.draw(recipe, len(images), np.random.default_rng(1))
+    torch.testing.assert_close(augment.apply(recipe, plan, images), slow(recipe, plan, images), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shift", [-0.5, -0.1, 0.0, 0.03, 0.1, 0.5])
@@ -73,52 +79,51 @@ def test_images_that_are_not_blurred_stay_exactly_as_they_are():
 
 
 def test_images_without_jitter_stay_exactly_as_they_are(images):
-    params = augment.draw(augment.V2, len(images), np.random.default_rng(1))._replace(jittered=np.zeros(12, dtype=bool))
+    plan = augment.draw(augment.V2._replace(jitter_p=0), len(images), np.random.default_rng(1))
     x = images.float() / 255
-    host = augment.plan(params)
-    assert torch.equal(augment.color_jitter(x, host, augment.Plan(*map(torch.from_numpy, host))), x)
+    assert torch.equal(augment.color_jitter(x, plan, augment.Plan(*map(torch.from_numpy, plan))), x)
 
 
 def test_draws_have_torchvisions_distribution():
     n, recipe = 40000, augment.V2
-    params = augment.AugParams(*map(torch.from_numpy, augment.draw(recipe, n, np.random.default_rng(2))))
+    plan = augment.Plan(*map(torch.from_numpy, augment.draw(recipe, n, np.random.default_rng(2))))
     jitter = transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)
     reference = [
         transforms.ColorJitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
         for _ in range(4000)
     ]
     quantiles = torch.linspace(0.02, 0.98, 9)
-    for j in range(3):
+    factors, jittered = plan.before * plan.after, plan.jittered.view(-1, 1)
+    for j, chosen in enumerate((~plan.contrast & ~plan.saturation, plan.contrast, plan.saturation)):
         theirs = torch.tensor([parameters[1 + j] for parameters in reference])
-        torch.testing.assert_close(
-            params.factors[:, j].quantile(quantiles), theirs.quantile(quantiles), atol=0.03, rtol=0
-        )
+        ours = factors[chosen & jittered]
+        torch.testing.assert_close(ours.quantile(quantiles), theirs.quantile(quantiles), atol=0.03, rtol=0)
     theirs = torch.tensor([parameters[4] for parameters in reference])
-    torch.testing.assert_close(params.hue_shift.quantile(quantiles), theirs.quantile(quantiles), atol=0.01, rtol=0)
+    torch.testing.assert_close(plan.hue_shift.quantile(quantiles), theirs.quantile(quantiles), atol=0.01, rtol=0)
 
-    for share, p in ((params.jittered, 0.8), (params.gray, 0.2), (params.flip, 0.5), (params.sigma > 0, 0.5)):
+    for share, p in ((plan.jittered, 0.8), (plan.gray, 0.2), (plan.flip, 0.5), (plan.sigma > 0, 0.5)):
         assert share.float().mean().item() == pytest.approx(p, abs=0.015)
-    sigma = params.sigma[params.sigma > 0]
+    sigma = plan.sigma[plan.sigma > 0]
     assert 0.1 <= sigma.min() < 0.11 and 1.99 < sigma.max() <= 2.0
     assert sigma.mean().item() == pytest.approx(1.05, abs=0.02)
 
 
 def test_all_24_orders_of_colour_operations_are_equally_likely():
     n = 24000
-    params = augment.draw(augment.V2, n, np.random.default_rng(3))
-    orders = {}
-    for order, slot in zip(params.order.tolist(), params.hue_slot.tolist()):
-        order.insert(slot, "hue")
-        orders[tuple(order)] = orders.get(tuple(order), 0) + 1
+    plan = augment.draw(augment.V1, n, np.random.default_rng(3))  # all are jittered
+    orders = Counter(tuple(name for name, _ in sequence(plan, i)) for i in range(n))
     assert len(orders) == 24
     assert all(abs(count - n / 24) < 6 * (n / 24) ** 0.5 for count in orders.values())
 
 
 def test_draws_are_independent_of_one_another():
-    params = augment.draw(augment.V2, 20000, np.random.default_rng(4))
-    table = np.stack([*params.factors.T, params.hue_shift, params.jittered, params.gray, params.sigma, params.flip])
-    correlation = np.corrcoef(table) - np.eye(len(table))
-    assert np.abs(correlation).max() < 0.04
+    plan = augment.draw(augment.V2, 20000, np.random.default_rng(4))
+    names = [dict(sequence(plan, i)) for i in np.flatnonzero(plan.jittered)]
+    colours = [[each.get(name, 1) for each in names] for name in ("brightness", "contrast", "saturation", "hue")]
+    others = [plan.gray, plan.sigma, plan.flip]
+    for table in (np.stack([*colours, *(values[plan.jittered] for values in others)]), [plan.jittered, *others]):
+        correlation = np.corrcoef(table) - np.eye(len(table))
+        assert np.abs(correlation).max() < 0.04
 
 
 def test_v1_keeps_the_published_order_and_strength():
@@ -133,7 +138,7 @@ def test_denormalize_is_the_inverse_of_normalize():
 
 def test_a_batch_in_one_piece_equals_image_by_image(images, monkeypatch):
     """A GPU works on the whole batch, a CPU on single images."""
-    params = augment.draw(augment.V2, len(images), np.random.default_rng(5))
-    one_by_one = augment.apply(augment.V2, params, images)
+    plan = augment.draw(augment.V2, len(images), np.random.default_rng(5))
+    one_by_one = augment.apply(augment.V2, plan, images)
     monkeypatch.setattr(augment, "chunks", lambda images: [slice(None)])
-    torch.testing.assert_close(augment.apply(augment.V2, params, images), one_by_one, atol=2e-5, rtol=0)
+    torch.testing.assert_close(augment.apply(augment.V2, plan, images), one_by_one, atol=2e-5, rtol=0)

@@ -3,7 +3,6 @@
 import io
 import random
 import struct
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +12,6 @@ from PIL import Image
 
 from moco.data import datasets, images
 from moco.data.images import BadImage
-
-
-@pytest.fixture(autouse=True)
-def at_once(monkeypatch):
-    monkeypatch.setattr(images, "RETRY_SECONDS", 0)
 
 
 def colours(size=(33, 21)):
@@ -45,7 +39,7 @@ def test_every_kind_of_image_becomes_rgb_whatever_its_name(tmp_path, mode, suffi
 
 
 def test_torchvisions_decoder_is_used_while_it_exists(tmp_path, monkeypatch):
-    assert images.has_fast_jpeg()
+    assert hasattr(images.torchvision.io, "decode_jpeg")
     write_photo(tmp_path / "photo.JPEG")
     monkeypatch.setattr(images.torchvision.io, "decode_jpeg", lambda data, mode: torch.full((3, 1, 1), 7))
     assert images.read_rgb(tmp_path / "photo.JPEG").flatten().tolist() == [7, 7, 7]
@@ -59,7 +53,6 @@ def test_without_torchvisions_decoder_pil_reads_jpegs(tmp_path, monkeypatch):
         path.write_bytes(data)
     fast = [images.read_rgb(path) for path in paths]
     monkeypatch.delattr(images.torchvision.io, "decode_jpeg")
-    assert not images.has_fast_jpeg()
     for path, expected in zip(paths, fast):
         slow = images.read_rgb(path)
         assert slow.shape == (3, 150, 200) and slow.dtype == torch.uint8  # EXIF orientation is ignored by both
@@ -112,44 +105,6 @@ def test_what_is_no_image_is_a_bad_image(tmp_path, fault):
             read(tmp_path / "photo.JPEG")
         assert bad.value.args[0] == str(tmp_path / "photo.JPEG") and "\n" not in str(bad.value)
         assert "bomb" not in fault or "DecompressionBomb" in bad.value.args[1]
-
-
-@pytest.fixture
-def waits(monkeypatch):
-    """Waits for a file's second attempt; set `event` to what happens meanwhile."""
-    found = SimpleNamespace(count=0, event=lambda: None)
-
-    def sleep(seconds):
-        if seconds:
-            found.count += 1
-            found.event()
-
-    monkeypatch.setattr(images, "time", SimpleNamespace(sleep=sleep))  # other threads use the module itself
-    monkeypatch.setattr(images, "RETRY_SECONDS", 0.1)
-    monkeypatch.setattr(images, "_bad_files", set())
-    return found
-
-
-@pytest.mark.parametrize("content", [PHOTO[:200], None], ids=["incomplete", "missing"])
-def test_a_file_that_comes_late_is_read(tmp_path, waits, content):
-    path = tmp_path / "late.JPEG"
-    waits.event = lambda: path.write_bytes(PHOTO)
-    for _ in range(3):
-        path.write_bytes(content) if content else path.unlink(missing_ok=True)
-        assert images.read_rgb(path).shape == (3, 150, 200)
-    assert waits.count == 3  # waiting that helps is not limited
-
-
-@pytest.mark.parametrize("content", [b"broken", None], ids=["damaged", "missing"])
-def test_many_bad_files_do_not_cost_a_wait_each(tmp_path, waits, content):
-    for number in range(200):
-        path = tmp_path / f"{number}.JPEG"
-        if content:
-            path.write_bytes(content)
-        for _ in range(2):
-            with pytest.raises(BadImage, match=f"{number}.JPEG: "):
-                images.read_rgb(path)
-    assert waits.count == 100
 
 
 def damaged(number):

@@ -43,7 +43,7 @@ def test_a_resumed_epoch_continues_with_the_same_batches():
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more than there may be cores
 def test_number_of_workers_does_not_change_the_batches(data):
-    paths, labels, _ = folders.list_images(data / "train")
+    paths, labels, *_ = folders.list_images(data / "train")
     dataset = datasets.RetryDataset(datasets.TwoCrops(paths, 16), labels)
     batches = loader.GlobalBatchSampler(16, 4, seed=0, ctx=DistContext())
     alone, *others = (
@@ -59,7 +59,7 @@ def test_a_batch_larger_than_the_data_is_refused():
 
 
 def test_evaluation_sees_every_image_once_over_all_ranks(data):
-    paths, labels, _ = folders.list_images(data / "train")
+    paths, labels, *_ = folders.list_images(data / "train")
     dataset = datasets.ImageList(paths[:13], range(13), datasets.eval_transform(16))
     seen = []
     for rank in range(4):
@@ -145,7 +145,7 @@ def test_an_unreadable_test_image_is_named_whatever_process_reads_it(tmp_path, w
 
 def test_all_epochs_share_one_side_stream_per_device(monkeypatch):
     monkeypatch.setattr(torch, "cuda", cuda := MagicMock())
-    monkeypatch.setattr(loader, "_side_stream", functools.cache(loader._side_stream.__wrapped__))
+    monkeypatch.setattr(loader, "_side_stream", functools.cache(cuda.Stream))
     training, side = cuda.current_stream.return_value, cuda.stream.return_value
 
     def on_side_stream():

@@ -54,9 +54,10 @@ def plain(train, val, k, classes=5):
 
 @pytest.mark.parametrize("train, val, k", [(300, 70, 20), (300, 70, 1), (30, 9, 200), (1, 1, 5)])
 @pytest.mark.parametrize("chunk, batch", [(512, 512), (7, 16), (1, 1)])
-def test_in_pieces_it_equals_the_definition(train, val, k, chunk, batch):
+def test_in_pieces_it_equals_the_definition(train, val, k, chunk, batch, monkeypatch):
+    monkeypatch.setattr(knn, "CHUNK", chunk)
     train, val = images_of(train, seed=1), images_of(val, seed=2)
-    found = knn.accuracy(Colours(), batches_of(*train, batch), batches_of(*val, 8), 5, CPU, k=k, chunk=chunk)
+    found = knn.accuracy(Colours(), batches_of(*train, batch), batches_of(*val, 8), 5, CPU, k=k)
     assert found == pytest.approx(plain(train, val, k), abs=1e-9)
 
 
@@ -75,9 +76,10 @@ class Largest(TorchDispatchMode):
 
 def test_features_of_the_training_images_are_never_all_kept(monkeypatch):
     monkeypatch.setattr(knn, "BLOCK", 240)
+    monkeypatch.setattr(knn, "CHUNK", 4)
     train, val = batches_of(*images_of(500, 1), 16), batches_of(*images_of(10, 2), 16)
     with Largest() as largest:
-        knn.accuracy(Colours(), train, val, 5, CPU, k=20, chunk=4)
+        knn.accuracy(Colours(), train, val, 5, CPU, k=20)
     assert largest.bytes <= 4 * 48 * 256 < 4 * 48 * 500
 
 
@@ -106,8 +108,7 @@ def test_a_compiled_encoder_is_not_compiled_again_for_knn():
     assert counter.frame_count == 1
 
 
-def test_knn_replaces_an_unreadable_image_by_one_of_its_class(tmp_path, monkeypatch):
-    monkeypatch.setattr("moco.data.images.RETRY_SECONDS", 0)
+def test_knn_replaces_an_unreadable_image_by_one_of_its_class(tmp_path):
     folder = folders.list_images(write_folder(tmp_path, train=2) / "train")
     with open(folder.paths[0], "wb") as file:
         file.write(b"broken")
