@@ -8,6 +8,7 @@
 """
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -24,7 +25,6 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from moco import options, plot
-from moco.distributed import DistContext
 from moco.errors import UsageError
 from moco.evaluation import classifier, paper, released, report, results, scores, testsets
 from moco.evaluation.testsets import TestSet
@@ -86,8 +86,6 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
     if not args.sets and not any(vars(args)[suite] for suite in testsets.SUITES):
         suites = " ".join(f"--{suite} DIR" for suite in testsets.SUITES)
         raise UsageError(f"nothing to test on: use any of {suites} --set NAME=DIR")
-    if args.compare:
-        paper.check_rows(rows)
     if args.by_class and len(rows) < 2:
         raise UsageError("--by-class: it compares rows with the first; name two or more, as --pretrained A=FILE B=FILE")
     options.check_file("--json", args.json)
@@ -124,28 +122,30 @@ def parse_sets(entries: Iterable[str]) -> dict[str, str]:
     return sets
 
 
-def load_models(rows: Mapping[str, Sequence[str]], args: argparse.Namespace) -> tuple[list, list[dict], list[str], int]:
-    """The models and pre-training options of all checkpoints, and the class list and crop size that they share."""
-    models, pretraining, shared = [], [], None
-    for path in [path for paths in rows.values() for path in paths]:
+def load_models(
+    rows: Mapping[str, Sequence[str]], args: argparse.Namespace
+) -> tuple[list, list[dict], list[str], int, str]:
+    """The models, what made each, and the class list and crop size that they share, with the list's source."""
+    models, made, shared, origin = [], [], None, ""
+    for path in itertools.chain(*rows.values()):
         model, saved = classifier.load_classifier(path)
-        wnids = testsets.head_classes(path, saved, model.fc.out_features, args.classes, args.val)
+        wnids, found = testsets.head_classes(path, saved, model.fc.out_features, args.classes, args.val)
         own = wnids, saved.get("image_size", 224)
-        if shared is None:
-            shared, first = own, path
-        elif own != shared:
+        if shared not in (None, own):
             raise UsageError(
-                f"--pretrained {path}: its classes or crop size are not those of {first}; test them in two runs"
+                f"--pretrained {path}: its classes or crop size are not the others'; test it in a second run"
             )
+        shared = own
         models.append(model)
-        pretraining.append(saved.get("pretraining") or {})
-    return models, pretraining, *shared
+        made.append(classifier.made_with(saved, f"--pretrained {path}"))
+        origin = origin or found
+    return models, made, *shared, origin
 
 
 # ---------------------------------------------------------------- evaluation
 
 
-def evaluate(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
+def evaluate(ctx: launch.DistContext, args: argparse.Namespace, inputs: Inputs) -> None:
     """Score the test sets that the result lacks; rank 0 saves it after each. All ranks must call this."""
     result, test_sets = inputs.result, inputs.test_sets
     main_rank = ctx.rank == 0
@@ -153,13 +153,11 @@ def evaluate(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     chosen = {test_set.key: results.unfinished(result, test_set) for test_set in test_sets}
     todo = [test_set for test_set in test_sets if chosen[test_set.key]]
-    if main_rank and len(todo) < len(test_sets):
-        done = len(test_sets) - len(todo)
+    if main_rank and (done := len(test_sets) - len(todo)):
         print(f"{done} of {len(test_sets)} test sets are already in {args.json}; evaluating the rest", file=sys.stderr)
-    # In a log every update is a line: one per half minute.
-    interval = 0.1 if sys.stderr.isatty() else 30
-    total = sum(len(test_set.labels) for test_set in todo)
-    with tqdm(total=total, unit="image", disable=not main_rank, mininterval=interval) as bar:
+    images = sum(len(test_set.labels) for test_set in todo)
+    interval = 0.1 if sys.stderr.isatty() else 30  # in a log every update is a line
+    with tqdm(total=images, unit="image", disable=not main_rank, mininterval=interval) as bar:
         for test_set, scored in scores.score(
             todo, models, inputs.wnids, inputs.image_size, args.batch_size, workers, ctx, bar.update, chosen
         ):
@@ -171,13 +169,15 @@ def evaluate(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> None
         # In the order of the suites, also after a resumed evaluation.
         result["cells"] = {test_set.key: result["cells"][test_set.key] for test_set in test_sets}
         result["table"] = report.by_row(result)
+        found = report.differences(result)
+        result["differences"] = {row: {d.name: [d.change, d.error] for d in found[row]} for row in found}
         results.save(args.json, result)
         print_report(args, result)
 
 
 def print_report(args: argparse.Namespace, result: Mapping) -> None:
     print(report.table(result, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
-    print(*report.differences(result), *report.notes(result), sep="\n")
+    print(*report.difference_lines(result), *report.notes(result), sep="\n")
     if args.compare:
         print(paper.comparison(result))
     if args.by_class:
@@ -196,23 +196,24 @@ def main() -> None:
         return print(released.listing()) if launch.is_main(args) else None
     rows, sets = parse_rows(args.pretrained), parse_sets(args.sets)
     validate_args(args, rows)
-    models, pretraining, wnids, image_size = load_models(rows, args)
+    models, made, wnids, image_size, origin = load_models(rows, args)
     # Listing all test sets first finds a wrong folder before hours of evaluation, and tells the bar its length.
     directories = {suite: vars(args)[suite] for suite in testsets.SUITES if vars(args)[suite]}
     directories |= {f"{testsets.FURTHER}/{name}": directory for name, directory in sets.items()}
     test_sets = testsets.list_test_sets(directories, wnids, args.limit)
-    unknown = testsets.unknown_corruptions(args.corruption) if args.corruption else []
+    unknown = args.corruption and testsets.unknown_corruptions(args.corruption)
     if unknown and launch.is_main(args):
         print(f"not evaluated, since ImageNet-C has no such corruption: {', '.join(unknown)}", file=sys.stderr)
-    result = results.new(rows, pretraining, wnids, image_size, args.limit)
+    result = results.new(rows, made, wnids, image_size, args.limit) | {"classes_from": origin}
+    if args.compare:
+        paper.check_recipes(result["checkpoints"])
     inputs = Inputs(models, wnids, image_size, test_sets, result, results.lock("--json", args.json))
     if launch.is_main(args) and not args.dry_run:
         inputs.lock.acquire()  # before the file is read
     results.reuse_results(args.json, result, test_sets)
     if args.dry_run:
         derived = {
-            "checkpoints": len(models),
-            "classes": len(wnids),
+            "classes": f"{len(wnids)}{origin and f', taken to be {origin}'}",
             "crops": f"{image_size} px",
             "test_sets": f"{len(test_sets)}, of which {len(result['cells'])} are done",
             "images": sum(len(test_set.labels) for test_set in test_sets),
@@ -225,8 +226,7 @@ def main() -> None:
         "test sets in --json": sorted(result["cells"]),
     }
     launch.launch(evaluate, args, inputs, agree)
-    keys = [test_set.key for test_set in test_sets]
-    if args.corruption and testsets.missing_corruptions(keys) and not args.allow_partial:
+    if report.missing(result) and not args.allow_partial:
         sys.exit(1)
 
 

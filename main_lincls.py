@@ -1,17 +1,12 @@
 """Linear evaluation: train linear heads on a frozen, pre-trained backbone, and test them on val/.
 
-Single process, on a GPU or CPU:
+On a GPU or CPU, and on all GPUs of this machine; with --lr 3 10 30, one head for each on the same features:
     python main_lincls.py --lr 10 --pretrained ckpts/RUN/checkpoint_0199.pth.tar --ckpt_path ckpts/RUN DIR
-All GPUs of this machine:
-    python main_lincls.py --multiprocessing-distributed --world-size 1 --rank 0 … DIR
-    torchrun --nproc-per-node=8 main_lincls.py … DIR
+    torchrun --nproc-per-node=8 main_lincls.py …
 Only test a linear checkpoint:
     python main_lincls.py --evaluate --resume ckpts/RUN/model_best_0199.pth.tar DIR
-Sweep learning rates, one head each on the same features:
-    python main_lincls.py --lr 3 10 30 --pretrained ckpts/RUN/checkpoint_0199.pth.tar --ckpt_path ckpts/RUN DIR
-Write the features of val/, with labels, paths and class names, for an analysis of one's own (numpy.load reads them):
+Write the features of val/ for an analysis of one's own, or the backbone for torchvision:
     python main_lincls.py --pretrained ckpts/RUN/checkpoint_0199.pth.tar --features features.npz DIR
-Export the backbone for torchvision:
     python main_lincls.py --pretrained ckpts/RUN/checkpoint_0199.pth.tar --export-backbone resnet50.pth
 """
 
@@ -47,6 +42,10 @@ from moco.processes.exits import cli_main
 from moco.training import checkpoint
 from moco.training.run import Run, check_resumable, open_folder
 
+PROBE_OPTIONS = (
+    "lr", "image_size", "batch_size", "epochs", "schedule", "momentum", "weight_decay", "precision", "strict_fp32",
+)  # fmt: skip
+
 
 class Inputs(NamedTuple):
     """The data, the checkpoints, and what follows from them, as validation found them."""
@@ -56,7 +55,6 @@ class Inputs(NamedTuple):
     backbone: dict  # of --pretrained; {}: random weights, or those of --resume
     pretraining: dict | None  # the options of the pre-training, where known
     saved: dict  # of --resume; {} for a fresh start
-    image_size: int
     lock: object  # on --ckpt_path: held while an input of a process
 
 
@@ -85,9 +83,7 @@ def parse_args() -> argparse.Namespace:
     if args.data is None and isinstance(args.lr[-1], str):  # --lr 10 DIR, in the published script's order
         args.data = args.lr.pop()
     if not args.lr or any(isinstance(lr, str) for lr in args.lr):
-        parser.error(
-            f"argument --lr/--learning-rate: {' '.join(map(str, args.lr))!r} is not one or more numbers above 0"
-        )
+        parser.error(f"argument --lr: {' '.join(map(str, args.lr))!r} is not one or more numbers above 0")
     if args.data is None and not args.export_backbone:
         parser.error("the following arguments are required: DIR")
     if args.export_backbone and (args.features or args.evaluate):
@@ -114,13 +110,18 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     local_world_size, world_size = launch.resolve_world_size(args)
     launch.check_precision(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
-    train, val = list_data(args)
+    val = folders.list_images(folders.split_path(args.data, "val"))
+    train = folders.list_images(folders.split_path(args.data, "train")) if trains(args) else None
+    if train and (different := sorted(set(train.classes) ^ set(val.classes))):
+        raise UsageError(f"{args.data}: train/ and val/ hold different classes, for example {different[0]}")
     batch_size = options.per_rank(args.batch_size, local_world_size)
     workers = options.workers_per_rank(args.workers, local_world_size)
     derived = {
         "processes": f"{world_size}, with {workers} loader workers each",
         "validation": f"{len(val.paths)} images in {len(val.classes)} classes",
     }
+    if left_out := ", ".join(filter(None, (each and each.left_out for each in (train, val)))):
+        derived["formats left out"] = left_out
     sampler = None
     if train:
         sampler = GlobalBatchSampler(len(train.paths), batch_size, seed=0, ctx=DistContext(world_size=world_size))
@@ -132,40 +133,22 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     name = run_name(args.pretrained)
     own = rf"(checkpoint_robust|model_best)_{re.escape(name)}\.pth\.tar"
     lock, saved = open_folder(args, own, probe=name, writes=trains(args))
-    pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
-    args.arch = args.arch or arch_of_files(args, saved, pretrained)
-    backbone, origin = find_backbone(args, pretrained) if pretrained else ({}, "random weights")
+    pretrained, backbone, origin = load_backbone(args, saved)
+    args.image_size = args.image_size or (saved or pretrained).get("image_size", 224)
     if saved:
         check_resume(args, saved, val.classes, sampler, backbone)
-    image_size = args.image_size or (saved or pretrained).get("image_size", 224)
+        if "wnids" not in saved:
+            derived["classes"] = f"the head names none: taken to be the {len(val.classes)} of val/, sorted"
     with torch.device("meta"):
         model = build_encoder(args.arch, len(val.classes)).eval()
-    check_input(model, args.arch, batch_size, image_size)
-    derived |= {"network": args.arch, "crops": f"{image_size} px"} | ({"backbone": origin} if pretrained else {})
-    options_of_pretraining = pretrained.get("options") or saved.get("pretraining")
-    return Inputs(train, val, backbone, options_of_pretraining, saved, image_size, lock), derived
+    check_input(model, args.arch, batch_size, args.image_size)
+    derived |= {"network": args.arch} | ({} if saved else {"backbone": origin})
+    known = "options" in pretrained and checkpoint.settings(pretrained, "options", f"--pretrained {args.pretrained}")
+    return Inputs(train, val, backbone, known or saved.get("pretraining"), saved, lock), derived
 
 
 def trains(args: argparse.Namespace) -> bool:
     return not (args.evaluate or args.features)
-
-
-def list_data(args: argparse.Namespace) -> tuple[ImageFolder | None, ImageFolder]:
-    """The training images (None if no head is trained) and the validation images."""
-    val = folders.list_images(folders.split_path(args.data, "val"))
-    if not trains(args):
-        return None, val
-    train = folders.list_images(folders.split_path(args.data, "train"))
-    different = sorted(set(train.classes) ^ set(val.classes))
-    if different:
-        raise UsageError(f"{args.data}: train/ and val/ hold different classes, for example {different[0]}")
-    return train, val
-
-
-def arch_of_files(args: argparse.Namespace, saved: Mapping, pretrained: Mapping) -> str:
-    """The architecture that --resume or --pretrained names, else the default."""
-    known = checkpoint.arch_of(saved, f"--resume {args.resume}")
-    return known or checkpoint.arch_of(pretrained, f"--pretrained {args.pretrained}") or "resnet50"
 
 
 def check_resume(
@@ -174,7 +157,8 @@ def check_resume(
     """Refuse the linear checkpoint of --resume if it cannot be tested on these classes or its training continued."""
     source = f"--resume {args.resume}"
     classifier.check_linear(saved, source)
-    check_arch(args, saved, source)
+    if saved["arch"] != args.arch:
+        raise UsageError(f"{source}: it holds a {saved['arch']}, not --arch {args.arch}")
     classifier.check_classes(saved, classes, source)
     own = checkpoint.strip_prefix(saved["state_dict"])
     if different := [name for name, value in backbone.items() if not torch.equal(own.get(name, value), value)]:
@@ -186,25 +170,35 @@ def check_resume(
         return
     if not {"epoch", "best_acc1", "optimizer"} <= saved.keys():
         raise UsageError(f"{source}: not a linear checkpoint; --resume takes what this script saved")
-    heads = len(saved.get("lrs", [None]))
-    if heads != len(args.lr):
-        raise UsageError(f"{source}: it has heads for {heads} learning rates, --lr has {len(args.lr)}")
-    check_resumable(args, saved, sampler, [own[name] for name in checkpoint.FC_KEYS] * heads)
+    lrs = saved.get("lrs", args.lr[:1])
+    if sorted(lrs) == sorted(args.lr):
+        args.lr = lrs  # a head is known by its rate, in whatever order --lr names them
+    elif len(lrs) > 1 or len(args.lr) > 1:
+        there, here = (" ".join(f"{lr:g}" for lr in rates) for rates in (lrs, args.lr))
+        raise UsageError(f"{source}: it has heads for --lr {there}, this run has {here}; repeat the saved ones")
+    older = {"lr": saved.get("lrs"), "image_size": saved.get("image_size")}
+    saved.setdefault("probe", {name: value for name, value in older.items() if value})
+    parameters = [own[name] for name in checkpoint.FC_KEYS] * len(lrs)
+    check_resumable(args, saved, sampler, parameters, "probe", {name: getattr(args, name) for name in PROBE_OPTIONS})
 
 
-def find_backbone(args: argparse.Namespace, pretrained: Mapping) -> tuple[dict, str]:
-    """The backbone weights of --pretrained, and where in the file they were."""
+def load_backbone(args: argparse.Namespace, saved: Mapping) -> tuple[dict, dict, str]:
+    """The file of --pretrained, its backbone weights, and where in it they were. Sets args.arch if it is not given.
+
+    saved: the checkpoint of --resume, which may name the architecture; {} for none.
+    """
     source = f"--pretrained {args.pretrained}"
+    pretrained = checkpoint.load(args.pretrained, "--pretrained") if args.pretrained else {}
+    known = checkpoint.arch_of(saved, f"--resume {args.resume}") or checkpoint.arch_of(pretrained, source)
+    args.arch = args.arch or known or "resnet50"
+    if not pretrained:
+        return {}, {}, "random weights, a baseline: there is no --pretrained"
     checkpoint.check_values(pretrained, source)
-    check_arch(args, pretrained, source)
+    if pretrained.get("arch", args.arch) != args.arch:
+        raise UsageError(f"{source}: it holds a {pretrained['arch']}, not --arch {args.arch}")
     with torch.device("meta"):
         network = build_encoder(args.arch, 1)
-    return checkpoint.find_backbone(pretrained, source, network)
-
-
-def check_arch(args: argparse.Namespace, saved: Mapping, source: str) -> None:
-    if saved.get("arch", args.arch) != args.arch:
-        raise UsageError(f"{source}: it holds a {saved['arch']}, not --arch {args.arch}")
+    return pretrained, *checkpoint.find_backbone(pretrained, source, network)
 
 
 # ---------------------------------------------------------------- training
@@ -219,7 +213,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     batch_size = options.per_rank(args.batch_size, ctx.local_world_size)
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     train, name = inputs.train, run_name(args.pretrained)
-    transform = datasets.train_transform(inputs.image_size)
+    transform = datasets.train_transform(args.image_size)
     dataset = RetryDataset(ImageList(train.paths, train.labels, transform), train.labels)
     sampler = GlobalBatchSampler(len(dataset), batch_size, seed, ctx)
     train_loader = loader.train_loader(dataset, sampler, workers, ctx.device)
@@ -232,7 +226,6 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     # --- model and optimizer: a frozen backbone and one head per learning rate
     distributed.seed_everything(seed)
     backbone, heads = build_heads(ctx, args, inputs)
-    frozen = {name: value.clone() for name, value in backbone.state_dict().items()}
     optimizer = build_optimizer(heads, args)
     ddp_heads = distributed.wrap_ddp(heads, ctx.device)
     best_acc1s = inputs.saved.get("best_acc1s", [float(inputs.saved.get("best_acc1", -1))] * len(heads))
@@ -250,22 +243,19 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
         return heads(classifier.extract_features(backbone, images, DTYPES[args.precision]))
 
     # --- epochs
-    diverged: set[int] = set()  # the heads of which a line has said so
+    hint = ""  # on heads that diverged, printed once
     for epoch in range(run.epoch, args.epochs):
         adjust_learning_rate(optimizer, epoch, args)
         train_one_epoch(backbone, ddp_heads, run.steps(train_loader, prepare, epoch), optimizer, run)
         stats = run.epoch_stats()
-        if new := classifier.diverged_heads(stats["loss"], len(train.classes)) - diverged:
-            run.print(classifier.divergence_hint(new, args.lr, stats["loss"], len(train.classes)))
-            diverged |= new
+        if not hint and (hint := classifier.divergence_hint(args.lr, stats["loss"], len(train.classes))):
+            run.print(hint)
         with run.evaluation():
             results = classifier.evaluate(predict, val_loader, ctx.device)
-        classifier.check_frozen(backbone, frozen)
-        is_best = best.update(heads, results)
-        run.print(
-            f"epoch {epoch}  {accuracy_line(results[best.winner])}  best {max(best.acc1s):.2f}"
-            f" %{by_lr(args.lr, results)}"
-        )
+        is_best = best.update(results)
+        by_lr = "".join(f"  {lr:g}: {result['acc1']:.2f}" for lr, result in zip(args.lr, results))
+        several = f"  by lr{by_lr}" if len(args.lr) > 1 else ""
+        run.print(f"epoch {epoch}  {accuracy_line(results[best.winner])}  best {max(best.acc1s):.2f} %{several}")
         stats |= {f"val_{name}": [result[name] for result in results] for name in ("acc1", "acc5")}
         run.end_epoch(stats, [f"model_best_{name}.pth.tar"] if is_best else [])
     distributed.barrier()  # wait for rank 0 to finish saving
@@ -297,13 +287,15 @@ def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) ->
         return heads(found)
 
     (result,) = classifier.evaluate(predict, build_val_loader(ctx, args, inputs), ctx.device)
+    weights = args.resume or args.pretrained or "a random backbone"
+    if broken := result["not_finite"]:
+        raise UsageError(f"{weights}: its outputs are not finite for {broken} of {result['n']} images; use another file")
     if distributed.is_main() and inputs.saved:
         print(accuracy_line(result), flush=True)
     if args.features:
         found = classifier.gather_in_order(torch.cat(share), len(inputs.val.paths), ctx)
         if distributed.is_main():
             classifier.save_features(args.features, found, inputs.val)
-            weights = args.resume or args.pretrained or "a random backbone"
             print(f"wrote {args.features}: features {tuple(found.shape)} of {args.data}/val by {weights}", flush=True)
 
 
@@ -333,7 +325,7 @@ def build_optimizer(heads: LinearHeads, args: argparse.Namespace) -> torch.optim
 def build_val_loader(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> Iterable:
     batch_size = options.per_rank(args.batch_size, ctx.local_world_size)
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
-    dataset = ImageList(inputs.val.paths, inputs.val.labels, datasets.eval_transform(inputs.image_size))
+    dataset = ImageList(inputs.val.paths, inputs.val.labels, datasets.eval_transform(args.image_size))
     return loader.eval_loader(dataset, batch_size, workers, ctx)
 
 
@@ -362,7 +354,7 @@ def checkpoint_state(
         "best_acc1": torch.tensor(max(0.0, *best.acc1s)),
         "optimizer": checkpoint.optimizer_of_group(optimizer.state_dict(), best.winner),
         "wnids": inputs.val.classes,
-        "image_size": inputs.image_size,
+        "image_size": args.image_size,
         "lrs": args.lr,
         "best_acc1s": best.acc1s,
         "winner": best.winner,
@@ -370,14 +362,8 @@ def checkpoint_state(
         "optimizers": optimizer.state_dict(),
         "pretrained": args.pretrained,
         "pretraining": inputs.pretraining,
+        "probe": {name: getattr(args, name) for name in PROBE_OPTIONS},
     }
-
-
-def by_lr(lrs: list[float], results: list[dict]) -> str:
-    """Each learning rate with its top-1, if there are several."""
-    if len(lrs) == 1:
-        return ""
-    return "  by lr  " + "  ".join(f"{lr:g}: {result['acc1']:.2f}" for lr, result in zip(lrs, results))
 
 
 def accuracy_line(result: Mapping) -> str:
@@ -389,9 +375,7 @@ def export_backbone(args: argparse.Namespace) -> None:
     if not args.pretrained:
         raise UsageError("--export-backbone needs --pretrained, the checkpoint whose backbone to write")
     options.check_file("--export-backbone", args.export_backbone)
-    pretrained = checkpoint.load(args.pretrained, "--pretrained")
-    args.arch = args.arch or arch_of_files(args, {}, pretrained)
-    weights, origin = find_backbone(args, pretrained)
+    _, weights, origin = load_backbone(args, {})
     if args.dry_run:
         return options.print_dry_run(args, {"network": args.arch, "backbone": origin}, "nothing was written")
     if launch.is_main(args):
@@ -410,14 +394,11 @@ def main() -> None:
     worker = main_worker if trains(args) else evaluate_only
     if trains(args) and launch.is_main(args):
         options.print_config(args, derived, args.verbose)
-        if not args.pretrained and not inputs.saved:
-            print("no --pretrained: the backbone is random (a baseline)", flush=True)
-    agree = options.shared_options(args, ("evaluate", "features")) | {
+    agree = options.shared_options(args, ("evaluate", "features", "image_size")) | {
         "the training images": len(inputs.train.paths) if inputs.train else 0,
         "the validation images": len(inputs.val.paths),
         "the class list": inputs.val.classes,
         "the images per step": derived.get("images per step"),
-        "the crop size": inputs.image_size,
         "the checkpoint of --resume": [inputs.saved.get(name) for name in ("epoch", "step")],
     }
     launch.launch(worker, args, inputs, agree)

@@ -1,11 +1,8 @@
 """Pre-train MoCo with non-semantic negatives (Ge et al., NeurIPS 2021).
 
-Single process, on a GPU or CPU:
-    python moco-non-sem-neg.py --batch-size 128 --mlp --moco-t 0.2 --aug-plus --cos --moco-k 16384 --alpha 2 \\
-      --patch-ratio 16 72 --ckpt_path ckpts/RUN DIR
-All GPUs of this machine:
-    python moco-non-sem-neg.py --multiprocessing-distributed --world-size 1 --rank 0 … DIR
-    torchrun --nproc-per-node=8 moco-non-sem-neg.py … DIR
+On a GPU or CPU, and on all GPUs of this machine:
+    python moco-non-sem-neg.py --recipe paper --ckpt_path ckpts/RUN DIR
+    torchrun --nproc-per-node=8 moco-non-sem-neg.py --recipe paper --ckpt_path ckpts/RUN DIR
 Two machines (use --rank 1 on the second):
     python moco-non-sem-neg.py --multiprocessing-distributed --world-size 2 --rank 0 --dist-url tcp://FIRST:10001 … DIR
 """
@@ -44,7 +41,8 @@ from moco.training.run import Run, check_resumable, open_folder
 
 SAVED_OPTIONS = (
     "moco_dim", "moco_k", "moco_m", "moco_t", "mlp", "aug_plus", "robust", "num_nonsem", "alpha",
-    "patch_ratio", "image_size", "batch_size", "lr", "epochs", "cos", "schedule", "precision",
+    "patch_ratio", "image_size", "batch_size", "lr", "epochs", "cos", "schedule", "momentum", "weight_decay",
+    "precision", "strict_fp32",
 )  # fmt: skip
 CHECKPOINTS = r"checkpoint_(\d{4,}|latest)\.pth\.tar"
 
@@ -62,16 +60,19 @@ def parse_args() -> argparse.Namespace:
     parser = options.OptionParser("Pre-train MoCo with non-semantic negatives (NS).")
     options.add_data_options(parser)
     # fmt: off
+    parser.add_argument("--recipe", choices=["paper"],
+                        help="defaults of the paper's + Patch row, K and patches fitted to the data and the crop")
     model = parser.add_argument_group("model")
     model.add_argument("-a", "--arch", choices=ARCHS, metavar="ARCH",
                        help="encoder: resnet10 or a torchvision model with a final fc; default: that of --resume, else"
                        " resnet50")
     model.add_argument("--moco-dim", default=128, type=options.positive_int, metavar="C", help="feature dimension")
-    model.add_argument("--moco-k", default=65536, type=options.positive_int, metavar="K", help="queue length")
+    model.add_argument("--moco-k", default=65536, type=options.positive_int, metavar="K",
+                       help="queue length, about an eighth of the images")
     model.add_argument("--moco-m", default=0.999, type=options.unit_float, metavar="M",
                        help="momentum of the key encoder")
     model.add_argument("--moco-t", default=0.07, type=options.positive_float, metavar="T", help="softmax temperature")
-    model.add_argument("--mlp", action="store_true", help="two-layer head (MoCo v2)")
+    model.add_argument("--mlp", action=argparse.BooleanOptionalAction, default=False, help="two-layer head (MoCo v2)")
     negative = parser.add_argument_group("non-semantic negatives")
     negative.add_argument("--robust", default="patch", choices=[*NEGATIVES, "none", *PUBLISHED_NAMES], metavar="NS",
                           help=f"{', '.join(NEGATIVES)} or none; published names: {', '.join(PUBLISHED_NAMES)}")
@@ -79,16 +80,18 @@ def parse_args() -> argparse.Namespace:
                           help="NS per query; 0: plain MoCo")
     negative.add_argument("--alpha", default=1.0, type=options.nonnegative_float, metavar="A",
                           help="multiplies the similarity to the NS")
-    negative.add_argument("--patch-ratio", default=(16, 56), nargs=2, type=options.positive_int, metavar=("LO", "HI"),
-                          help="patch sizes, pixels of the crop")
+    negative.add_argument("--patch-ratio", nargs=2, type=options.positive_int, metavar=("LO", "HI"),
+                          help="patch sizes, pixels of the crop; default: 16 56 at 224, and in proportion")
     negative.add_argument("--patch-size", default=32, type=int, metavar="N", help="ignored, as in the published code")
     crops = parser.add_argument_group("views")
-    crops.add_argument("--aug-plus", action="store_true", help="MoCo v2's augmentation instead of v1's")
+    crops.add_argument("--aug-plus", action=argparse.BooleanOptionalAction, default=False,
+                       help="MoCo v2's augmentation instead of v1's")
     crops.add_argument("--image-size", default=224, type=options.positive_int, metavar="S", help="crop size in pixels")
     crops.add_argument("--preview", metavar="FILE.png", help="draw queries, keys and their NS, then exit")
     training = options.add_training_options(parser, epochs=200, batch_size=256, lr=0.03, schedule=[120, 160],
                                             weight_decay=1e-4)
-    training.add_argument("--cos", action="store_true", help="half-cosine learning rate instead of --schedule")
+    training.add_argument("--cos", action=argparse.BooleanOptionalAction, default=False,
+                          help="half-cosine learning rate instead of --schedule")
     speed = options.add_precision_options(parser)
     speed.add_argument("--compile", action="store_true", help="compile the encoders; a CPU needs a C++ compiler")
     output = options.add_output_options(parser, "./ckpts/moco")
@@ -101,7 +104,10 @@ def parse_args() -> argparse.Namespace:
                         help="epochs between kNN evaluations")
     # fmt: on
     options.add_launch_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(recipes={"paper": options.PAPER | {"moco_k": None}})
+    args.defaults["patch_ratio"] = options.PATCHES
+    recipe, args.scaled = vars(args).pop("recipe"), not args.patch_ratio and args.image_size != 224
+    args.patch_ratio = args.patch_ratio or options.patch_sizes(recipe, args.image_size)
     args.robust = PUBLISHED_NAMES.get(args.robust, args.robust) if args.num_nonsem else "none"
     args.num_nonsem *= args.robust != "none"
     return args
@@ -121,6 +127,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     if args.preview:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
     data = folders.list_training_images(args.data, with_textures=needs_texture(args))
+    args.moco_k = args.moco_k or options.queue_length(len(data.photos))
     knn_folders = list_knn_folders(args, data) if args.knn else ()
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
@@ -133,14 +140,42 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         check_resume(args, saved, model, data, sampler)
     workers = options.workers_per_rank(args.workers, local_world_size)
     flat = data.classes == [folders.FLAT] and not os.path.isdir(os.path.join(args.data, "train", folders.FLAT))
-    classes = f"{len(data.classes)} classes"
-    return Inputs(data, knn_folders, saved, lock), {
+    inputs = Inputs(data, knn_folders, saved, lock)
+    return inputs, {
         "processes": f"{world_size}, with {workers} loader workers each",
-        "images": f"{len(data.photos)} in {'1 class, as there are no class folders' if flat else classes}",
+        "images": f"{len(data.photos)} in "
+        + ("1 class, as there are no class folders" if flat else f"{len(data.classes)} classes"),
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
         "chance loss": f"{chance_loss(args.moco_k, args.num_nonsem):.3f}",
+        **notes(args, inputs),
     }
+
+
+def notes(args: argparse.Namespace, inputs: Inputs) -> dict[str, str]:
+    """Settings that were derived, are left out, or will hardly work: {name: text}."""
+    found, images = {}, len(inputs.train.photos)
+    if args.robust == "patch" and args.scaled:
+        found["patches"] = "{} to {} px, in proportion to the crop".format(*args.patch_ratio)
+    elif args.robust == "patch" and args.patch_ratio[1] > args.image_size / 2:
+        sizes = "{} {}".format(*options.patch_sizes("paper", args.image_size))
+        found["patches"] = f"above half the crop they show whole objects: try --patch-ratio {sizes}"
+    if args.moco_k > images:
+        fitting = options.queue_length(images)
+        found["queue"] = f"{args.moco_k} keys of {images} images, their own negatives: try --moco-k {fitting}"
+    if all(getattr(args, name) == args.defaults[name] for name in ("mlp", "aug_plus", "cos", "moco_t", "alpha")):
+        found["recipe"] = "published defaults (alpha 1, T 0.07, no MLP, v1 views, steps); the paper's: --recipe paper"
+    if inputs.train.left_out:
+        found["formats left out"] = inputs.train.left_out
+    if inputs.train.unmatched:
+        found["photos without a texture"] = f"left out, {inputs.train.unmatched}"
+    if args.knn and not inputs.knn:
+        found["knn"] = f"skipped: {args.data} has no val/ with the same classes"
+    if inputs.saved and not inputs.saved.get("optimizer"):
+        found["optimizer"] = f"--resume {args.resume} has none: the momenta start at zero"
+    if args.patch_size != 32:
+        found["patch size"] = "ignored; --patch-ratio sets the sizes"
+    return found
 
 
 def check_resume(
@@ -148,20 +183,18 @@ def check_resume(
 ) -> None:
     """Refuse the checkpoint of --resume if this run cannot continue it. model: on the meta device."""
     source = f"--resume {args.resume}"
-    checkpoint.check_pretraining(saved, source, vars(args), data.classes)
+    checkpoint.check_pretraining(saved, source, vars(args))
     checkpoint.check_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), source)
-    check_resumable(args, saved, sampler, list(model.parameters()))
+    settings = {name: getattr(args, name) for name in SAVED_OPTIONS} | {"classes": data.classes}
+    check_resumable(args, saved, sampler, list(model.parameters()), "options", settings)
 
 
 def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[ImageFolder, ...]:
     """The photos of train/ and val/; () if there is no val/ with the same classes. UsageError for a single class."""
     if len(data.classes) < 2:
-        raise UsageError(
-            f"--knn needs labels: the images of {args.data}/train are one class, and any guess is right; leave out"
-            " --knn, or make one folder of images per class"
-        )
-    root = os.path.join(folders.photo_root(args.data) if needs_texture(args) else args.data, "val")
-    val = folders.list_images(root) if os.path.isdir(root) else None
+        raise UsageError(f"--knn needs labels: {args.data}/train is one class; make a folder of images for each")
+    root = str(folders.photo_root(args.data) if needs_texture(args) else args.data)
+    val = folders.list_images(folders.split_path(root, "val")) if os.path.isdir(f"{root}/val") else None
     if val is None or val.classes != data.classes:
         return ()
     return ImageFolder(data.photos, data.labels, data.classes), val
@@ -289,18 +322,6 @@ def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) 
     }
 
 
-def print_start(args: argparse.Namespace, inputs: Inputs, derived: dict) -> None:
-    options.print_config(args, derived, args.verbose)
-    if inputs.train.unmatched:
-        print(f"photos skipped because they have no texture: {inputs.train.unmatched}")
-    if args.knn and not inputs.knn:
-        print(f"--knn is skipped: {args.data} has no val/ with the same classes")
-    if inputs.saved and not inputs.saved.get("optimizer"):
-        print(f"--resume {args.resume} has no optimizer: the momenta start at zero")
-    if args.patch_size != 32:
-        print("--patch-size is ignored; --patch-ratio sets the patch sizes")
-
-
 def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
     """Draw the views of up to eight training images."""
     cpu = torch.device("cpu")
@@ -321,7 +342,7 @@ def main() -> None:
     if args.preview:
         return save_preview(args, inputs.train) if launch.is_main(args) else None
     if launch.is_main(args):
-        print_start(args, inputs, derived)
+        options.print_config(args, derived, args.verbose)
     # A node's --batch-size may differ, the images per step may not.
     agree = options.shared_options(args, [name for name in (*SAVED_OPTIONS, "knn_freq") if name != "batch_size"]) | {
         "the training images": len(inputs.train.photos),

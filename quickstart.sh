@@ -20,10 +20,10 @@ if [ "${QUICKSTART_TEXTURE:-1}" != 0 ]; then
   negatives+=(texture)
 fi
 
-# Sizes are a quarter of ImageNet's: crops of 56 px for 224, patches of 4 to 18 px for 16 to 72.
+# The paper's recipe at a quarter of ImageNet's size: K 512 and patches of 4 to 18 px follow from the data and the crop.
 pretrain() {
-  python moco-non-sem-neg.py -a resnet10 --image-size 56 --lr 0.06 --batch-size 64 -j 1 --mlp --moco-t 0.2 --moco-m 0.99 \
-    --moco-k 512 --aug-plus --cos --patch-ratio 4 18 --epochs "$epochs" --precision "$precision" "$@"
+  python moco-non-sem-neg.py --recipe paper -a resnet10 --image-size 56 --lr 0.06 --batch-size 64 -j 1 --moco-m 0.99 \
+    --epochs "$epochs" --precision "$precision" "$@"
 }
 
 probe() {

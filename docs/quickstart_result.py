@@ -3,7 +3,7 @@
     python docs/quickstart_result.py quickstart_out/table.json --views quickstart_out/patch.png --out result.png
 
 Reads what eval_robustness.py --json wrote, and pictures that moco-non-sem-neg.py --preview drew. The table's first row
-is the baseline; run i of another row is compared with run i of the baseline, which has the same seed. Needs only PIL.
+is the baseline. Needs only PIL.
 """
 
 import argparse
@@ -23,61 +23,47 @@ WIDTH, HEIGHT = 1600, 900  # px, of the picture
 SCALE = 2  # drawn this much larger, then averaged
 
 Table = dict[str, dict[str, list[float]]]  # row, column → a figure for each run, in percent
+Differences = dict[str, dict[str, "Difference"]]  # row, column → against the first row
 
 
 class Difference(NamedTuple):
     """A row against the baseline in one column, in points."""
 
     mean: float
-    error: float | None  # standard error of the paired differences; None for a single pair
+    error: float  # standard error: over runs if there are three or more, else over the test images
 
     def __str__(self) -> str:
-        return f"{self.mean:+.1f}" + ("" if self.error is None else f"±{self.error:.1f}")
+        return f"{self.mean:+.1f}±{self.error:.1f}"
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> tuple[Table, Differences]:
     """The table of a finished evaluation. OSError or ValueError where there is none in the file."""
-    table = json.loads(path.read_text()).get("table")
-    if not table:
+    content = json.loads(path.read_text())
+    if not content.get("table"):
         raise ValueError("it holds no table; the evaluation did not finish")
-    return {row: {column: figures[column] for column in COLUMNS if column in figures} for row, figures in table.items()}
+    found = {
+        row: {column: Difference(*pair) for column, pair in own.items() if column in COLUMNS}
+        for row, own in content["differences"].items()
+    }
+    return {row: {c: own[c] for c in COLUMNS if c in own} for row, own in content["table"].items()}, found
 
 
-def difference(runs: Sequence[float], baseline: Sequence[float]) -> Difference:
-    """The mean of runs[i] - baseline[i]; of the means, without an error, where their numbers differ."""
-    if len(runs) != len(baseline):
-        return Difference(statistics.fmean(runs) - statistics.fmean(baseline), None)
-    pairs = [one - other for one, other in zip(runs, baseline)]
-    return Difference(statistics.fmean(pairs), statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else None)
-
-
-def sentences(table: Table) -> list[str]:
+def sentences(table: Table, differences: Differences) -> list[str]:
     """A sentence on each row but the first, and one on how far to trust them."""
-    (title, baseline), *others = table.items()
-    lines = []
-    for row, figures in others:
-        found = {name: difference(runs, baseline[name]) for name, runs in figures.items() if name in baseline}
-        lines.append(sentence(row, title, found))
+    title = next(iter(table))
+    lines = [sentence(row, title, found) for row, found in differences.items()]
     runs = max_runs(table)
-    if runs == 1:
+    if runs < 3:
         return [
             *lines,
-            "One seed: another seed moves each figure by some points; QUICKSTART_SEEDS=3 shows by how much.",
+            "± standard error over the test images; another seed moves a figure by more: QUICKSTART_SEEDS=3.",
         ]
-    spread = {column: statistics.stdev(figures) for column, figures in baseline.items() if len(figures) > 1}
-    least, most = min(spread, key=spread.get), max(spread, key=spread.get)
-    return [
-        *lines,
-        f"Means of {runs} paired seeds ± standard error; {title} itself varies from seed to seed with a standard"
-        f" deviation of {spread[least]:.1f} ({least}) to {spread[most]:.1f} points ({most}).",
-    ]
+    return [*lines, f"Means of {runs} seeds; ± standard error of the difference, over the seeds."]
 
 
 def sentence(row: str, baseline: str, found: dict[str, Difference]) -> str:
-    """One row in words. With several seeds a column counts as better or worse beyond two standard errors."""
-    better, worse = (
-        [column for column, one in found.items() if sign * one.mean > 2 * (one.error or 0)] for sign in (1, -1)
-    )
+    """One row in words. A column counts as better or worse beyond two standard errors."""
+    better, worse = ([column for column, one in found.items() if sign * one.mean > 2 * one.error] for sign in (1, -1))
     verdict = f"better in {len(better)} of {len(found)} columns"
     if worse:
         verdict += f", worse in {len(worse)} ({', '.join(worse)})"
@@ -185,11 +171,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture to write")
     args = parser.parse_args()
     try:
-        table = read_table(args.table)
+        table, differences = read_table(args.table)
         draw(table, [Image.open(path).convert("RGB") for path in args.views], args.out)
     except (OSError, ValueError) as error:  # also an --out of a suffix that PIL does not know
         parser.exit(2, f"{parser.prog}: error: {args.table} → {args.out}: {error}\n")
-    print("\n".join(sentences(table)))
+    print("\n".join(sentences(table, differences)))
 
 
 if __name__ == "__main__":

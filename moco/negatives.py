@@ -75,10 +75,11 @@ class Negative(NamedTuple):
     make(query, texture, rng, options): the negatives (N, n, 3, S, S) of augmented, normalised queries (N, 3, S, S).
     texture: with `needs_texture`, the crops (N, 3, S, S) of the texture images, augmented with their queries'
     parameters, else None. rng: a NumPy generator of this step. options: {name: value} of the script's.
-    refusal(options): why the options do not suit this kind, "" if they do.
+    names: of the options that have an effect with this kind. refusal(options): why they do not suit it, "" if they do.
     """
 
     make: Callable[[torch.Tensor, torch.Tensor | None, np.random.Generator, Mapping], torch.Tensor]
+    names: tuple[str, ...] = ("num_nonsem", "alpha")
     needs_texture: bool = False
     refusal: Callable[[Mapping], str] = lambda options: ""
 
@@ -99,6 +100,7 @@ NEGATIVES = {
         lambda query, texture, rng, options: patch_negatives(
             query, *options["patch_ratio"], rng, options["num_nonsem"]
         ),
+        names=("num_nonsem", "alpha", "patch_ratio"),
         refusal=_patch_refusal,
     ),
     "texture": Negative(  # made beforehand, by preprocess/imagenet_texture_syn.py

@@ -1,6 +1,7 @@
 """Argument groups that the scripts share, checks of their values, and the printed configuration."""
 
 import argparse
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,12 +18,17 @@ class OptionParser(argparse.ArgumentParser):
         super().__init__(
             description=description,
             allow_abbrev=False,
-            formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=30, width=width),
+            formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=26, width=width),
         )
 
-    def parse_args(self, *args, **kwargs) -> argparse.Namespace:
+    def parse_args(self, *args, recipes: Mapping[str, Mapping] = {}, **kwargs) -> argparse.Namespace:
+        """recipes: {value of --recipe: the defaults that it stands for}; `args.defaults` stay the published ones."""
         namespace = super().parse_args(*args, **kwargs)
-        namespace.defaults = {name: self.get_default(name) for name in vars(namespace)}
+        defaults = {name: self.get_default(name) for name in vars(namespace) if name != "recipe"}
+        if recipe := recipes.get(getattr(namespace, "recipe", None)):
+            self.set_defaults(**recipe)
+            namespace = super().parse_args(*args, **kwargs)
+        namespace.defaults = defaults
         return namespace
 
     def error(self, message: str) -> None:
@@ -33,14 +39,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         if action.default is None or action.default is False or action.default in ("", []):
             return action.help
-        if isinstance(action.default, (list, tuple)):
-            return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
-
-    def _format_args(self, action, default_metavar):
-        if action.nargs == "+":  # "LR [LR ...]" twice would need a line of its own
-            return f"{action.metavar or default_metavar}…"
-        return super()._format_args(action, default_metavar)
 
 
 # Types
@@ -73,6 +72,26 @@ def positive_float_or_text(text: str) -> float | str:
         return positive_float(text)
     except argparse.ArgumentTypeError:
         return text
+
+
+# The recipe of README's command: --recipe paper
+
+PAPER = {
+    "lr": 0.03, "batch_size": 128, "mlp": True, "moco_t": 0.2, "aug_plus": True, "cos": True, "epochs": 200,
+    "robust": "patch", "num_nonsem": 1, "alpha": 2.0,
+}  # fmt: skip
+PATCHES, PAPER_PATCHES = (16, 56), (16, 72)  # px, at crops of 224 px: of the published defaults, of the recipe
+
+
+def patch_sizes(recipe: str | None, size: int) -> tuple[int, int]:
+    """The smallest and largest patch that are the same parts of a crop of `size` px as at 224."""
+    low, high = PAPER_PATCHES if recipe else PATCHES
+    return max(1, round(low * size / 224)), max(1, round(high * size / 224))
+
+
+def queue_length(images: int) -> int:
+    """The power of two next to an eighth of the images, at most 65536: 16384 for ImageNet-100."""
+    return 2 ** min(16, max(0, round(math.log2(images / 8))))
 
 
 # Groups of options

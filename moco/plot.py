@@ -9,131 +9,115 @@ All but the views need matplotlib.
 
 import argparse
 import importlib.util
-import itertools
 import json
-import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
 from moco import augment, options
-from moco.errors import UsageError, first_line, one_line
-from moco.evaluation import report, testsets
+from moco.errors import UsageError
+from moco.evaluation import report
 from moco.processes.exits import cli_main
-from moco.training import metrics
+from moco.training import checkpoint, metrics
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LOG_NAME = "log.jsonl"
-PANELS = {  # title: {key of the log: line style}; titles of a probe's panels begin with "probe"
+PANELS = {  # title: {key of the figures: line style}
     "loss": {"loss": "-"},
     "cosine": {"q_k": "-", "q_t": "--", "q_queue": ":"},
     "spread": {"spread": "-"},
     "contrast accuracy, %": {"contrast_acc": "-"},
     "200-nearest-neighbour top-1, %": {"knn_top1": "-"},
-    "probe: loss": {"loss": "-"},
-    "probe: top-1 on train/, %": {"acc1": "-"},
-    "probe: top-1 on val/, %": {"val_acc1": "-"},
+    "probe: loss": {"probe: loss": "-"},
+    "probe: top-1 on train/, %": {"probe: acc1": "-"},
+    "probe: top-1 on val/, %": {"probe: val_acc1": "-"},
 }
 MARKED = 20  # values up to which each is marked: a single one would be invisible without, and many hide the dashes
 CLASSES = 20  # of the most helped and of the most harmed classes that are named
 HELPED, HARMED = "#0b66b3", "#d9730d"
 TILE = 224  # px; smaller crops are enlarged to about this side in a picture of views
 LABEL_HEIGHT, GAP = 34, 6  # px
+Runs = dict[str, dict[str, dict[int, float]]]  # {label: {key of the log, a probe's after "probe: ": {epoch: figure}}}
 
 
-class Series(NamedTuple):
-    """A line for the legend, and its values: {key of the log: {epoch: value}}."""
-
-    label: str
-    is_probe: bool
-    values: dict[str, dict[int, float]]
+# Training logs
 
 
-# Logs
-
-
-def read_runs(paths: Sequence[str]) -> list[Series]:
+def read_runs(paths: Sequence[str]) -> Runs:
     """The pre-training runs and the probes' heads in these logs, labelled by the folder as it was given.
 
     Damaged lines and logs without a line are left out, which stderr says. Raises UsageError if a file is missing.
     """
-    runs = []
+    runs: Runs = {}
     for path in paths:
         if not os.path.isfile(path):
             raise UsageError(f"{path}: no such file; name the {LOG_NAME} of a run")
         records, damaged = metrics.read_jsonl(path)
         if damaged or not records:
-            sys.stderr.write(one_line(f"{path}: {len(records)} epochs, {damaged} damaged lines are left out"))
-        runs += series_of(path.removesuffix(f"/{LOG_NAME}"), records)
+            print(f"{path}: {len(records)} epochs, {damaged} damaged lines are left out", file=sys.stderr)
+        with checkpoint.reading(path):
+            runs |= runs_of(path.removesuffix(f"/{LOG_NAME}"), records)
     return runs
 
 
-def series_of(name: str, records: Sequence[Mapping]) -> list[Series]:
-    """The series of a log: one of the pre-training, and one for each head of each probe."""
-    found: dict[tuple, Series] = {}
-    first_lrs: dict[str, list] = {}  # of a probe: a head is known by the learning rate it began with
+def runs_of(name: str, records: Iterable[Mapping]) -> Runs:
+    """The pre-training run of a log, and each head of each probe, known by the learning rate that it began with."""
+    runs: Runs = {}
+    labels = {None: [name]}
     for record in records:
-        is_probe = record.get("probe") is not None
-        title = f"{name}, probe {record['probe']}" if is_probe else name
-        lrs = first_lrs.setdefault(title, _as_list(record.get("lr")) if is_probe else [None])
-        for head, lr in enumerate(lrs):
-            label = f"{title}, lr {lr:g}" if _is_number(lr) else title
-            series = found.setdefault((title, head), Series(label, is_probe, {}))
-            for key, value in record.items():
-                values = _as_list(value)
-                if head < len(values) and _is_number(values[head]):  # of two lines of one epoch the later counts
-                    series.values.setdefault(key, {})[record["epoch"]] = values[head]
-    return list(found.values())
+        probe = record.get("probe")
+        if probe not in labels:
+            labels[probe] = [f"{name}, probe {probe}, lr {lr:g}" for lr in record["lr"]]
+        for key, value in record.items():
+            values = value if isinstance(value, list) else [value] * len(labels[probe])
+            for label, figure in zip(labels[probe], values):
+                if isinstance(figure, (int, float)):
+                    figures = runs.setdefault(label, {}).setdefault(key if probe is None else f"probe: {key}", {})
+                    figures[record["epoch"]] = figure
+    return runs
 
 
-def _as_list(value: object) -> list:
-    return value if isinstance(value, list) else [value]
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-# Pictures of training logs
-
-
-def curves(runs: Sequence[Series]) -> "Figure":
+def curves(runs: Runs) -> "Figure":
     """A panel for each figure that any of the runs has, over the epochs. Raises UsageError if they have none."""
     from matplotlib import colormaps
 
-    shown = {title: [run for run in runs if run.is_probe == title.startswith("probe")] for title in PANELS}
-    panels = {
-        title: keys for title, keys in PANELS.items() if any(keys.keys() & run.values.keys() for run in shown[title])
-    }
+    found = {key for figures in runs.values() for key in figures}
+    panels = {title: keys for title, keys in PANELS.items() if keys.keys() & found}
     if not panels:
         raise UsageError("nothing to draw: the logs have no epoch with figures of a training run")
     columns = min(3, len(panels))
     figure, axes = _panels(len(panels), columns, (4.5, 3), 0.25 * len(runs))
     colours = colormaps["turbo"](torch.linspace(0.05, 0.95, len(runs)).numpy())
     for axis, (title, keys) in zip(axes, panels.items()):
-        for run, colour in zip(runs, colours):
-            if run in shown[title]:
-                _draw_run(axis, run, keys, colour)
         axis.set_title(title, fontsize=10)
         axis.xaxis.get_major_locator().set_params(integer=True)
+        for figures, colour in zip(runs.values(), colours):
+            for key, style in keys.items():
+                points = figures.get(key, {})
+                marker = "." if len(points) <= MARKED else None
+                line = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.3}
+                axis.plot(list(points), list(points.values()), style, **line)
         if title == "probe: loss":
             axis.set_yscale("log")  # one head that diverged must not flatten all others
-        if "spread" in keys:
+        if title == "spread":
             axis.set_ylim(0, 1.03)  # its own range would make noise look like a collapse
+            points = [point for figures in runs.values() for point in figures.get("spread", {}).items()]
+            if low := [(epoch, spread) for epoch, spread in points if epoch and spread < metrics.COLLAPSED]:
+                axis.plot(*zip(*low), "x", color="red", markersize=6)
+                axis.set_title("spread (× collapsed)", fontsize=10, color="red")
         if len(keys) > 1:
             styles = [axis.plot([], [], style, color="gray", linewidth=1.3)[0] for style in keys.values()]
             axis.legend(styles, [metrics.SYMBOLS[key] for key in keys], fontsize=8)
     figure.supxlabel("epoch", fontsize=10)
     handles = [axes[0].plot([], [], color=colour)[0] for colour in colours]
-    labels = [plain_text(run.label) for run in runs]
+    labels = [plain_text(label) for label in runs]
     figure.legend(handles, labels, loc="outside upper center", fontsize=9, ncols=columns)  # a panel holds 60 letters
     return figure
 
@@ -150,14 +134,7 @@ def _panels(count: int, columns: int, size: tuple[float, float], above: float, *
     return figure, axes[:count]
 
 
-def _draw_run(axis: "Axes", run: Series, keys: Mapping[str, str], colour: object) -> None:
-    for key, style in keys.items():
-        if values := sorted(run.values.get(key, {}).items()):
-            marker = "." if len(values) <= MARKED else None
-            axis.plot(*zip(*values), style, color=colour, marker=marker, markersize=5, linewidth=1.3)
-
-
-# Pictures of evaluations
+# Evaluations
 
 
 def plain_text(name: str, longest: int = 60) -> str:
@@ -173,26 +150,25 @@ def corruptions(evaluation: Mapping) -> "Figure":
     Dashed: the row's accuracy on val, if that was evaluated. Dotted: chance.
     """
     cells = evaluation["cells"]
-    known = itertools.chain(*testsets.CORRUPTIONS.values())
-    names = [name for name in known if report.cells_of(evaluation, f"corruption/{name}")]
+    names = dict.fromkeys(key.split("/")[1] for key in cells if key.startswith("corruption/"))
     figure, axes = _panels(len(names), min(5, len(names)), (2.6, 2.4), 0.6, sharey=True)
     for name, axis in zip(names, axes):
-        severities = {s: cells[key] for s in testsets.SEVERITIES if (key := f"corruption/{name}/{s}") in cells}
+        severities = {int(key[-1]): cell for key, cell in cells.items() if key.startswith(f"corruption/{name}/")}
         for index, (row, runs) in enumerate(report.rows_of(evaluation).items()):
             top1 = [report.mean_top1(cell, runs) for cell in severities.values()]
             axis.plot(list(severities), top1, marker=".", color=f"C{index}", label=plain_text(row))
             if "val" in cells:
                 clean = report.mean_top1(cells["val"], runs)
                 axis.axhline(clean, color=f"C{index}", linestyle="--", linewidth=0.9)
-        chance = axis.axhline(100 / len(evaluation["wnids"]), color="gray", linestyle=":", linewidth=1.2)
         axis.set_title(name.replace("_", " "), fontsize=9)
-        axis.set_xticks(list(testsets.SEVERITIES))
+        axis.set_xticks(range(1, 6))
+    if "val" in cells:
+        axes[0].plot([], [], "--", color="gray", label="on val")
+    for axis in axes:
+        axis.axhline(100 / len(evaluation["wnids"]), color="gray", linestyle=":", linewidth=1.2, label="chance")
     figure.supxlabel("severity")
     figure.supylabel("top-1, %")
-    handles, labels = axes[0].get_legend_handles_labels()
-    if "val" in cells:
-        handles, labels = [*handles, axes[0].plot([], [], "--", color="gray")[0]], [*labels, "on val"]
-    figure.legend([*handles, chance], [*labels, "chance"], loc="outside upper center", ncols=min(4, len(handles) + 1))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure
 
 
@@ -211,18 +187,19 @@ def class_bars(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure"
         color=[HELPED if each >= 0 else HARMED for each in changes],
     )  # fmt: skip
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(places, [plain_text(each.wnid) for each in shown], fontsize=8)
+    axis.set_yticks(places, [plain_text(each.name) for each in shown], fontsize=8)
     axis.set_ylim(places[-1] - 0.8, 0.8)
     axis.grid(axis="x", linewidth=0.4)
     axis.set_xlabel("difference in top-1, points; black: one standard error")
-    helped, harmed = sum(each.change > 0 for each in found), sum(each.change < 0 for each in found)
+    helped, harmed = (sum(each.clear and sign * each.change > 0 for each in found) for sign in (1, -1))
     drawn = f"; drawn: the {CLASSES} at either end" if len(shown) < len(found) else ""
     title = f"{suite}: {plain_text(row)} against {plain_text(base)}"
-    axis.set_title(f"{title}\nclasses helped: {helped}, harmed: {harmed}, of {len(found)}{drawn}", fontsize=10)
+    beyond = f"beyond {report.CLEAR} standard errors"
+    axis.set_title(f"{title}\n{beyond} helped: {helped}, harmed: {harmed}, of {len(found)}{drawn}", fontsize=10)
     return figure
 
 
-# Pictures of training views; without matplotlib
+# Training views; without matplotlib
 
 
 def save_views(
@@ -262,31 +239,18 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_evaluation(path: str) -> dict:
-    """The content of an eval_robustness.py --json file. Raises UsageError for anything else."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        if not (content["checkpoints"] and content["cells"]):
-            raise ValueError("it holds no results")
-    except Exception as error:  # whatever fails in reading means: damaged, or not ours
-        reason = f"not JSON of an evaluation ({type(error).__name__}: {first_line(error)})"
-        raise UsageError(
-            f"{path}: {reason}; name what eval_robustness.py --json wrote, or a run's {LOG_NAME}"
-        ) from error
-    return content
-
-
 def draw(args: argparse.Namespace) -> "Figure":
     if not any(path.endswith(".json") for path in args.files):
         return curves(read_runs(args.files))
-    if len(args.files) > 1:
-        raise UsageError(f"{args.files[1]}: an evaluation is drawn by itself; one JSON file holds all of its rows")
-    evaluation = read_evaluation(args.files[0])
-    rows = args.rows or list(report.rows_of(evaluation))[:2]
-    if len(rows) < 2:
-        raise UsageError(f"{args.files[0]}: it has one row, {rows[0]}; evaluate two rows, --pretrained A=FILE B=FILE")
-    return class_bars(evaluation, args.set, *rows)
+    path, *others = args.files
+    if others:
+        raise UsageError(f"{others[0]}: an evaluation is drawn by itself; one JSON file holds all of its rows")
+    with checkpoint.reading(path), open(path, encoding="utf-8") as file:
+        evaluation = json.load(file)
+        rows = args.rows or list(report.rows_of(evaluation))[:2]
+        if len(rows) < 2:
+            raise UsageError(f"{path}: it has one row, {rows[0]}; evaluate two rows, --pretrained A=FILE B=FILE")
+        return class_bars(evaluation, args.set, *rows)
 
 
 def check_picture(option: str, path: str) -> None:

@@ -1,5 +1,6 @@
 """A frozen backbone, linear heads on its features, and their accuracy."""
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -68,6 +69,17 @@ def check_linear(saved: Mapping, source: str) -> None:
             raise ValueError(f"it names {len(saved['wnids'])} classes, but its head has {outputs} outputs")
 
 
+def made_with(saved: Mapping, source: str) -> dict:
+    """Options of the pre-training and the probe of a linear checkpoint, as far as it tells, and the backbone's hash."""
+    weights, digest = checkpoint.strip_prefix(saved["state_dict"]), hashlib.sha256()
+    for name in sorted(weights.keys() - {*checkpoint.FC_KEYS}):
+        digest.update(name.encode() + weights[name].numpy().tobytes())
+    probe = checkpoint.settings(saved, "probe", source)
+    lrs = {"lr": sorted(saved["lrs"])} if "lrs" in saved else {}
+    pretraining = checkpoint.settings(saved, "pretraining", source) or None
+    return {"pretraining": pretraining, "probe": probe | lrs, "backbone_sha256": digest.hexdigest()}
+
+
 def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
     """Raise UsageError unless the head of a linear checkpoint can be scored on data of these classes (sorted names).
 
@@ -84,46 +96,37 @@ def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:
     raise UsageError(f"{source}: its head has {found}; use the data that it was trained on")
 
 
-def check_frozen(backbone: nn.Module, frozen: Mapping[str, torch.Tensor]) -> None:
-    """Guard against bugs: raise RuntimeError if the backbone's weights or statistics are no longer `frozen`."""
-    own = backbone.state_dict()
-    changed = [name for name, value in frozen.items() if not torch.equal(own[name], value)]
-    if changed:
-        raise RuntimeError(f"the frozen backbone changed during training: {', '.join(changed[:5])}")
-
-
 class BestHead:
     """The best validation top-1 of each head so far, in percent (-1 before the first), and the last epoch's winner."""
 
     def __init__(self, acc1s: Sequence[float], winner: int):
         self.acc1s, self.winner = list(acc1s), winner
 
-    def update(self, heads: LinearHeads, results: Sequence[Mapping]) -> bool:
-        """Take an epoch's results of `evaluate`; True if its winner beats all before. NaN weights never win."""
-        acc1s = [
-            -1.0 if checkpoint.nonfinite(head.state_dict()) else result["acc1"] for head, result in zip(heads, results)
-        ]
+    def update(self, results: Sequence[Mapping]) -> bool:
+        """Take an epoch's results of `evaluate`; True if its winner beats all before. NaN outputs never win."""
+        acc1s = [-1.0 if result["not_finite"] else result["acc1"] for result in results]
         self.winner = acc1s.index(max(acc1s))
         is_best = acc1s[self.winner] > max(self.acc1s)
         self.acc1s = [max(pair) for pair in zip(acc1s, self.acc1s)]
         return is_best
 
 
-def diverged_heads(losses: Sequence[float], classes: int) -> set[int]:
-    """The indices of the heads whose mean loss over an epoch is so far above chance, or NaN, that --lr is too large."""
-    return {head for head, loss in enumerate(losses) if not loss <= DIVERGED * math.log(classes)}
+def divergence_hint(lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
+    """A line on the heads whose mean loss over an epoch is far above chance, or NaN; "" if there are none.
 
-
-def divergence_hint(heads: Iterable[int], lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
-    """A line that names the learning rates of these heads, and some to try if no other head learns."""
-    heads, least = sorted(heads), min(lrs)
-    sound = [f"{lr:g}" for head, lr in enumerate(lrs) if head not in diverged_heads(losses, classes)]
+    It names their learning rates, and some to try if no other head learns.
+    """
+    sound = [loss <= DIVERGED * math.log(classes) for loss in losses]
+    if all(sound):
+        return ""
+    least, fine = min(lrs), " ".join(f"{lr:g}" for lr, good in zip(lrs, sound) if good)
     advice = f"try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features"
-    if sound:
-        advice = f"--lr {' '.join(sound)} is fine"
-    diverged = " ".join(f"{lrs[head]:g}" for head in heads)
-    figures = f"{' '.join(f'{losses[head]:.6g}' for head in heads)}; chance is {math.log(classes):.2f}"
-    return f"loss diverged for --lr {diverged} ({figures}); {advice}; the best head is kept"
+    diverged = " ".join(f"{lr:g}" for lr, good in zip(lrs, sound) if not good)
+    figures = " ".join(f"{loss:.6g}" for loss, good in zip(losses, sound) if not good)
+    return (
+        f"loss diverged for --lr {diverged} ({figures}; chance is {math.log(classes):.2f});"
+        f" {f'--lr {fine} is fine' if fine else advice}; the best head is kept"
+    )
 
 
 # Evaluation
@@ -157,17 +160,20 @@ def correct_counts(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int]
 def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list[dict]:
     """Exact accuracy over all ranks, every image counted once, of several classifiers at once.
 
-    predict(images) returns each classifier's logits (N, classes). Returns for each {"acc1", "acc5"} in percent and "n".
+    predict(images) returns each classifier's logits (N, classes). Returns for each {"acc1", "acc5"} in percent, "n",
+    and "not_finite", the number of images with infinite outputs or NaN.
     """
-    counts, seen = torch.zeros(1, 2, dtype=torch.long, device=device), 0
+    counts, seen = torch.zeros(1, 3, dtype=torch.long, device=device), 0
     for logits, labels in predictions(predict, batches, device):
-        counts = counts + torch.stack([correct_counts(own, labels) for own in logits])  # classifiers×2
+        broken = [(~own.isfinite().all(1)).sum().view(1) for own in logits]
+        correct = [correct_counts(own, labels) for own in logits]
+        counts = counts + torch.stack([torch.cat(pair) for pair in zip(correct, broken)])  # classifiers×3
         seen += len(labels)
-    (classifiers,) = distributed.all_reduce_max(len(counts))  # 1×2 on a rank without images
-    counts = torch.cat([counts.expand(classifiers, 2), counts.new_full((classifiers, 1), seen)], dim=1)
+    (classifiers,) = distributed.all_reduce_max(len(counts))  # 1×3 on a rank without images
+    counts = torch.cat([counts.expand(classifiers, 3), counts.new_full((classifiers, 1), seen)], dim=1)
     return [
-        {"acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "n": n}
-        for top1, top5, n in distributed.all_reduce(counts).tolist()
+        {"acc1": 100 * top1 / n, "acc5": 100 * top5 / n, "n": n, "not_finite": broken}
+        for top1, top5, broken, n in distributed.all_reduce(counts).tolist()
     ]
 
 

@@ -2,9 +2,10 @@
 
 import csv
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from moco import options
 from moco.errors import UsageError
 from moco.evaluation.report import by_row, cells_of, markdown, mean_std, missing, resized
 from moco.evaluation.testsets import SUITES
@@ -25,12 +26,6 @@ def rows() -> dict[str, dict]:
             | {suite: (float(line[suite]), float(line[f"{suite}_std"])) for suite in SUITES if suite in line}
             for line in csv.DictReader(file)
         }
-
-
-def check_rows(names: Iterable[str]) -> None:
-    """Raise UsageError unless all rows have names of published.csv."""
-    if unknown := [name for name in names if name not in rows()]:
-        raise UsageError(f"--compare paper: {unknown[0]} is not a row of the published table: {', '.join(rows())}")
 
 
 def incomplete(report: Mapping, suite: str) -> str:
@@ -57,8 +52,41 @@ def incomplete(report: Mapping, suite: str) -> str:
     return ""
 
 
+def check_recipes(checkpoints: Iterable[Mapping]) -> None:
+    """Raise UsageError for a row that is not published, or whose pre-training, as far as known, had other options."""
+    for each in checkpoints:
+        if each["row"] not in rows():
+            raise UsageError(f"--compare paper: {each['row']} is not a row of the published table: {', '.join(rows())}")
+        made = each.get("pretraining") or {}
+        for name, published in recipe(each["row"]).items():
+            if made.get(name, published) != published:
+                raise UsageError(
+                    f"--compare paper: {each['row']} has {name} {published}, {each['file']} was made with {made[name]};"
+                    " give that row another name, and leave out --compare"
+                )
+
+
+def recipe(row: str) -> dict:
+    """The published pre-training options of a row, as checkpoints store them: without those that have no effect."""
+    published, later = rows()[row], {"lr": 0.8, "images_per_step": 512, "moco_m": 0.99} if "later" in row else {}
+    made = {"moco_m": 0.999, "images_per_step": 128, "image_size": SIZE, "moco_k": int(published["moco_k"])}
+    made |= {name: value for name, value in options.PAPER.items() if name != "batch_size"} | later
+    if not published["alpha"]:
+        return {name: made[name] for name in made if name not in ("num_nonsem", "alpha")} | {"robust": "none"}
+    patches = {"patch_ratio": list(options.PAPER_PATCHES)} if row.startswith("patch") else {"robust": "texture"}
+    return made | {"alpha": float(published["alpha"])} | patches
+
+
+def spread(suite: str, runs: Sequence[float] = ()) -> float:
+    """The sample standard deviation of runs in a column, pooled over the published rows and these runs, in points."""
+    squares = [2 * row[suite][1] ** 2 for row in rows().values() if suite not in row["note"]]  # of three runs each
+    freedom = 2 * len(squares) + max(0, len(runs) - 1)
+    own = (len(runs) - 1) * statistics.variance(runs) if len(runs) > 1 else 0
+    return ((sum(squares) + own) / freedom) ** 0.5
+
+
 def comparison(report: Mapping) -> str:
-    """A Markdown table: for each row ours, the paper's, and the difference in the paper's standard deviations.
+    """A Markdown table: for each row ours, the paper's, and the difference with its standard error.
 
     It has the columns whose test sets are complete; lines below it say what the others lack.
     """
@@ -71,10 +99,11 @@ def comparison(report: Mapping) -> str:
     grid = [["", *(SUITES[suite].title for suite in suites)]]
     for name, row in by_row(report).items():
         ours, paper = [row[SUITES[suite].title] for suite in suites], [published[name][suite] for suite in suites]
-        distances = [(statistics.fmean(runs) - mean) / std for runs, (mean, std) in zip(ours, paper)]
+        errors = [spread(suite, runs) * (1 / 3 + 1 / len(runs)) ** 0.5 for suite, runs in zip(suites, ours)]
+        changes = [statistics.fmean(runs) - mean for runs, (mean, _) in zip(ours, paper)]
         grid.append([f"{name}, measured here", *map(mean_std, ours)])
         grid.append([f"{name}, paper", *("{:.2f}±{:.2f}".format(*pair) for pair in paper)])
-        grid.append(["difference in the paper's std", *(f"{distance:+.1f}" for distance in distances)])
+        grid.append(["difference", *(f"{change:+.2f}±{error:.2f}" for change, error in zip(changes, errors))])
         if note := published[name]["note"]:
             remarks.append(f"{name}: {note}")
     for suite in suites:
@@ -83,4 +112,9 @@ def comparison(report: Mapping) -> str:
             remarks.append(f"{SUITES[suite].title}: measured here with {used}; {note}")
     if report["wnids_sha256"] != IMAGENET_100_SHA256:
         remarks.append("the classes are not those of preprocess/imagenet_100.txt, which the paper's are taken to be")
+    remarks.append(
+        "± after a mean: sample standard deviation of the runs; after a difference: standard error, from three runs of"
+        " the paper and those here, with the standard deviation of a column pooled over the published rows; within two"
+        " of them nothing differs"
+    )
     return "\n".join([markdown(grid), *remarks])

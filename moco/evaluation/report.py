@@ -1,16 +1,36 @@
-"""The tables of an evaluation in Markdown and LaTeX, per-class accuracy changes, and notes on the columns."""
+"""The tables of an evaluation in Markdown and LaTeX, differences between rows, and notes on the columns.
 
+Corruption and mCE: Hendrycks & Dietterich, ICLR 2019. Shape bias: Geirhos et al., ICLR 2019.
+"""
+
+import itertools
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from moco.errors import UsageError
 from moco.evaluation import scores, testsets
 from moco.evaluation.testsets import SUITES
 
 SHARED = ", shared classes"  # a second column: decisions among the classes of the set only
-CUES = {"Shape bias": "shape_bias", "Shape accuracy": "shape_decisions", "Texture accuracy": "texture_decisions"}
+CUES = {
+    "Shape bias": ("shape", ("shape", "texture")),
+    "Shape accuracy": ("shape", ("conflict",)),
+    "Texture accuracy": ("texture", ("conflict",)),
+}
+EXTRA, MCE = "Corruption, extra four", "mCE"  # columns beside those of the suites
+ALEXNET_ERRORS = {  # mean top-1 error over the severities, percent: the authors' divisors of mCE
+    "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880, "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360,
+    "snow": 86.6816, "frost": 82.6572, "fog": 81.9324, "brightness": 56.4592,
+    "contrast": 85.3204, "elastic_transform": 64.6056, "pixelate": 71.7840, "jpeg_compression": 60.6500,
+}  # fmt: skip
+RUNS, CLEAR = 3, 2  # an error is over runs if there are so many; a difference is one beyond so many standard errors
+ERRORS = "± after a difference: standard error, over runs if both rows have three, else over images; seeds vary, too"
 SETTINGS = ("model", "K", "alpha")  # the first columns
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
@@ -40,38 +60,84 @@ def rows_of(report: Mapping) -> dict[str, list[int]]:
     return rows
 
 
-def figures(report: Mapping, run: int) -> dict[str, float]:
-    """{column: figure} of the run-th checkpoint: the published table's columns, then the others, further sets last."""
-    results = {key: cell["results"][run] for key, cell in report["cells"].items()}
-    top1 = {key: result["top1"] for key, result in results.items() if key.startswith("corruption/")}
-    corruption = scores.corruption_figures(top1, len(report["wnids"]))
+class Part(NamedTuple):
+    """A share of a test set's images, in percent, and its weight in a figure, which is a sum of parts."""
+
+    key: str  # of the test set
+    mask: str = "correct"  # the images that count …
+    among: tuple[str, ...] = ()  # … of those in any of these masks, which do not overlap; of all, if there are none
+    weight: float = 1
+
+    def hits(self, report: Mapping, run: int, where: Mapping[str, slice]) -> tuple[np.ndarray, np.ndarray]:
+        """Whether each image counts, and whether it is one among which it can. where: {key: the images}, or all."""
+        result = report["cells"][self.key]["results"][run]
+        base = sum(_mask(result, name) for name in self.among) if self.among else np.ones(result["n"])
+        images = where.get(self.key, slice(None))
+        return _mask(result, self.mask)[images], base[images]
+
+
+def _mask(result: Mapping, name: str) -> np.ndarray:
+    if name == "wrong":
+        return 1 - _mask(result, "correct")
+    return scores.unpack(result["masks"][name], result["n"]).astype(float)
+
+
+def columns(report: Mapping) -> dict[str, list[Part]]:
+    """{column: its parts}: the published table's columns, then the others, further sets last."""
+    corruption = _corruption_columns(report)
     table, shared, cues, further = {}, {}, {}, {}
     for key, title in titles(report).items():
         if key == "corruption":
             table |= {title: corruption.pop(title)} if title in corruption else {}
-        elif key in SUITES:
-            table[title] = results[key]["top1"]
-            if SUITES[key].shared_classes:
-                shared[title + SHARED] = results[key]["top1_shared_classes"]
-            cues |= _cue_figures(results[key], "" if key == "stylized" else f"{title}: ")
+            continue
+        own, of_shared = {title: [Part(key)]}, {title + SHARED: [Part(key, "correct among shared")]}
+        prefix = "" if key == "stylized" else f"{title}: "
+        has_cues = "conflict" in report["cells"][key]["results"][0]["masks"]
+        of_cues = {prefix + cue: [Part(key, *masks)] for cue, masks in CUES.items() if has_cues}
+        if key in SUITES:
+            table |= own
+            shared |= of_shared if SUITES[key].shared_classes else {}
+            cues |= of_cues
         else:
-            further |= {title: results[key]["top1"], title + SHARED: results[key]["top1_shared_classes"]}
-            further |= _cue_figures(results[key], f"{title}: ")
+            further |= own | of_shared | of_cues
     return table | shared | corruption | cues | further
 
 
-def _cue_figures(result: Mapping, prefix: str) -> dict[str, float]:
-    """Shape bias, shape accuracy and texture accuracy in percent, if file names give both classes."""
-    if result.get("shape_bias") is None:
-        return {}
-    n = result.get("conflicts", result["n"])
-    percents = result | {key: 100 * result[key] / n for key in list(CUES.values())[1:] if key in result}
-    return {prefix + title: percents[key] for title, key in CUES.items() if key in percents}
+def _corruption_columns(report: Mapping) -> dict[str, list[Part]]:
+    """The mean over the standard corruptions, each severity of each with the same weight, and that over the extra four.
+
+    mCE is a column if nothing is missing and there are 1000 classes.
+    """
+    found = {}
+    for title, names in {SUITES["corruption"].title: testsets.STANDARD, EXTRA: testsets.CORRUPTIONS["extra"]}.items():
+        if keys := [key for key in report["cells"] if key.startswith("corruption/") and key.split("/")[1] in names]:
+            found[title] = [Part(key, weight=1 / len(keys)) for key in keys]
+    if len(report["wnids"]) == 1000 and SUITES["corruption"].title in found and not missing(report):
+        errors = {part.key: ALEXNET_ERRORS[part.key.split("/")[1]] for part in found[SUITES["corruption"].title]}
+        found[MCE] = [Part(key, "wrong", weight=100 / error / len(errors)) for key, error in errors.items()]
+    return found
+
+
+def figure(report: Mapping, parts: Iterable[Part], run: int, where: Mapping[str, slice] = {}) -> float | None:
+    """The run-th checkpoint's figure; None if there is no image that it could be a share of."""
+    total = 0.0
+    for part in parts:
+        hits, base = part.hits(report, run, where)
+        if not base.sum():
+            return None
+        total += 100 * part.weight * hits.sum() / base.sum()
+    return float(total)
+
+
+def figures(report: Mapping, run: int) -> dict[str, float]:
+    """{column: figure} of the run-th checkpoint."""
+    found = {column: figure(report, parts, run) for column, parts in columns(report).items()}
+    return {column: value for column, value in found.items() if value is not None}
 
 
 def check_set_name(name: str, others: Iterable[str]) -> None:
     """Raise UsageError unless `name` can be a column of the table beside the built-in ones and `others`."""
-    built_in = [*SUITES, *(suite.title for suite in SUITES.values()), *CUES, scores.EXTRA, scores.MCE, *SETTINGS]
+    built_in = [*SUITES, *(suite.title for suite in SUITES.values()), *CUES, EXTRA, MCE, *SETTINGS]
     same = next((each for each in [*others, *built_in] if each.casefold() == name.casefold()), None)
     if same is not None:
         raise UsageError(f"--set {name}=…: there is a column {same} already; use another name")
@@ -83,8 +149,8 @@ def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
     """{row: {column: a figure per run}}, without a shared-classes column that repeats the set's own in every row."""
     rows: dict[str, dict[str, list[float]]] = {}
     for run, checkpoint in enumerate(report["checkpoints"]):
-        for column, figure in figures(report, run).items():
-            rows.setdefault(checkpoint["row"], {}).setdefault(column, []).append(figure)
+        for column, value in figures(report, run).items():
+            rows.setdefault(checkpoint["row"], {}).setdefault(column, []).append(value)
 
     def repeated(column: str) -> bool:
         own = column.removesuffix(SHARED)
@@ -94,8 +160,12 @@ def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
 
 
 def missing(report: Mapping) -> list[str]:
-    """The standard corruptions and severities that a report on corruptions lacks."""
-    return testsets.missing_corruptions(report["cells"]) if cells_of(report, "corruption") else []
+    """The standard corruptions and severities that a report on corruptions lacks, or has with too few images."""
+    cells = {key.partition("/")[2]: cell["n"] for key, cell in report["cells"].items() if key.startswith("corruption/")}
+    found = {part: n for part, n in cells.items() if part.split("/")[0] in testsets.STANDARD}
+    most = max(found.values(), default=0)
+    absent = testsets.missing_corruptions(report["cells"]) if cells else []
+    return absent + [f"{part} with {n} of {most} images" for part, n in found.items() if n < most]
 
 
 def resized(report: Mapping) -> list[str]:
@@ -114,9 +184,85 @@ def mean_top1(cell: Mapping, runs: Iterable[int]) -> float:
 
 
 def setting(report: Mapping, runs: Iterable[int], name: str) -> str:
-    """A pre-training option of a row's runs; "–" if there is none or the files do not store it."""
-    values = {report["checkpoints"][run][name] for run in runs}
-    return ", ".join(f"{value:g}" for value in sorted(values - {None})) or "–"
+    """A pre-training option of a row's runs, an earlier → a later value; "–" if there is none or no file stores it."""
+    texts = {}
+    for run in runs:
+        made = report["checkpoints"][run].get("pretraining") or {name: "unknown"}
+        values = [*(change[name][0] for change in made.get("changes", []) if name in change), made.get(name, "–")]
+        texts[" → ".join(value if isinstance(value, str) else f"{value:g}" for value in values)] = None
+    return "–" if [*texts] == ["unknown"] else ", ".join(texts)
+
+
+# Differences between rows
+
+
+class Difference(NamedTuple):
+    """A column, or a class of a test set, under two rows. Figures in percent, means over the runs of a row."""
+
+    name: str
+    base: float
+    other: float
+    error: float  # one standard error of other - base
+
+    @property
+    def change(self) -> float:
+        return self.other - self.base
+
+    @property
+    def clear(self) -> bool:
+        return abs(self.change) > CLEAR * self.error
+
+    def __str__(self) -> str:
+        return f"{self.change:+.2f}±{self.error:.2f}"
+
+
+def difference(
+    report: Mapping, name: str, parts: Sequence[Part], base: str, row: str, where: Mapping[str, slice] = {}
+) -> Difference | None:
+    """The figure of these parts under two rows, over the images in `where`; None if a run has no figure.
+
+    Its standard error is over runs if both rows have RUNS or more, else over images: of the paired differences, since
+    both rows saw the same ones, of which the corruptions of a photo count as one. It is never below the effect of one
+    image, as in Agresti & Min, Statistics in Medicine 2005: a few images that agree are no proof.
+    """
+    runs = rows_of(report)
+    before, after = ([figure(report, parts, run, where) for run in runs[each]] for each in (base, row))
+    if None in before or None in after:
+        return None
+    if min(len(before), len(after)) >= RUNS:
+        variance = sum(statistics.variance(values) / len(values) for values in (before, after))
+    else:
+        variance = _variance_over_images(report, parts, {row: 1 / len(after), base: -1 / len(before)}, where)
+    return Difference(name, statistics.fmean(before), statistics.fmean(after), variance**0.5)
+
+
+def _variance_over_images(report: Mapping, parts: Iterable[Part], signs: Mapping[str, float], where: Mapping) -> float:
+    """The variance of a sum of figures, each row's by its sign. Images of the same names count as the same photos."""
+    effects, of_one = defaultdict(float), defaultdict(float)  # on the sum, of each photo and of any one of them
+    for part in parts:
+        photos = report["cells"][part.key]["names_sha256"] or part.key
+        for row, sign in signs.items():
+            for run in rows_of(report)[row]:
+                hits, among = part.hits(report, run, where)
+                scale = 100 * part.weight / among.sum()
+                effects[photos] = effects[photos] + sign * scale * (hits - among * (hits.sum() / among.sum()))
+        of_one[photos] += scale
+    return float(sum((effect**2).sum() for effect in effects.values()) + sum(one**2 for one in of_one.values()))
+
+
+def differences(report: Mapping) -> dict[str, list[Difference]]:
+    """{later row: its differences to the first row}, in the columns of both."""
+    (base, shown), *others = by_row(report).items()
+    own = [(name, parts) for name, parts in columns(report).items() if name in shown]
+    found = {row: [difference(report, *each, base, row) for each in own] for row, _ in others}
+    return {row: [each for each in found[row] if each] for row in found}
+
+
+def difference_lines(report: Mapping) -> list[str]:
+    """A line per later row: its differences to the first row, in percentage points, with their standard errors."""
+    base, found = next(iter(rows_of(report))), differences(report)
+    lines = [f"{row} against {base}: {', '.join(f'{each.name} {each}' for each in found[row])}" for row in found]
+    return [*lines, ERRORS] if lines else []
 
 
 # Tables
@@ -142,13 +288,16 @@ def table(report: Mapping, width: int | None = None) -> str:
 
 def _grid(report: Mapping) -> list[list[str]]:
     """The cells of the table, line by line, its header first."""
-    rows = by_row(report)
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    grid = [[*SETTINGS, *(_header(report, column) for column in columns)]]
+    rows, shown = by_row(report), _shown(report)
+    grid = [[*SETTINGS, *(_header(report, column) for column in shown)]]
     for name, runs in rows_of(report).items():
-        figures = (mean_std(rows[name][column]) if column in rows[name] else "–" for column in columns)
+        figures = (mean_std(rows[name][column]) if column in rows[name] else "–" for column in shown)
         grid.append([name, setting(report, runs, "moco_k"), setting(report, runs, "alpha"), *figures])
     return grid
+
+
+def _shown(report: Mapping) -> list[str]:
+    return list(dict.fromkeys(column for row in by_row(report).values() for column in row))
 
 
 def _header(report: Mapping, column: str) -> str:
@@ -157,69 +306,61 @@ def _header(report: Mapping, column: str) -> str:
         marks = ["partial"] * bool(missing(report)) + ["resized"] * bool(resized(report))
     for key, title in titles(report).items():
         if column == title or column.startswith(f"{title}: "):
-            categories = report["cells"].get(key, {}).get("categories")
-            marks += [f"{len(categories)} of 16 categories"] if categories else []
+            cell = cells_of(report, key)[0]
+            found, names = len(cell["results"][0]["classes"]), cell.get("categories") or report["wnids"]
+            marks += [f"{len(cell['categories'])} of 16 categories"] if "categories" in cell else []
+            if found < len(names) and (found == 1 or not testsets.suite_of(key).shared_classes):
+                marks.append(f"{found} of {len(names)} classes")
     return f"{column} ({', '.join(marks)})" if marks else column
 
 
 def latex(report: Mapping) -> str:
-    """The table for LaTeX, with booktabs; the best accuracy of each column is bold if there are several rows."""
-    header, *rows = _grid(report)
-    best = [_best(title, column) for title, column in zip(header, zip(*rows))]
-    lines = [" & ".join(title.translate(LATEX) for title in header) + r" \\", r"\midrule"]
-    for row in rows:
-        bold = (r"\textbf{%s}" if cell in own else "%s" for cell, own in zip(row, best))
-        lines.append(" & ".join(form % cell.translate(LATEX) for form, cell in zip(bold, row)) + r" \\")
-    begin = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}  % \usepackage{{booktabs}}"
-    return "\n".join([begin, r"\toprule", *lines, r"\bottomrule", r"\end{tabular}"])
-
-
-def _best(title: str, cells: Sequence[str]) -> list[str]:
-    """The cells of a column that are bold, by the mean as printed; [] where none is better than another."""
-    means = {cell: float(cell.split("±")[0]) for cell in cells if cell != "–" and title not in SETTINGS}
-    if len(means) < 2 or any(cue in title for cue in CUES):
-        return []
-    best = min(means.values()) if title == scores.MCE else max(means.values())
-    return [cell for cell, mean in means.items() if mean == best]
+    """The table for LaTeX, with booktabs; a figure is bold that is clearly better than those of all other rows."""
+    grid = [[cell.translate(LATEX) for cell in line] for line in _grid(report)]
+    rows, own = list(rows_of(report)), columns(report)
+    for line, row in zip(grid[1:], rows):
+        for place, column in enumerate(_shown(report), len(SETTINGS)):
+            against = [difference(report, column, own[column], other, row) for other in rows if other != row]
+            better = [each and each.clear and (each.change > 0) != (column == MCE) for each in against]
+            if better and all(better) and not column.endswith(tuple(CUES)):
+                line[place] = rf"\textbf{{{line[place]}}}"
+    table = [" & ".join(line) + r" \\" for line in grid]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(grid[0]) - 1)}}}  % \usepackage{{booktabs}}"
+    return "\n".join([begin, r"\toprule", table[0], r"\midrule", *table[1:], r"\bottomrule", r"\end{tabular}"])
 
 
 # Lines below the table
 
 
-def differences(report: Mapping) -> list[str]:
-    """A line per later row: its difference to the first row, in percentage points."""
-    (base, reference), *others = by_row(report).items()
-    return [
-        f"{name} against {base}: "
-        + ", ".join(
-            f"{column} {statistics.fmean(runs) - statistics.fmean(reference[column]):+.2f}"
-            for column, runs in row.items()
-            if column in reference
-        )
-        for name, row in others
-    ]
-
-
 def notes(report: Mapping) -> list[str]:
-    """A line per column: its images and preprocessing, and what is unexpected or missing."""
+    """A line per column: its images, classes and preprocessing, and what is unexpected or missing."""
     limit = f"partial evaluation: only the first {report['limit']} images of each class (--limit)"
-    return [_note(report, suite, title) for suite, title in titles(report).items()] + [limit] * bool(report["limit"])
+    classes = f"classes: the head stores none; taken to be {report.get('classes_from')}"
+    lines = [_note(report, suite, title) for suite, title in titles(report).items()]
+    return lines + [limit] * bool(report["limit"]) + [classes] * bool(report.get("classes_from"))
 
 
 def _note(report: Mapping, suite: str, title: str) -> str:
     cells = cells_of(report, suite)
     preprocessing = "; ".join(dict.fromkeys(cell["preprocessing"] for cell in cells))
-    line = f"{title}: {sum(cell['n'] for cell in cells)} images, {preprocessing}"
-    if suite == "corruption":
-        line += f", {len(cells)} corruptions × severities"
-        if missing(report):
-            line += f"; partial, {len(missing(report))} of 75 are missing ({', '.join(missing(report)[:3])}, …)"
-        if resized(report):
-            line += f"; RESIZED: {len(resized(report))} of these have images of another size than ImageNet-C's"
+    counts = sorted({each["n"] for cell in cells for each in cell["results"][0]["classes"].values()})
+    names = cells[0].get("categories") or report["wnids"]
+    found = f"{len({name for cell in cells for name in cell['results'][0]['classes']})} of {len(names)} classes"
+    where = f"{len(cells)} corruptions × severities" if suite == "corruption" else f"in {cells[0]['folder']}"
+    line = f"{title}: {sum(cell['n'] for cell in cells)} images, {preprocessing}, {where}"
+    line += f", {found} with {'–'.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} images each"
+    if suite == "corruption" and missing(report):
+        line += f"; partial, {len(missing(report))} of 75 are missing ({', '.join(missing(report)[:3])}, …)"
+    if suite == "corruption" and resized(report):
+        line += f"; RESIZED: {len(resized(report))} of these have images of another size than ImageNet-C's"
     if categories := cells[0].get("categories"):
         line += f", decided between {len(categories)} of 16 categories ({', '.join(categories)}) by mean probability"
-    if suite != "corruption" and (conflicts := cells[0]["results"][0].get("conflicts", cells[0]["n"])) < cells[0]["n"]:
-        line += f"; Shape bias over the {conflicts} of these images whose cues are two different classes of the head"
+    if conflict := cells[0]["results"][0]["masks"].get("conflict"):
+        conflicts = scores.unpack(conflict, cells[0]["n"]).sum()
+        if conflicts < cells[0]["n"]:
+            line += f"; Shape bias over the {conflicts} of these images whose cues are two classes of the head"
+    if left_out := next((cell["left_out"] for cell in cells if cell["left_out"]), ""):
+        line += f"; formats left out: {left_out}"
     odd = next((cell["warning"] for cell in cells if cell["warning"]), "")
     return line + (f"; unexpected: {odd}" if odd and not report["limit"] else "")
 
@@ -227,66 +368,52 @@ def _note(report: Mapping, suite: str, title: str) -> str:
 # Classes
 
 
-class ClassDifference(NamedTuple):
-    """One class under two rows of a report. Accuracies are top-1 in percent, means over the runs of a row."""
-
-    wnid: str
-    base: float
-    top1: float
-    change: float  # top1 - base
-    error: float  # one standard error of `change`, from the number of images, taken as independent
-
-
-def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[ClassDifference]:
+def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[Difference]:
     """Each class under the rows `base` and `row`, from the most helped to the most harmed.
 
     suite: "val", "corruption", …, a further set's name, or the key of one test set; of the corruptions, the standard
     ones count, each with the same weight. Raises UsageError if the report has no such row or suite.
     """
-    rows = rows_of(report)
     for name in (base, row):
-        if name not in rows:
-            raise UsageError(f"no row {name}; the rows are {', '.join(rows)}")
-    cells = _class_cells(report, suite)
-    if not cells:
+        if name not in rows_of(report):
+            raise UsageError(f"no row {name}; the rows are {', '.join(rows_of(report))}")
+    places = {key: _places(report["cells"][key]) for key in _class_keys(report, suite)}
+    if not places:
         raise UsageError(f"no test set {suite}; there are {', '.join(titles(report))}")
     changes = []
-    for wnid in dict.fromkeys(wnid for cell in cells for wnid in cell["results"][0]["classes"]):
-        classes = [[result["classes"].get(wnid) for result in cell["results"]] for cell in cells]
-        counts = [runs for runs in classes if runs[0]]  # the test sets that have this class
-        before, after = (
-            statistics.fmean(100 * runs[run]["correct"] / runs[run]["n"] for runs in counts for run in rows[name])
-            for name in (base, row)
-        )
-        n = max(runs[0]["n"] for runs in counts)  # of the largest of them
-        error = (sum(mean * (100 - mean) for mean in (before, after)) / n) ** 0.5
-        changes.append(ClassDifference(wnid, before, after, after - before, error))
-    return sorted(changes, key=lambda each: (-each.change, each.wnid))
+    for wnid in dict.fromkeys(wnid for own in places.values() for wnid in own):
+        where = {key: own[wnid] for key, own in places.items() if wnid in own}  # the test sets that have this class
+        parts = [Part(key, weight=1 / len(where)) for key in where]
+        changes.append(difference(report, wnid, parts, base, row, where))
+    return sorted(changes, key=lambda each: (-each.change, each.name))
 
 
-def _class_cells(report: Mapping, suite: str) -> list[dict]:
-    """The cells whose classes count for a suite, a further set's name, or a key; [] if there are none."""
-    if suite == "corruption":
-        return [cell for name in testsets.STANDARD for cell in cells_of(report, f"corruption/{name}")]
-    return cells_of(report, suite) or cells_of(report, f"{testsets.FURTHER}/{suite}")
+def _places(cell: Mapping) -> dict[str, slice]:
+    """The images of each class of a test set, which are sorted by class."""
+    counts = {wnid: each["n"] for wnid, each in cell["results"][0]["classes"].items()}
+    return {wnid: slice(end - counts[wnid], end) for wnid, end in zip(counts, itertools.accumulate(counts.values()))}
+
+
+def _class_keys(report: Mapping, suite: str) -> list[str]:
+    """The test sets behind the column of a suite, of a further set's name, or this key; [] if there are none."""
+    parts = columns(report).get(titles(report).get(suite, suite), [])
+    return [part.key for part in parts] or [key for key in report["cells"] if key == suite]
 
 
 def by_class_table(report: Mapping) -> str:
     """A Markdown table for each later row: its per-class accuracy change against the first row.
 
-    A column per test set: top-1 in percent of the first row → that of the other, and the difference in points. Classes
-    are sorted by the difference in the first column.
+    A column per test set: top-1 in percent of the first row → that of the other, and the difference in points with its
+    standard error. Classes are sorted by the difference in the first column.
     """
     base, *others = rows_of(report)
-    suites = {title: suite for suite, title in titles(report).items() if _class_cells(report, suite)}
+    suites = {title: suite for suite, title in titles(report).items() if _class_keys(report, suite)}
     lines = []
     for row in others:
-        found = {title: class_differences(report, suite, base, row) for title, suite in suites.items()}
-        errors = (f"{title} {max(each.error for each in classes):.1f}" for title, classes in found.items())
-        lines.append(f"{row} against {base}, by class; largest standard error, in points: {', '.join(errors)}")
+        lines.append(f"{row} against {base}, by class (± one standard error)")
         columns = [
-            {each.wnid: f"{each.base:.1f} → {each.top1:.1f} ({each.change:+.1f})" for each in classes}
-            for classes in found.values()
+            {each.name: f"{each.base:.1f} → {each.other:.1f} ({each.change:+.1f}±{each.error:.1f})" for each in classes}
+            for classes in (class_differences(report, suite, base, row) for suite in suites.values())
         ]
         names = dict.fromkeys(name for column in columns for name in column)
         grid = [[name, *(column.get(name, "–") for column in columns)] for name in names]

@@ -6,9 +6,11 @@ al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021. Any other set of images
 
 import functools
 import glob
+import hashlib
 import itertools
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +30,7 @@ class Suite(NamedTuple):
     """A built-in test set. An entry of SUITES is an option, a column and, if published.csv has it, compared."""
 
     title: str  # of its column
-    layout: str = "<wnid>/*, or val/<wnid>/*"  # of its folder, for --help
+    layout: str = "<wnid>/*"  # of its folder, for --help; only where it names val/ is that looked for
     kind: str = "photos"  # or made by a program at the size of the crop: "stylized", "corrupted"
     counts: range | None = None  # images per class in the published set
     shared_classes: bool = False  # it lacks classes of the head: a second column decides between its own
@@ -42,14 +44,15 @@ class Suite(NamedTuple):
         return f"{len(odd)} of {len(counts)} classes do not have {usual} images ({', '.join(odd[:3])})" if odd else ""
 
 
+BELOW_VAL = "<wnid>/*, or val/<wnid>/*"
 SUITES = {
-    "val": Suite("val", counts=range(50, 51)),
+    "val": Suite("val", BELOW_VAL, counts=range(50, 51)),
     "corruption": Suite(
         "Corruption", "[<group>/]<corruption>/<severity>/<wnid>/*", kind="corrupted", counts=range(50, 51)
     ),
     "sketch": Suite("Sketch", counts=range(40, 52)),  # duplicates were removed
     "stylized": Suite(
-        "Stylized", kind="stylized", counts=range(50, 51),
+        "Stylized", BELOW_VAL, kind="stylized", counts=range(50, 51),
         paper_note="the paper does not say which preprocessing it used",
     ),
     "rendition": Suite("Rendition", counts=range(40, 500), shared_classes=True, paper_classes=19),
@@ -77,25 +80,40 @@ class TestSet(NamedTuple):
     labels: Sequence[int]  # indices in the list of the head's classes, or in `categories`
     textures: list[int] | None = None  # like labels, -1 for another class; None: file names do not give them
     categories: Mapping[str, list[int]] | None = None  # {category: outputs}, if the folders are categories of classes
-
-    @property
-    def suite(self) -> Suite:
-        return SUITES.get(self.key.split("/")[0], Suite(self.key.removeprefix(f"{FURTHER}/"), shared_classes=True))
+    others: Sequence[str] = ()  # the class folders that are none of the head's classes
+    left_out: str = ""  # how many files of formats that are not read, as of ImageFolder
+    names_sha256: str = ""  # of the images' labels and names: equal for corruptions of the same photos
+    files_sha256: str = ""  # of these, and of the files' sizes and times
 
     @property
     def kind(self) -> str:
-        return "stylized" if self.categories else self.suite.kind
+        return "stylized" if self.categories else suite_of(self.key).kind
 
     def decisive(self, logits: torch.Tensor) -> torch.Tensor:
         """The logits (N, outputs) of a head as those that decide on this set: of categories, if there are some."""
         return cues.category_logits(logits, self.categories.values()) if self.categories else logits
 
     def warning(self, wnids: Sequence[str]) -> str:
-        """`Suite.odd_counts` of this set if all classes are ImageNet's; "" if not."""
-        if not all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids):
-            return ""
-        counts = dict(zip(wnids, np.bincount(self.labels, minlength=len(wnids)).tolist()))
-        return self.suite.odd_counts({w: n for w, n in counts.items() if n or not self.suite.shared_classes})
+        """The missing classes of the head, where the suite has all, and those of ImageNet with odd counts, as text."""
+        names = list(self.categories or wnids)
+        counts = dict(zip(names, np.bincount(self.labels, minlength=len(names)).tolist()))
+        missing = [name for name, n in counts.items() if not n]
+        suite, told = suite_of(self.key), []
+        if missing and (len(missing) == len(names) - 1 or not suite.shared_classes):
+            others = f", and {len(self.others)} folders are none of them ({_some(self.others)})" if self.others else ""
+            told.append(f"{len(missing)} of the head's {len(names)} classes are missing ({_some(missing)}){others}")
+        if all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids):
+            told.append(suite.odd_counts({name: n for name, n in counts.items() if n}))
+        return "; ".join(filter(None, told))
+
+
+def suite_of(key: str) -> Suite:
+    """The suite of a test set's key; of a further set, one without published counts."""
+    return SUITES.get(key.split("/")[0], Suite(key.removeprefix(f"{FURTHER}/"), BELOW_VAL, shared_classes=True))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + ", …" * (len(names) > 3)
 
 
 # Preprocessing: it follows from the kind of test set and from each image's own size
@@ -151,14 +169,20 @@ def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: 
     """All test sets of {suite or set/<name>: directory}. Raises UsageError where one lacks what its suite needs."""
     parts = {}
     for key, directory in directories.items():
-        parts |= corruption_folders(directory) if key == "corruption" else {key: class_root(directory)}
+        parts |= corruption_folders(directory) if key == "corruption" else {key: class_root(directory, key)}
     return [list_test_set(key, folder, wnids, limit) for key, folder in parts.items()]
 
 
-def class_root(directory: str) -> str:
-    """The folder that holds the class folders: DIR/val if it exists, else DIR."""
+def class_root(directory: str, key: str = "val") -> str:
+    """The folder that holds the class folders: DIR/val if the suite has that layout and it exists, else DIR.
+
+    Raises UsageError if val's are those of train/ beside it.
+    """
     inner = os.path.join(directory, "val")
-    return inner if folders.is_folder(inner) else directory
+    root = inner if "val/" in suite_of(key).layout and folders.is_folder(inner) else directory
+    if key == "val" and folders.is_folder(root):
+        folders.check_not_training(root)
+    return root
 
 
 def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | None = None) -> TestSet:
@@ -166,15 +190,19 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
 
     The folders of a further set may also be the sixteen categories of cue-conflict images: a label is then an index
     among those that the head has classes of. limit: only the first so many of each class. Classes are matched by
-    folder name, never by order. Raises UsageError if none matches.
+    folder name, in any Unicode normalisation, never by order. Raises UsageError if none matches, or one but for case.
     """
     folder = folders.list_images(directory)
     by_category = set(folder.classes) <= cues.sixteen_categories().keys() and not set(folder.classes) & set(wnids)
     categories = cues.outputs_by_category(wnids) if by_category and key.startswith(f"{FURTHER}/") else None
     names = list(wnids if categories is None else categories)
-    index_of = {name: index for index, name in enumerate(names)}
+    index_of = {_normal(name): index for index, name in enumerate(names)}
+    others = [name for name in folder.classes if _normal(name) not in index_of]
+    absent = {name.casefold(): name for name in names if name not in folder.classes}
+    if other := next((name for name in others if name.casefold() in absent), None):
+        raise UsageError(f"{directory}: its class folder {other} is {absent[other.casefold()]} in the head; rename it")
     folder_labels = np.asarray(folder.labels)
-    labels = np.array([index_of.get(name, -1) for name in folder.classes])[folder_labels]
+    labels = np.array([index_of.get(_normal(name), -1) for name in folder.classes])[folder_labels]
     starts = np.searchsorted(folder_labels, folder_labels)  # images are sorted by class
     kept = np.flatnonzero((labels >= 0) & (np.arange(len(labels)) - starts < (limit or len(labels))))
     if not len(kept) or categories is not None and len(categories) < 2:
@@ -183,10 +211,26 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
             f"{directory}: none of its {len(folder.classes)} class folders ({folder.classes[0]}, …) is a class of the"
             f" head ({wnids[0]}, …){hint}"
         )
+    kept = kept[np.argsort(labels[kept], kind="stable")]
     paths, labels = folder.paths[kept], labels[kept].astype(np.int32)
     textures = cues.textures(paths, (names[label] for label in labels), {*names, *folder.classes})
-    indices = textures and [index_of.get(texture, -1) for texture in textures]
-    return TestSet(key, directory, paths, labels, indices, categories)
+    indices = textures and [index_of.get(_normal(texture), -1) for texture in textures]
+    stamps = _stamps(paths, labels)
+    return TestSet(key, directory, paths, labels, indices, categories, others, folder.left_out, *stamps)
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)  # a Mac's archive has NFD
+
+
+def _stamps(paths: Sequence[str], labels: Sequence[int]) -> tuple[str, str]:
+    """Hashes of the images: labels and names, and with these the sizes and times of the files."""
+    hashes = hashlib.sha256(), hashlib.sha256()
+    for label, path in zip(labels, paths):
+        name, file = f"{label} {'/'.join(path.split(os.sep)[-2:])}\n", os.stat(path)
+        for made, text in zip(hashes, (name, f"{name}{file.st_size} {file.st_mtime_ns}\n")):
+            made.update(text.encode(errors="surrogateescape"))
+    return hashes[0].hexdigest(), hashes[1].hexdigest()
 
 
 def corruption_folders(directory: str) -> dict[str, str]:
@@ -227,29 +271,25 @@ def missing_corruptions(keys: Collection[str]) -> list[str]:
 
 def head_classes(
     path: str, saved: Mapping, outputs: int, classes: str | Path | None = None, val: str | Path | None = None
-) -> list[str]:
-    """The wnid of each output: the checkpoint's own, those of --classes, those of --val, or ImageNet-100's.
+) -> tuple[list[str], str]:
+    """The wnid of each output, and where they are from if the checkpoint does not name them: --classes, --val, or
+    ImageNet-100's list.
 
     path, saved: the checkpoint and what it holds. Raises UsageError if none fits the number of outputs.
     """
     if saved.get("wnids"):
-        return saved["wnids"]
+        return saved["wnids"], ""
     of_val = folders.list_images(class_root(val)).classes if val else []
     if classes:
         wnids = folders.read_class_list(classes)
         if len(wnids) > outputs:
             raise UsageError(f"--classes {classes}: {len(wnids)} classes, but the head of {path} has {outputs} outputs")
-        if val and (absent := sorted(set(wnids) - set(of_val))):  # a misspelt name can shift the labels of the others
-            raise UsageError(
-                f"--classes {classes}: {len(absent)} of its {len(wnids)} classes, for example {absent[0]}, are not in"
-                f" --val {class_root(val)}; correct the list, or leave out --val to test on other sets"
-            )
-        return wnids
+        return wnids, f"those of --classes {classes}"
     if len(of_val) == outputs:
-        return of_val
+        return of_val, f"the {outputs} folders of {class_root(val)}, sorted"
     imagenet_100 = folders.read_class_list(folders.IMAGENET_100)
     if outputs == len(imagenet_100) and (not val or set(imagenet_100) <= set(of_val)):
-        return imagenet_100
+        return imagenet_100, "ImageNet-100's"
     raise UsageError(
         f"--pretrained {path}: it stores no class list for its {outputs} outputs, and none fits; name a file of them"
         f" with --classes (ImageNet-100's: {os.path.relpath(folders.IMAGENET_100)}), or the head's data with --val"

@@ -1,10 +1,8 @@
 """Rank of this process, from the variables that torchrun, srun or an operator has set. Imports no PyTorch."""
 
 import argparse
-import functools
 import os
 import re
-import subprocess
 from typing import NamedTuple
 
 TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -14,18 +12,15 @@ spawned_rank = 0  # set by `launch` in the processes that it starts: their rank 
 
 
 class Launched(NamedTuple):
-    """A process that a launcher started together with others.
-
-    local_world_size: the processes on this node. host, port: where rank 0 listens.
-    """
+    """A process that a launcher started together with others."""
 
     launcher: str  # "torchrun", "RANK and WORLD_SIZE", "srun"
     rank: int
     world_size: int
     local_rank: int
-    local_world_size: int
-    host: str
-    port: int
+    local_world_size: int  # processes on this node
+    host: str = ""  # where rank 0 listens; torchrun has an address of its own
+    port: int = 0
 
 
 def under_torchrun() -> bool:
@@ -45,11 +40,12 @@ def launched() -> Launched | None:
     missing or do not fit.
     """
     if under_torchrun():
-        ranks = (int(os.environ[name]) for name in TORCHRUN_RANKS[:4])
-        return Launched("torchrun", *ranks, os.environ.get("MASTER_ADDR", ""), int(os.environ["MASTER_PORT"]))
-    if "RANK" in os.environ and number("WORLD_SIZE", 1) > 1:
-        found = _from_rank_variables()
-    elif _in_slurm_step() and number("SLURM_STEP_NUM_TASKS") > 1:
+        return Launched("torchrun", *(int(os.environ[name]) for name in TORCHRUN_RANKS[:4]))
+    if "RANK" in os.environ and number("WORLD_SIZE", 1) > 1:  # PyTorch's convention, as Kubernetes operators follow it
+        local = number("LOCAL_RANK", number("SLURM_LOCALID", 0)), number("LOCAL_WORLD_SIZE", 1)
+        ranks = number("RANK"), number("WORLD_SIZE"), *local
+        found = Launched("RANK and WORLD_SIZE", *ranks, text("MASTER_ADDR"), number("MASTER_PORT"))
+    elif number("SLURM_STEP_ID", SHELL_STEPS) < SHELL_STEPS and number("SLURM_STEP_NUM_TASKS") > 1:
         found = _from_slurm()
     elif (size := max(number(name, 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))) > 1:
         raise ValueError(f"mpirun started {size} processes without RANK and WORLD_SIZE: use torchrun or srun")
@@ -61,61 +57,31 @@ def launched() -> Launched | None:
     return found
 
 
-def _from_rank_variables() -> Launched:
-    """PyTorch's convention, as Kubernetes operators follow it; a node's share defaults to Slurm's, or one process."""
-    local = (number("SLURM_LOCALID"), _slurm_tasks_per_node()) if _in_slurm_step() else (0, 1)
-    local = (number(name, default) for name, default in zip(("LOCAL_RANK", "LOCAL_WORLD_SIZE"), local))
-    ranks = number("RANK"), number("WORLD_SIZE"), *local
-    return Launched("RANK and WORLD_SIZE", *ranks, text("MASTER_ADDR"), number("MASTER_PORT"))
-
-
 def _from_slurm() -> Launched:
     """A task of `srun python …`. MASTER_ADDR and MASTER_PORT may name another address of rank 0."""
-    world_size, local_world_size = number("SLURM_STEP_NUM_TASKS"), _slurm_tasks_per_node()
-    own = "127.0.0.1" if local_world_size == world_size else ""
-    host = os.environ.get("MASTER_ADDR") or own or _first_host(text("SLURM_STEP_NODELIST"))
+    world_size, counts = number("SLURM_STEP_NUM_TASKS"), text("SLURM_STEP_TASKS_PER_NODE")
+    if not (equal := re.fullmatch(r"(\d+)(\(x\d+\))?", counts)):
+        raise ValueError(f"srun: SLURM_STEP_TASKS_PER_NODE={counts}: start equally many per node (--ntasks-per-node)")
+    local_world_size = int(equal[1])
+    first = re.sub(r"\[(\w+)[^]]*\]", r"\1", text("SLURM_STEP_NODELIST")).split(",")[0]  # n03 of n[03-05,9],m1
+    host = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if local_world_size == world_size else first)
     port = PORTS[(7 * number("SLURM_JOB_ID", 0) + number("SLURM_STEP_ID")) % len(PORTS)]  # the same in all tasks
     ranks = number("SLURM_PROCID"), world_size, number("SLURM_LOCALID"), local_world_size
     return Launched("srun", *ranks, host, number("MASTER_PORT", port))
 
 
-def _in_slurm_step() -> bool:
-    """Whether srun started this process. Batch scripts and shells have a rank, too, and are alone."""
-    return "SLURM_PROCID" in os.environ and number("SLURM_STEP_ID", SHELL_STEPS) < SHELL_STEPS
-
-
-def _slurm_tasks_per_node() -> int:
-    counts = text("SLURM_STEP_TASKS_PER_NODE")
-    if equal := re.fullmatch(r"(\d+)(\(x\d+\))?", counts):
-        return int(equal[1])
-    raise ValueError(f"srun: SLURM_STEP_TASKS_PER_NODE={counts}: start equally many tasks per node (--ntasks-per-node)")
-
-
-@functools.cache
-def _first_host(nodes: str) -> str:
-    try:
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-        return shown.stdout.split()[0]
-    except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise ValueError(
-            f"srun: scontrol cannot list the hosts {nodes} ({error}); set MASTER_ADDR to the first of them"
-        ) from error
-
-
 def number(name: str, default: int | None = None) -> int:
     """An environment variable as a number. ValueError if it is none, or not set without a default."""
-    value = os.environ.get(name, "")
-    if not value and default is not None:
-        return default
+    value = os.environ.get(name) or ("nothing" if default is None else str(default))
     if not value.isdecimal():
-        raise ValueError(f"the environment has {name}={value or 'nothing'}: it must be a whole number, 0 or more")
+        raise ValueError(f"the environment has {name}={value}: it must be a whole number, 0 or more")
     return int(value)
 
 
 def text(name: str) -> str:
     """An environment variable. ValueError if it is not set."""
     if not os.environ.get(name):
-        raise ValueError(f"{name} is not set in the environment, which the other processes' variables need")
+        raise ValueError(f"{name} is not set in the environment; a launcher sets it, and --dist-url env:// needs it")
     return os.environ[name]
 
 

@@ -9,15 +9,14 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from moco.errors import Finished, PeerError, RunError, UsageError, one_line
-from moco.processes.environment import is_local_main, is_main
-from moco.processes.signals import end_with_parent, kill_loading
+from moco.processes.environment import is_local_main, is_main, under_torchrun
+from moco.processes.signals import end_with_parent, kill_loading, signal_when_parent_ends
 
-LOADERS_END_SECONDS = 5  # for the loading processes, when a script ends
+LOADERS_END_SECONDS = 5  # for all loading processes together, when a script ends
 PEER = "gloo.*(closed by peer|reset by peer|Broken pipe|Connection refused|[Tt]imed out|Timeout waiting)"
 # What errors of PyTorch and the system mean, by name or text, since PyTorch has few types. The first that fits counts.
 TRANSLATIONS = {
@@ -46,6 +45,8 @@ def cli_main(main: Callable[[], int | None], again: str = "continue with --resum
         with contextlib.suppress(OSError, AttributeError):  # it writes what the stream still holds
             getattr(sys, name).reconfigure(errors="backslashreplace")
     end_with_parent()
+    if under_torchrun():  # which may be killed; a rank that outlives it would write beside the resumed run
+        signal_when_parent_ends(signal.SIGTERM)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts changed it while they imported
     try:
@@ -56,26 +57,24 @@ def cli_main(main: Callable[[], int | None], again: str = "continue with --resum
         code = _exit_code(error, again)
         if code is None:
             raise
-    _end_loading(code)
+    loading = kill_loading()
+    for process in loading:
+        process.join(LOADERS_END_SECONDS / len(loading))
+    if any(process.is_alive() for process in loading):  # its file system does not answer: Python would wait for it
+        exit_now(code if isinstance(code, int) else 1)
     if code:
         sys.exit(code)
 
 
 def _exit_code(error: BaseException, again: str) -> int | str | None:
     """The exit code for what ended a script, once its one line is printed; None if it may be a bug of ours."""
+    _print(f"{error}\n" if isinstance(error, Finished) and is_main() else "", sys.stdout)
     if isinstance(error, BrokenPipeError):  # the reader of stdout has ended, as in `… | head -1`
-        _discard(sys.stdout)
-        _discard(sys.stderr)
+        _print("", sys.stderr)
         return 128 + signal.SIGPIPE  # silent, like a program that SIGPIPE ends
-    finished, interrupted = isinstance(error, Finished), isinstance(error, KeyboardInterrupt)
-    try:
-        print(f"{error}\n" if finished and is_main() else "", end="", flush=True)
-    except OSError:  # no reader, or a full disk: Python would try again when it exits, and complain
-        _discard(sys.stdout)
-    if isinstance(error, SystemExit):
-        return error.code or 0
-    if finished:
-        return 0
+    if isinstance(error, (Finished, SystemExit)):
+        return getattr(error, "code", 0) or 0
+    interrupted = isinstance(error, KeyboardInterrupt)
     if isinstance(error, UsageError) or interrupted:  # the same in all processes of a node
         if is_local_main():
             _print_error(f"interrupted; {again}" if interrupted else str(error))
@@ -100,32 +99,21 @@ def translate_error(error: BaseException, again: str = "continue with --resume a
 
 
 def _print_error(message: str) -> None:
+    _print(one_line(f"{os.path.basename(sys.argv[0])}: error: {message}"), sys.stderr)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Write the text, and what the stream still holds. Without a reader, or on a full disk, both go nowhere."""
     try:
-        print(one_line(f"{os.path.basename(sys.argv[0])}: error: {message}"), end="", file=sys.stderr, flush=True)
-    except OSError:  # its reader has ended
-        _discard(sys.stderr)
-
-
-def _discard(stream) -> None:
-    """Let what the stream still holds go nowhere, so that Python does not complain about it when it exits."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _end_loading(code: int | str) -> None:
-    """Exit if a killed loading process does not end, because its file system does not answer: Python would wait."""
-    loading = kill_loading()
-    deadline = time.monotonic() + LOADERS_END_SECONDS
-    for process in loading:
-        process.join(max(0.0, deadline - time.monotonic()))
-    if any(process.is_alive() for process in loading):
-        exit_now(code if isinstance(code, int) else 1)
+        print(text, end="", file=stream, flush=True)
+    except OSError:  # Python would try again when it exits, and complain
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def exit_now(code: int) -> NoReturn:
     """Exit without waiting for anything, the loading processes neither: they may never end."""
     kill_loading()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
+    _print("", sys.stdout)
+    _print("", sys.stderr)
     os._exit(code)

@@ -58,17 +58,17 @@ def launch(worker: Callable, args: argparse.Namespace, inputs: object, agree: Ma
     agree: {name: plain value} that must be equal on all ranks. Raises UsageError if they differ, or if options
     contradict; RunError if the processes cannot connect.
     """
-    options = _launch_options(args)
+    options, launched = _resolve(args)
     local_world_size, total = resolve_world_size(args)
     say_why_on_cpu()
     job = (worker, args, inputs, agree)
-    if launched := _by_launcher(options):
+    if launched:
         ctx = DistContext(*launched[1:5], devices_of(local_world_size)[launched.local_rank])
         url = "env://" if launched.launcher == "torchrun" else _tcp_url(launched.host, launched.port)
         return _join_and_run(ctx, url, options.dist_backend, *job)
     nodes, node, url = total // local_world_size, max(options.rank, 0), options.dist_url
     if options.multiprocessing_distributed:
-        if not torch.cuda.device_count():
+        if not usable_gpus():
             print("no GPU found: running one CPU process (gloo)", flush=True)
         url = url if nodes > 1 else f"tcp://127.0.0.1:{free_port()}"
         return _start_ranks(node, local_world_size, total, (url, options.dist_backend, *job))
@@ -82,10 +82,10 @@ def launch(worker: Callable, args: argparse.Namespace, inputs: object, agree: Ma
 
 def resolve_world_size(args: argparse.Namespace) -> tuple[int, int]:
     """The number of processes that `launch` runs on this node, and in total. UsageError if the options contradict."""
-    options, gpus = _launch_options(args), usable_gpus()
+    (options, launched), gpus = _resolve(args), usable_gpus()
     if options.gpu is not None and options.gpu >= gpus:
         raise UsageError(f"--gpu {options.gpu}: this machine has {gpus} GPUs; leave --gpu out to use the existing ones")
-    if launched := _by_launcher(options):
+    if launched:
         # A single GPU may be a task's own, except torchrun's, whose processes all see the same.
         if (0 if launched.launcher == "torchrun" else 1) < gpus < launched.local_world_size:
             raise UsageError(
@@ -94,9 +94,7 @@ def resolve_world_size(args: argparse.Namespace) -> tuple[int, int]:
         return launched.local_world_size, launched.world_size
     nodes = 1 if options.world_size == -1 else options.world_size
     if not (0 <= options.rank < nodes or nodes == 1 and options.rank == -1):
-        raise UsageError(
-            f"--world-size {options.world_size} --rank {options.rank}: N nodes have --world-size N and --rank 0 to N-1"
-        )
+        raise UsageError(f"--world-size {options.world_size} --rank {options.rank}: N nodes have --rank 0 to N-1")
     if nodes > 1 and not re.fullmatch(r"tcp://(\[[\da-fA-F:]+\]|(?!224\.)[^:/\[\]]+):\d{1,5}/?", options.dist_url):
         raise UsageError(
             f"--dist-url {options.dist_url}: use the address and a free port of node 0, like tcp://10.0.0.1:10001"
@@ -105,41 +103,32 @@ def resolve_world_size(args: argparse.Namespace) -> tuple[int, int]:
     return local_world_size, local_world_size * nodes
 
 
-def _launch_options(args: argparse.Namespace) -> argparse.Namespace:
-    """The options of DEFAULTS, with what --dist-url env:// leaves to the environment if no launcher applies."""
-    options = argparse.Namespace(**{name: getattr(args, name, default) for name, default in DEFAULTS.items()})
-    if options.dist_url == "env://" and not _by_launcher(options):
-        try:
+def _resolve(args: argparse.Namespace) -> tuple[argparse.Namespace, Launched | None]:
+    """The options, and the rank set by a launcher; None if there is no launcher or --world-size and --rank apply.
+
+    Raises UsageError if the options would make each of several processes a run of its own.
+    """
+    options = argparse.Namespace(**DEFAULTS | vars(args))
+    per_node = options.multiprocessing_distributed
+    try:
+        launched = environment.launched()
+        if launched and (launched.launcher == "torchrun" or not per_node and options.world_size == -1):
+            return options, launched
+        if options.dist_url == "env://":
             for name in ("world_size", "rank"):
                 if getattr(options, name) == -1:
                     setattr(options, name, environment.number(name.upper()))
             options.dist_url = _tcp_url(environment.text("MASTER_ADDR"), environment.number("MASTER_PORT"))
-        except ValueError as error:
-            raise UsageError(f"--dist-url env://: {error}") from error
-    return options
-
-
-def _by_launcher(options: argparse.Namespace) -> Launched | None:
-    """The rank set by a launcher; None if there is no launcher or the --world-size/--rank options apply.
-
-    Raises UsageError if the options would make each of several processes a run of its own.
-    """
-    try:
-        launched = environment.launched()
     except ValueError as error:
         raise UsageError(str(error)) from error
-    per_node, world_size = options.multiprocessing_distributed, options.world_size
-    if launched is None or launched.launcher == "torchrun" or not per_node and world_size == -1:
-        return launched
-    same = (abs(world_size), max(options.rank, 0)) == (launched.world_size, launched.rank)
-    if same and not per_node:
-        return launched
-    if launched.local_world_size == 1 and per_node and (same or world_size == -1 and options.dist_url == "env://"):
-        return None  # each starts the processes of its node
-    raise UsageError(
-        f"{launched.launcher}: process {launched.rank} of {launched.world_size} contradicts --world-size {world_size}"
-        f" --rank {options.rank} or --multiprocessing-distributed: leave these out, or start one process per node"
-    )
+    same = launched and (options.world_size, options.rank) == (launched.world_size, launched.rank)
+    if launched and not (same and (launched.local_world_size == 1 or not per_node)):
+        raise UsageError(
+            f"{launched.launcher}: process {launched.rank} of {launched.world_size} contradicts --world-size"
+            f" {options.world_size} --rank {options.rank} or --multiprocessing-distributed: leave these out, or start"
+            " one process per node"
+        )
+    return options, None if per_node else launched  # with per_node each starts the processes of its node
 
 
 # ---------------------------------------------------------------- processes of this node
@@ -174,10 +163,8 @@ def _start_ranks(node: int, count: int, world_size: int, job: tuple) -> None:
             sys.exit(128 + received[-1])
         if 0 < error.exit_code < 255:
             sys.exit(error.exit_code)
-        how = f"by {error.signal_name}" if error.exit_code < 0 else "with the fork server"
-        raise RunError(
-            f"process {error.error_index} was killed {how}; if memory ran out, use a smaller --batch-size or fewer -j"
-        ) from error
+        # The error names the process and the signal; 255 is the fork server's own end.
+        raise RunError(f"{error}; if memory ran out, use a smaller --batch-size or fewer -j") from error
     if server := getattr(forkserver._forkserver, "_forkserver_pid", None):
         os.kill(server, signal.SIGKILL)  # it has nothing to save, and `| tee` would wait for PyTorch's exit handlers
 
@@ -282,14 +269,7 @@ def devices_of(local_world_size: int, gpu: int | None = None) -> list[torch.devi
 
 
 def usable_gpus() -> int:
-    """The number of GPUs that PyTorch can use. Raises UsageError if it sees some and can use none."""
-    seen = torch.cuda.device_count()
-    if seen and not torch.cuda.is_available():
-        raise UsageError(
-            f"PyTorch {torch.__version__} cannot use the {seen} GPUs of this machine, its warning says why; to run on"
-            " the CPU, set CUDA_VISIBLE_DEVICES= (empty)"
-        )
-    return seen
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def say_why_on_cpu() -> None:
@@ -297,12 +277,8 @@ def say_why_on_cpu() -> None:
     present = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if present and not torch.cuda.is_available() and is_local_main():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        print(
-            f"running on the CPU although this machine has {present} NVIDIA GPUs: PyTorch {torch.__version__} (CUDA:"
-            f" {torch.version.cuda}) sees none of them; CUDA_VISIBLE_DEVICES is {visible}",
-            file=sys.stderr,
-            flush=True,
-        )
+        why = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}) can use none; CUDA_VISIBLE_DEVICES is {visible}"
+        print(f"running on the CPU although this machine has {present} NVIDIA GPUs: {why}", file=sys.stderr, flush=True)
 
 
 def check_precision(devices: Sequence[torch.device], precision: str) -> None:

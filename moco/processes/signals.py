@@ -10,13 +10,9 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 
-from moco.processes.environment import under_torchrun
-
 # SIGUSR1 is what Slurm is asked to send; SIGHUP comes from a terminal that is closed, unless nohup has it ignored.
 # Native Windows, where preprocess/ works, has only the first two.
-STOP_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, name)
-)
+STOP_SIGNALS = tuple(each for each in signal.Signals if each.name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"))
 END_SIGNALS = tuple(signum for signum in STOP_SIGNALS if signum.name in ("SIGTERM", "SIGHUP"))  # SIGINT has a handler
 PR_SET_PDEATHSIG = 1  # of prctl
 
@@ -44,19 +40,14 @@ def blocked() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Get SIGTERM once torchrun, or the program that started this process, has ended, even if it was killed.
+    """Get SIGTERM once the program that started this process has ended, even if it was killed."""
 
-    A rank that outlives them would write beside the resumed run.
-    """
+    def wait(program: multiprocessing.Process) -> None:
+        program.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
     if program := multiprocessing.parent_process():  # not the one that forked this: that is the fork server
-        threading.Thread(target=_signal_after, args=(program,), daemon=True).start()
-    elif under_torchrun():
-        signal_when_parent_ends(signal.SIGTERM)
-
-
-def _signal_after(program: multiprocessing.Process) -> None:
-    program.join()
-    os.kill(os.getpid(), signal.SIGTERM)
+        threading.Thread(target=wait, args=(program,), daemon=True).start()
 
 
 def signal_when_parent_ends(signum: int) -> None:
@@ -120,10 +111,7 @@ class StopSignal:
 
 
 def leave_signals_to_trainer() -> None:
-    """Ignore STOP_SIGNALS in a data loading process.
-
-    A signal to all processes of a job is for the training process, which needs its workers to finish the step.
-    """
+    """Ignore STOP_SIGNALS in a data loading process, which the training process needs to finish its step."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # they are blocked while a process starts

@@ -5,6 +5,7 @@ saved models wrapped for distributed training. The prefix is added on saving and
 """
 
 import contextlib
+import json
 import math
 import operator
 import os
@@ -18,13 +19,14 @@ import torch.nn as nn
 
 from moco.encoders import ARCHS
 from moco.errors import Finished, UsageError, first_line
+from moco.negatives import NEGATIVES
 from moco.training import files
 
 PREFIX = "module."
 FC_KEYS = ("fc.weight", "fc.bias")
 COUNTER = "num_batches_tracked"
-# Options that a resumed pre-training must repeat, and where files of any project keep weights
-COMPARED = ("arch", "moco_dim", "moco_k", "mlp", "aug_plus", "image_size", "robust")
+# Options that weights follow from, and where files of any project keep weights
+SHAPES = ("arch", "moco_dim", "moco_k", "mlp")
 CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher", "network", "net")
 MOMENTUM = re.compile("momentum|encoder_k|target|student|ema")
 
@@ -35,10 +37,9 @@ def save(path: str, state: Mapping) -> None:
         try:
             torch.save(_on_cpu(state), file)
         except RuntimeError as error:  # PyTorch's zip writer hides the OSError behind it
-            cause: BaseException = error
-            while cause.__context__:
-                cause = cause.__context__
-            raise (cause if isinstance(cause, OSError) else error) from None
+            while error.__context__ and not isinstance(error, OSError):
+                error = error.__context__
+            raise error from None
 
 
 def _on_cpu(value):
@@ -69,10 +70,7 @@ def matching(folder: str, pattern: str) -> list[str]:
 
 
 def load(path: str, option: str = "--resume") -> dict:
-    """Read a checkpoint to CPU, tensors and plain values only.
-
-    Raises UsageError if it is missing or not a checkpoint.
-    """
+    """Read tensors and plain values only, to the CPU. Raises UsageError if it is missing or not a checkpoint."""
     if not os.path.isfile(path):
         raise UsageError(f"{option} {path}: no such file")
     try:
@@ -104,19 +102,15 @@ def strip_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 def nonfinite(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of the entries that hold an infinite value or NaN."""
-    values = {name: value for name, value in state_dict.items() if value.is_floating_point()}
-    finite = [value.isfinite().all() for value in values.values()]
-    return [name for name, good in zip(values, torch.stack(finite).tolist() if finite else []) if not good]
+    return [name for name, value in state_dict.items() if not value.isfinite().all()]
 
 
 def num_outputs(saved: Mapping, source: str) -> int:
     """The number of outputs of a linear checkpoint's head. Raises UsageError if it has no linear head."""
     state = strip_prefix(saved.get("state_dict", {}))
     if not set(FC_KEYS) <= state.keys():
-        raise UsageError(
-            f"{source}: it has no linear head; linear checkpoints are what main_lincls.py writes,"
-            " checkpoint_robust_*.pth.tar and model_best_*.pth.tar"
-        )
+        wanted = "main_lincls.py writes checkpoint_robust_*.pth.tar and model_best_*.pth.tar"
+        raise UsageError(f"{source}: it has no linear head, so it is not a linear checkpoint; {wanted}")
     return state["fc.bias"].numel()
 
 
@@ -131,10 +125,8 @@ def reading(source: str) -> Iterator[None]:
     except (UsageError, Finished):
         raise
     except Exception as error:  # the content may be anything, and so may what it makes Python raise
-        raise UsageError(
-            f"{source}: damaged, or not written by these scripts ({type(error).__name__}: {first_line(error)[:100]});"
-            " use another file"
-        ) from error
+        why = f"{type(error).__name__}: {first_line(error)[:100]}"
+        raise UsageError(f"{source}: damaged, or not written by these scripts ({why}); use another file") from error
 
 
 def check_values(saved: Mapping, source: str) -> None:
@@ -144,10 +136,9 @@ def check_values(saved: Mapping, source: str) -> None:
         for name, low, high in ("epoch", 0, 2**31), ("step", 0, 2**31), ("seed", 0, 2**63), ("image_size", 1, 4097):
             if not low <= operator.index(saved.get(name, low)) < high:
                 raise ValueError(f"its {name} is {saved[name]}")
-        for name in "classes", "wnids":
-            names = saved.get(name, [])
-            if not isinstance(names, list) or len({str(each) for each in names}) < len(names):
-                raise ValueError(f"its {name} are not a list of different names")
+        names = saved.get("wnids", [])
+        if not isinstance(names, list) or len({each for each in names if isinstance(each, str)}) < len(names):
+            raise ValueError("its wnids are not a list of different names")
         rates = [float(lr) for lr in saved.get("lrs", [1])]
         best = [float(acc1) for acc1 in saved.get("best_acc1s", [saved.get("best_acc1", 0)] * len(rates))]
         if len(best) != len(rates) or not 0 <= saved.get("winner", 0) < len(rates) or not all(map(math.isfinite, best)):
@@ -167,60 +158,58 @@ def arch_of(saved: Mapping, source: str) -> str | None:
         return arch
 
 
-def check_pretraining(saved: Mapping, source: str, options: Mapping, classes: Sequence[str]) -> None:
-    """Raise UsageError unless a run with these options ({name: value}) and classes can resume from `saved`."""
-    if not {"epoch", "arch", "state_dict"} <= saved.keys():
-        raise UsageError(f"{source}: not a pre-training checkpoint; --resume takes a checkpoint_*.pth.tar")
-    check_values(saved, source)
-    state = strip_prefix(saved["state_dict"])
-    if "queue" not in state:
-        raise UsageError(f"{source}: it has no queue, so it is not a pre-training checkpoint")
-    known = {"arch": saved["arch"]} | saved.get("options", {})  # published files hold none: their shapes must do
-    saved_with = {name: known[name] for name in COMPARED if name in known}
-    check_same(source, {f"--{name.replace('_', '-')}": (there, options[name]) for name, there in saved_with.items()})
-    there = saved.get("classes", classes)
-    if there != classes:
-        other = next(iter(sorted(set(map(str, there)) ^ set(classes))), "their order")
+def check_pretraining(saved: Mapping, source: str, options: Mapping) -> None:
+    """Raise UsageError unless a run with these options, {name: value}, has the model of `saved`."""
+    if not {"epoch", "arch"} <= saved.keys() or "queue" not in strip_prefix(saved.get("state_dict", {})):
         raise UsageError(
-            f"{source}: it was saved with {len(there)} classes, this run has {len(classes)} ({other} differs)"
+            f"{source}: it has no queue, epoch or arch; --resume takes a pre-training's checkpoint_*.pth.tar"
         )
+    check_values(saved, source)
+    known = {"arch": saved["arch"]} | saved.get("options", {})  # published files hold none: their shapes must do
+    for name in SHAPES:
+        if known.get(name, options[name]) != options[name]:
+            label = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{source}: it was saved with {label} {known[name]}, this run has {options[name]}")
 
 
-def check_same(source: str, pairs: Mapping[str, tuple]) -> None:
-    """Raise UsageError for the first {what: (saved value, this run's)} that differs."""
-    for what, (there, here) in pairs.items():
-        if there != here:
-            raise UsageError(f"{source}: it was saved with {what} {there}, this run has {here}")
+def settings(saved: Mapping, key: str, source: str) -> dict:
+    """The options, seed and data that made a checkpoint's weights, as far as it says.
+
+    key: "options" of a pre-training, "probe" of a linear checkpoint, of which the best epoch is kept, whichever it is;
+    "pretraining" of a linear checkpoint: those of the pre-training that it was made from.
+    """
+    if key == "pretraining":
+        saved = {key: saved.get(key)}
+    names = ("seed", "images", "images_per_step", "classes", "changes") + (("epoch",) if key == "options" else ())
+    with reading(source):
+        return effective({name: saved[name] for name in names if name in saved} | dict(saved.get(key) or {}))
+
+
+def effective(options: Mapping) -> dict:
+    """The options that have an effect beside the others, lists for tuples: to be compared with a file's."""
+    used = NEGATIVES[options["robust"]].names if options.get("robust") in NEGATIVES and options["num_nonsem"] else ()
+    idle = {name for kind in NEGATIVES.values() for name in kind.names if "robust" in options} - {*used}
+    idle |= {"schedule"} if options.get("cos") else set()
+    idle |= {"batch_size"} if "images_per_step" in options else set()  # the former is a node's
+    return json.loads(json.dumps({name: value for name, value in options.items() if name not in idle}))
 
 
 def check_exactly(
     module: nn.Module, state_dict: Mapping[str, torch.Tensor], source: str, allowed_missing: Sequence[str] = ()
 ) -> None:
     """Raise UsageError for any entry that is missing (except the allowed ones and the batch counts, which PyTorch once
-    did not have), unexpected, of another shape, not finite, or not an ordinary tensor of the same kind of number."""
+    did not have), unexpected, of another shape or kind, or not finite."""
     own = module.state_dict()
-    both = [(name, own[name], state_dict[name]) for name in own if name in state_dict]
-    faults = {
-        "lacks": [name for name in own if name not in {*state_dict, *allowed_missing} and not name.endswith(COUNTER)],
-        "has the unknown": [name for name in state_dict if name not in own],
-        "has another shape for": [name for name, mine, other in both if mine.shape != other.shape],
-        "has another kind of tensor for": [
-            name
-            for name, mine, other in both
-            if not _is_dense(other) or mine.is_floating_point() != other.is_floating_point()
-        ],
-    }
-    for fault, names in faults.items():
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UsageError(
-                f"{source}: does not fit this model: it {fault} {names[0]}{more}; check --arch, --mlp and --moco-k"
-            )
+    faults = [f"lacks {name}" for name in own if name not in {*state_dict, *allowed_missing} and COUNTER not in name]
+    faults += [f"has the unknown {name}" for name in state_dict if name not in own]
+    others = [name for name in own if name in state_dict and not _is_like(state_dict[name], own[name])]
+    faults += [f"has another shape or kind of tensor for {name}" for name in others]
+    if faults:
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        raise UsageError(f"{source}: does not fit this model: it {faults[0]}{more}; check --arch, --mlp and --moco-k")
     if broken := nonfinite(state_dict):
-        raise UsageError(
-            f"{source}: {len(broken)} of its tensors, {broken[0]} the first, hold infinite values or NaN; use an"
-            " earlier one"
-        )
+        which = f"{len(broken)} of its tensors, {broken[0]} the first"
+        raise UsageError(f"{source}: {which}, hold infinite values or NaN; use an earlier one")
 
 
 def check_momenta(saved: Mapping, source: str, parameters: Sequence[torch.Tensor]) -> None:
@@ -231,18 +220,15 @@ def check_momenta(saved: Mapping, source: str, parameters: Sequence[torch.Tensor
     with reading(source):
         by_index = dict(enumerate(parameters))
         for index, entry in saved["state"].items():
-            momentum, shape = entry["momentum_buffer"], by_index[index].shape
-            if momentum is None:
-                continue
-            if momentum.shape != shape or not _is_dense(momentum) or not momentum.is_floating_point():
-                raise ValueError(f"the momentum of parameter {index} is not a tensor of shape {tuple(shape)}")
-            if not momentum.isfinite().all():
-                raise ValueError(f"the momentum of parameter {index} holds infinite values or NaN")
+            momentum, weight = entry["momentum_buffer"], by_index[index]
+            if momentum is not None and not (_is_like(momentum, weight) and momentum.isfinite().all()):
+                raise ValueError(f"the momentum of parameter {index} is no finite tensor of shape {[*weight.shape]}")
 
 
-def _is_dense(value: torch.Tensor) -> bool:
-    """Whether a tensor has ordinary values in memory: neither sparse, quantized nor on the meta device."""
-    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+def _is_like(value: torch.Tensor, own: torch.Tensor) -> bool:
+    """Whether a tensor has the shape of `own`, its kind of numbers, and ordinary values in memory."""
+    ordinary = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    return ordinary and value.shape == own.shape and value.is_floating_point() == own.is_floating_point()
 
 
 # Restoring
@@ -307,8 +293,6 @@ def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> tuple
         modules = {name.partition(".")[0] for name in names}
         weights = {names.get(n, n): value for n, value in found.items() if n.partition(".")[0] in modules}
         check_exactly(network, weights, source, FC_KEYS)
-        for name, value in own.items():  # PyTorch before 0.4.1 did not count batches
-            weights.setdefault(name, torch.zeros_like(value, device="cpu"))
         where = f"{container + ': ' if container else ''}{prefix}*"
         return weights, f"{len(weights)} tensors from {where}, {len(state) - len(weights)} others left out"
     raise UsageError(f"{source}: it holds no weights of this --arch ({', '.join(list(state)[:2])}, …); check --arch")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing import reduction
 from typing import IO
 
-from moco.errors import UsageError
+from moco.errors import RunError, UsageError
 
 try:
     import fcntl
@@ -31,9 +31,11 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True)
     """A file to write in; it takes the place of `path` when the block ends, and is removed if the block fails.
 
     It lies in the folder of `path`, under a name that no other process and no link has. durable: wait until it is on
-    the disk. Files that killed processes left unfinished in that folder are removed, once per process. Raises OSError.
+    the disk. Files that killed processes left unfinished in that folder are removed, once per process. Raises OSError,
+    and RunError as `check_locks` does.
     """
     path = os.fspath(path)
+    check_locks(path)
     _remove_abandoned(os.path.dirname(path) or ".")
     with contextlib.closing(_new_file(path, mode)) as file:
         try:
@@ -131,12 +133,34 @@ class FolderLock:
             _held[self.path] = shared.detach()
 
 
+def check_locks(path: str) -> None:
+    """Before a file is written: raise RunError if this process locked the folder, and another one is there now.
+
+    After a rename, say, a second run may have begun in a new folder of the old name, with a lock of its own.
+    """
+    for lock in _held:
+        folder = os.path.dirname(lock)
+        if os.path.abspath(path).startswith(os.path.join(folder, "")) and not _is_in_place(lock):
+            raise RunError(
+                f"{folder} was renamed, removed or replaced while this run wrote there: {lock} is not the lock that it"
+                " holds; nothing more is written; continue in the renamed folder"
+            )
+
+
+def _is_in_place(lock: str) -> bool:
+    try:
+        return os.path.samestat(os.stat(lock), os.fstat(_held[lock]))
+    except (OSError, KeyError):
+        return False
+
+
 def _remove_unused(path: str, made: bool) -> None:
     """Remove a lock file whose run has written nothing, and the folder if it was made for it: nothing stays behind."""
     folder, name = os.path.split(path)
     guarded = name.removesuffix(".lock").removeprefix(".")  # "" if it is the whole folder
     with contextlib.suppress(OSError):
-        if not os.path.lexists(os.path.join(folder, guarded)) or made and os.listdir(folder) == [name]:
+        unused = not os.path.lexists(os.path.join(folder, guarded)) or made and os.listdir(folder) == [name]
+        if unused and _is_in_place(path):
             os.remove(path)
             if made:
                 os.rmdir(folder)

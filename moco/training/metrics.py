@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +12,8 @@ from tqdm import tqdm
 
 from moco import distributed
 from moco.training import files
+
+COLLAPSED = 0.5  # a spread below this, after the first epoch: features crowd in a part of the sphere
 
 
 class RunningMeans:
@@ -66,13 +67,18 @@ class RunningMeans:
         self._finite_steps = torch.full_like(self.sums, self.steps, dtype=torch.long)
 
 
-def append_jsonl(path: str, record: Mapping) -> None:
-    """Append one line to the log, durably. Floats keep six significant digits."""
-    with open(path, "a") as file:
-        rounded = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
-        file.write(json.dumps(rounded) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def log_epoch(path: str, record: Mapping) -> int:
+    """Add a line to the log, in place of those of this and later epochs; return how many damaged ones were dropped.
+
+    record: of an epoch; of a probe, which may share the folder with its pre-training, under its own key `probe`. Floats
+    keep six significant digits. The file is replaced as a whole: a copy of the folder by hard links keeps its own.
+    """
+    lines, damaged = read_jsonl(path)
+    earlier = [line for line in lines if line.get("probe") != record.get("probe") or line["epoch"] < record["epoch"]]
+    rounded = json.loads(json.dumps(record), parse_float=lambda text: float(f"{float(text):.6g}"))
+    with files.atomic_write(path) as file:
+        file.writelines(json.dumps(line) + "\n" for line in [*earlier, rounded])
+    return damaged
 
 
 def read_jsonl(path: str) -> tuple[list[dict], int]:
@@ -91,21 +97,7 @@ def read_jsonl(path: str) -> tuple[list[dict], int]:
     return records, damaged
 
 
-def truncate_jsonl(path: str, epoch: int, probe: str | None = None) -> int:
-    """Drop the lines of `epoch` and later epochs, which a resumed run writes again; return how many were damaged.
-
-    probe: None for pre-training; a probe in the same folder has lines with its own value of that key.
-    """
-    records, damaged = read_jsonl(path)
-    kept = [record for record in records if record.get("probe") != probe or record["epoch"] < epoch]
-    if len(kept) < len(records) or damaged:
-        with files.atomic_write(path) as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
-    return damaged
-
-
 # Progress
-
 
 # The figures come first and the bar takes what is left, so that 80 columns cut off the bar and not the figures.
 BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}|"
@@ -154,7 +146,7 @@ class Progress:
     def report(self, means: Mapping[str, float | list[float]], lr: float | list[float]) -> None:
         speed = self.speed()
         steps_left = len(self.batches) - self.done - 1 + self.steps_after
-        eta = f"ETA {_clock(steps_left * self.images_per_step / speed['images_per_s'])}"
+        eta = f"ETA {tqdm.format_interval(steps_left * self.images_per_step / speed['images_per_s'])}"
         rate = f"{speed['images_per_s']:.0f} images/s"
         if self.bar:
             watched = {name: means[name] for name in WATCHED if name in means} or means
@@ -176,8 +168,3 @@ def _figures(means: Mapping[str, float | list[float]]) -> list[str]:
 
 def _text(value: float | list[float], form: str) -> str:
     return " ".join(format(item, form) for item in value) if isinstance(value, list) else format(value, form)
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import operator
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from moco.processes.signals import StopSignal, StopWaiting
 from moco.training import checkpoint, files, metrics
 
 LOG = "log.jsonl"
+WITHIN_EPOCH = ("seed", "images", "images_per_step")  # what the order of the data follows from
 
 
 class Run:
@@ -34,7 +36,8 @@ class Run:
             run.end_epoch(run.epoch_stats(), [])
 
     args: ckpt_path, the folder of checkpoints and log.jsonl; epochs, precision, print_freq, save_steps, max_bad_images.
-    latest: name of the checkpoint that is written after every epoch, every `save_steps` steps and on a signal.
+    latest: name of the checkpoint that is written after every epoch, every `save_steps` steps and on a signal; also at
+    once if another one is resumed, whose run the log and `--resume auto` then follow.
     state(): the script's own part of a checkpoint. paths: of the training images, for messages. probe: a key of this
     run's lines in the log, if it is a probe, which may share the folder with its pre-training.
     """
@@ -66,9 +69,10 @@ class Run:
     def resume(self, saved: Mapping) -> None:
         """Continue from a checkpoint that `save` wrote; an empty one starts at --start-epoch.
 
-        Restores all but the script's own part. The log keeps the lines of the epochs before.
+        Restores all but the script's own part. All ranks must call this.
         """
         self.epoch, self.step = saved.get("epoch", self.args.start_epoch), saved.get("step", 0)
+        self.first_epoch = self.epoch
         if saved:
             momenta = saved["optimizers"] if "optimizers" in saved else saved.get("optimizer")
             checkpoint.load_optimizer(self.optimizer, momenta)
@@ -77,10 +81,9 @@ class Run:
             self.bad_images, self.bad_in_epoch = dict(saved.get("bad_images", {})), saved.get("bad_in_epoch", 0)
         if self.step:
             self.means.load_state_dict(saved["means"], self.ctx.device)
-        if distributed.is_main():
-            dropped = metrics.truncate_jsonl(self._path(LOG), self.epoch, self.probe)
-            if dropped:
-                print(f"{LOG}: dropped {dropped} damaged lines", flush=True)
+        latest = self._path(self.latest)
+        if saved and not (os.path.exists(latest) and os.path.samefile(self.args.resume, latest)):
+            self.save([self.latest])
         where = f"epoch {self.epoch}" + (f" step {self.step}" if self.step else "")
         self.print(f"starting at {where} (counted from 0), device {self.ctx.device}, seed {self.seed}")
 
@@ -180,8 +183,13 @@ class Run:
         """Log the epoch, save it as `latest` and under the names `also`, and end the run if a signal asked for it."""
         if distributed.is_main():
             self._check_finite(weights=True)
-            metrics.append_jsonl(self._path(LOG), stats)
-        done = self.epoch
+            changes = [each for each in self.args.changes if each["epoch"] == self.first_epoch == self.epoch]
+            stats = {**stats, "changed": changes[-1]} if changes else stats
+            if dropped := metrics.log_epoch(self._path(LOG), stats):
+                print(f"{LOG}: dropped {dropped} damaged lines", flush=True)
+        done, spread = self.epoch, stats.get("spread", 1)
+        if done and spread < metrics.COLLAPSED:
+            self.print(f"epoch {done}  spread {spread:.2f}: features collapse; try a smaller --moco-k or --lr")
         self.epoch, self.step = self.epoch + 1, 0
         self.save([*also, self.latest])
         self.means, self.bad_in_epoch = metrics.RunningMeans(), 0
@@ -212,6 +220,7 @@ class Run:
             "bad_in_epoch": self.bad_in_epoch if self.step else 0,
             "images": self.sampler.num_images,
             "images_per_step": self.sampler.global_batch_size,
+            "changes": self.args.changes,
             **self.state(),
         }
         for name in names:
@@ -261,7 +270,7 @@ class Run:
             advice = "fp16 ends at 65504: use --precision bf16, or a smaller --lr"
         raise RunError(
             f"{what} not finite in epoch {self.epoch} step {step}, at lr {lr:g} (first image of the batch: {first});"
-            f" {advice}; the saved checkpoints are intact: continue from them with --resume auto"
+            f" {advice}; the saved checkpoints are intact: continue from one with --resume FILE in another --ckpt_path"
         )
 
 
@@ -293,6 +302,7 @@ def open_folder(
         lock.acquire()
     args.auto_resume = args.resume == "auto" or restarted
     args.resume = checkpoint.resume_path(args.resume, folder, pattern, restarted)
+    args.changes = []  # of the settings of the run that --resume continues: set by check_resumable
     if writes and not (args.resume and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)):
         found = checkpoint.matching(folder, pattern)
         lines = [record for record in metrics.read_jsonl(os.path.join(folder, LOG))[0] if record.get("probe") == probe]
@@ -306,24 +316,49 @@ def open_folder(
 
 
 def check_resumable(
-    args: argparse.Namespace, saved: Mapping, sampler: GlobalBatchSampler, parameters: Sequence[torch.Tensor]
-) -> None:
-    """Refuse a checkpoint whose run is finished, whose epoch had other data, or whose momenta do not fit.
+    args: argparse.Namespace, saved: Mapping, sampler: GlobalBatchSampler, parameters: Sequence[torch.Tensor], key: str,
+    settings: Mapping[str, object],
+) -> None:  # fmt: skip
+    """Refuse a checkpoint whose run is finished, had other settings or data, or whose momenta do not fit.
 
-    Raises Finished instead of UsageError for a finished run if --resume auto asked for it: job scripts can be rerun.
+    settings: options of this run that make its result, {name: value}; the checkpoint has its own under `key`. A run
+    keeps them in its own folder; in another one they may change, which args.changes then holds, [{"epoch", name: [old,
+    new]}]. Raises Finished instead of UsageError for a finished run if --resume auto asked for it: job scripts can be
+    rerun.
     """
     source = f"--resume {args.resume}"
+    seed = saved.get("seed") if args.seed is None else args.seed
+    images = {"images": sampler.num_images, "images_per_step": sampler.global_batch_size}
+    with checkpoint.reading(source):
+        here = checkpoint.effective({**settings, "seed": seed, **images})
+        there = checkpoint.settings(saved, key, source)
+        changed = {name: [there[name], here[name]] for name in here.keys() & there.keys() if there[name] != here[name]}
+        earlier = [dict(each) for each in saved.get("changes", [])]
+        if step := saved.get("step"):
+            metrics.RunningMeans().load_state_dict(saved["means"], torch.device("cpu"))
+            if step > saved["images"] // saved["images_per_step"]:  # as many: before the evaluation at the end
+                raise ValueError(f"its step is {step}, more than an epoch has")
+            operator.index(saved["seed"])  # the order of the data continues
+    if not settings.get("cos"):
+        changed.pop("epochs", None)  # the schedule stays as it was
+    own = os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(args.ckpt_path)
+    for name in sorted(changed, key=list(here).index):
+        if own or step and name in WITHIN_EPOCH:
+            label = name.replace("_", " ") if name in (*images, "classes") else f"--{name.replace('_', '-')}"
+            way = "repeat it, or continue in another --ckpt_path" if own else "within an epoch its order must stay"
+            raise UsageError(f"{source}: it was saved with {label} {_differing(*changed[name])}; {way}")
+    args.changes = [*earlier, {"epoch": saved["epoch"], **changed}] if changed else earlier
     if saved["epoch"] >= args.epochs:
         message = f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue"
         raise Finished(message) if args.auto_resume else UsageError(message)
-    if saved.get("step"):  # the order of the data continues
-        with checkpoint.reading(source):
-            there = saved["images"], saved["images_per_step"], saved["seed"]
-            metrics.RunningMeans().load_state_dict(saved["means"], torch.device("cpu"))
-            if saved["step"] > saved["images"] // saved["images_per_step"]:  # as many: before the evaluation at the end
-                raise ValueError(f"its step is {saved['step']}, more than an epoch has")
-        seed = saved["seed"] if args.seed is None else args.seed
-        here = sampler.num_images, sampler.global_batch_size, seed
-        checkpoint.check_same(source, dict(zip(("training images:", "images per step:", "--seed"), zip(there, here))))
     if momenta := saved.get("optimizers") or saved.get("optimizer"):  # published files may come without them
         checkpoint.check_momenta(momenta, source, parameters)
+
+
+def _differing(old: object, new: object) -> str:
+    """The two values, or what differs between two long lists."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > 8:  # class names
+        other = next(iter(sorted(set(map(str, old)) ^ set(map(str, new)))), "their order")
+        return f"{len(old)}, this run has {len(new)} ({other} differs)"
+    old, new = (" ".join(map(str, value)) if isinstance(value, list) else value for value in (old, new))
+    return f"{old}, this run has {new}"

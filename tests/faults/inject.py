@@ -34,7 +34,7 @@ PLACES = {  # where a fault can be: a function that the scripts call there
     "report": "moco.training.metrics:Progress.report",
     "saving": "moco.training.checkpoint:save",
     "replacing": "os:replace",  # a file is written, but not yet in its place
-    "logging": "moco.training.metrics:append_jsonl",
+    "logging": "moco.training.metrics:log_epoch",
     "evaluating": "moco.evaluation.classifier:evaluate",
     "kNN": "moco.evaluation.knn:accuracy",
     "options": "moco.options:OptionParser.parse_args",
@@ -113,7 +113,6 @@ SETTINGS = {
     "impatient": sets("moco.processes.launch", JOIN_SECONDS=3, COLLECTIVE_SECONDS=3),
     "impatient for batches": sets("moco.data.loader", DATA_SECONDS=2),
     "workers as asked": sets("moco.options", workers_per_rank=lambda total, ranks: -(-total // ranks)),  # on any cores
-    "no fast JPEG decoder": sets("moco.data.images", has_fast_jpeg=lambda: False),
     "two GPUs": sets("moco.processes.launch", usable_gpus=lambda: 2),  # whose processes find none, and use the CPU
     "unread stdout": unread,
     "stdout is full": lambda: os.dup2(os.open("/dev/full", os.O_WRONLY), 1),

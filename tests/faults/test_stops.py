@@ -185,4 +185,4 @@ def test_a_killed_rank_ends_the_program_in_one_line(whole, tmp_path, victim):
     wait_for(process, "epoch 1 ")
     (server,) = filter(children, children(process.pid))
     os.kill(server if victim == "fork server" else children(server)[0], signal.SIGKILL)
-    assert_one_line(completed(process), "process 0 was killed", "if memory ran out, use a smaller --batch-size")
+    assert_one_line(completed(process), "process 0 terminated with", "if memory ran out, use a smaller --batch-size")

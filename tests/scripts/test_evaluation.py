@@ -11,7 +11,7 @@ from helpers import EVALUATE, TORCHRUN, GrayLevels, paint, refused, run_script, 
 from reports import save_linear
 
 import eval_robustness
-from moco.evaluation import paper
+from moco.evaluation import paper, scores
 from moco.evaluation.testsets import SUITES, Suite
 
 CAT, DOG, OTHER = "n02123045", "n02099601", "n03"
@@ -53,7 +53,7 @@ def painted(tmp_path, monkeypatch, capsys):
     (tmp_path / "m.pth").write_bytes(b"")
 
     def run(*options):
-        monkeypatch.setattr(eval_robustness, "load_models", lambda *_: ([GrayLevels()], [{}], WNIDS, 28))
+        monkeypatch.setattr(eval_robustness, "load_models", lambda *_: ([GrayLevels()], [{}], WNIDS, 28, ""))
         arguments = ["--pretrained", "mine=m.pth", *map(str, options), "-j", "0", "-b", "3"]
         monkeypatch.setattr(sys, "argv", [EVALUATE, *arguments])
         eval_robustness.main()
@@ -86,14 +86,16 @@ def test_every_column_of_a_miniature_is_computed_by_hand(tmp_path, painted):
     folders = [each for suite in SUITES for each in (f"--{suite}", tmp_path / suite)]
     lines = painted(*folders, "--json", "r.json", "--allow-partial")
     assert lines[0] == (
-        "| model | K | alpha | val | Corruption (partial) | Sketch | Stylized | Rendition | Rendition, shared classes |"
-        " Corruption, extra four | Shape bias | Shape accuracy | Texture accuracy |"
+        "| model | K | alpha | val (3 of 4 classes) | Corruption (partial, 1 of 4 classes) | Sketch (1 of 4 classes) |"
+        " Stylized (1 of 4 classes) | Rendition | Rendition, shared classes | Corruption, extra four | Shape bias |"
+        " Shape accuracy | Texture accuracy |"
     )
     assert lines[2] == (
         "| mine | – | – | 75.00 | 44.44 | 60.00 | 50.00 | 50.00 | 75.00 | 50.00 | 66.67 | 50.00 | 25.00 |"
     )
-    note = "Corruption: 8 images, CenterCrop(28), 4 corruptions × severities; partial, 72 of 75"
-    assert any(line.startswith(note) for line in lines)
+    (note,) = (line for line in lines if line.startswith("Corruption: "))
+    assert "8 images, CenterCrop(28), 4 corruptions × severities, 1 of 4 classes with 1–3 images each; partial" in note
+    assert "1 of the head's 4 classes are missing (n03), and 2 folders are none of them (n00, n99)" in str(lines)
     assert stored(tmp_path / "r.json")["table"]["mine"]["Corruption"] == [pytest.approx(400 / 9)]
 
 
@@ -111,7 +113,7 @@ def test_an_entry_of_suites_is_an_option_a_column_and_compared(tmp_path, monkeyp
         paint(tmp_path / "s" / "n02" / f"{i}.png", decision)
     options = ["--my-set", tmp_path / "s", "--json", "r.json", "--compare", "paper"]
     lines = painted(*options)
-    assert lines[0] == "| model | K | alpha | My set |" and lines[2] == "| mine | – | – | 50.00 |"
+    assert lines[0] == "| model | K | alpha | My set (1 of 4 classes) |" and lines[2] == "| mine | – | – | 50.00 |"
     assert "My set is not compared: crops of 28 px, published: 224" in lines
     monkeypatch.setattr(paper, "SIZE", 28)
     monkeypatch.setattr(paper, "CLASSES", 4)
@@ -141,7 +143,8 @@ def test_an_incomplete_corruption_set_exits_non_zero(linear, tmp_path):
     assert "no such corruption: fogg" in evaluation(linear, "--json", tmp_path / "r.json", "--dry-run").stderr
     run = evaluation(linear, "--json", tmp_path / "r.json", "--limit", 1, check=False)
     assert run.returncode == 1 and "| Corruption (partial, resized) |" in run.stdout and "Traceback" not in run.stderr
-    assert "3 corruptions × severities; partial, 73 of 75" in run.stdout and "RESIZED" in run.stdout
+    assert "3 corruptions × severities, 3 of 3 classes with 1 images each; partial, 73 of 75" in run.stdout
+    assert "RESIZED" in run.stdout
     assert "only the first 1 images of each class" in run.stdout and "val: 3 images" in run.stdout
 
 
@@ -151,13 +154,17 @@ def test_a_killed_evaluation_resumes_to_the_same_file(linear, tmp_path):
     half = whole | {"cells": {key: cell for key, cell in whole["cells"].items() if key in ("val", "corruption/fog/2")}}
     del half["table"]  # as the file is after two test sets
     marked = json.loads(json.dumps(half))
-    marked["cells"]["val"]["results"][0]["top1"] = 12.5  # taken over, not evaluated again
+    result = marked["cells"]["val"]["results"][0]  # taken over, not evaluated again
+    result["masks"]["correct"] = scores.pack([1, *[0] * 14])
+    for place, each in enumerate(result["classes"].values()):
+        each["correct"] = int(not place)
+    result["top1"] = 100 / 15
     for name, content in (("half", half), ("marked", marked)):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
         run = evaluation(linear, "--allow-partial", "--json", tmp_path / f"{name}.json")
         assert "2 of 5 test sets are already in" in run.stderr
     assert (tmp_path / "half.json").read_text() == (tmp_path / "whole.json").read_text()
-    assert "| mine | – | – | 12.50 |" in run.stdout
+    assert "| mine | – | – | 6.67 |" in run.stdout
 
 
 def test_models_and_sets_are_added_and_every_table_is_printed_from_the_file(linear, tmp_path):
@@ -186,7 +193,7 @@ def test_bad_inputs_are_refused(linear, tmp_path):
         (model, "nothing to test on: use any of --val DIR --corruption DIR"),
         (["--val", data], "nothing to test"),
         ([*model, "--val", data, "--compare", "paper"], "not a row of the published table"),
-        ([*model, "--val", data, "--json", tmp_path / "foreign.json"], "JSON of another program"),
+        ([*model, "--val", data, "--json", tmp_path / "foreign.json"], "not written by these scripts"),
         ([*model, "--val", data, "--plot", tmp_path / "p.png"], "add --corruption DIR"),
         ([*model, "--val", data, "--by-class"], "name two or more"),
         (["--pretrained", tmp_path / "pretraining.pth.tar", "--val", data], "no linear head"),

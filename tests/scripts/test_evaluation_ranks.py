@@ -1,5 +1,7 @@
 """Several ranks share an evaluation: the figures are those of one process."""
 
+from unittest import mock
+
 import pytest
 import torch
 from helpers import run_ranks
@@ -35,7 +37,8 @@ def knn_accuracies(ctx):
     """With many images, with fewer validation images than ranks, and with fewer training images."""
     sizes = (200, 50), (200, 1), (2, 50)
     sets = [[batches_of(n, seed, ctx) for seed, n in enumerate(pair)] for pair in sizes]
-    return [knn.accuracy(Pixels(), *each, 5, ctx.device, k=15, chunk=7) for each in sets]
+    with mock.patch.object(knn, "CHUNK", 7):
+        return [knn.accuracy(Pixels(), *each, 5, ctx.device, k=15) for each in sets]
 
 
 def knn_with_own_statistics(ctx):

@@ -86,6 +86,9 @@ def test_a_probe_shares_the_folder_of_its_pretraining_only(data, tmp_path):
     run_script(*settings, first)
     run_script(*settings, second)
     assert [record.get("probe") for record in log(tmp_path)] == [None, None, "0000", "0001"]
+    probed, frozen = weights(tmp_path / "checkpoint_robust_0001.pth.tar"), weights(second)
+    names = [name for name in probed if ".fc." not in name]
+    assert all(torch.equal(probed[name], frozen[name.replace("module.", "module.encoder_q.")]) for name in names)
     assert "it holds another run (checkpoint_robust_0001.pth.tar)" in refused(*settings, second)
     resume = ["--epochs", 2, "--resume", "auto"]
     first.rename(tmp_path / "kept.pth.tar")
@@ -119,6 +122,30 @@ def test_heads_side_by_side_learn_what_each_learns_alone(data, whole, tmp_path):
     for lrs in ([], ["--lr", 3, 10]):  # whichever are given: one head is tested
         tested = run_script(PROBE, *SMALL_PROBE, *lrs, "--evaluate", "--resume", whole / BEST, data)
         assert f"top-1 {best['best_acc1']:.2f} %" in tested.stdout.splitlines()[-1]
+
+
+def test_a_resumed_probe_knows_its_heads_by_their_rates_and_keeps_its_options(data, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "own")
+    command = [PROBE, *SMALL_PROBE, "--epochs", 4, "--resume", "auto", "--ckpt_path", tmp_path / "own", data]
+    for options, told in (
+        (["--lr", 0.01, 0.1, 3], "it has heads for --lr 0.01 0.1 1, this run has 0.01 0.1 3"),
+        ([*LRS, "--weight-decay", 0.1], "it was saved with --weight-decay 0.0, this run has 0.1; repeat it"),
+        ([*LRS, "--image-size", 40], "it was saved with --image-size 32, this run has 40"),
+        ([*LRS, "--batch-size", 4], "it was saved with images per step 8, this run has 4"),
+        ([*LRS, "--seed", 2], "it was saved with --seed 1, this run has 2"),
+    ):
+        assert told in refused(*command, *options)
+    assert log(tmp_path / "own") == log(whole)
+    run_script(*command, "--lr", 1, 0.01, 0.1)
+    run_script(PROBE, *SMALL_PROBE, *LRS, "--epochs", 4, "--ckpt_path", tmp_path / "at once", data)
+    assert_equal_runs(tmp_path / "own", tmp_path / "at once")
+
+
+def test_a_link_to_the_training_images_is_no_validation(data, tmp_path):
+    (tmp_path / "train").symlink_to(data / "train")
+    (tmp_path / "val").symlink_to("train")
+    for options in [], ["--features", "f.npz"], ["--evaluate", "--resume", "x"]:
+        assert "val: these are the training images" in refused(PROBE, *SMALL_PROBE, *options, tmp_path)
 
 
 def test_evaluate_needs_neither_training_images_nor_the_arch(data, whole, tmp_path):
@@ -168,7 +195,7 @@ def test_bad_checkpoints_are_refused(data, whole, tmp_path):
         (["-a", "resnet50", "--pretrained", pretrained], "resnet10, not --arch resnet50"),
         (["-e", "--resume", pretrained], "no linear head"),
         (["-e"], "--evaluate needs"),
-        (["--resume", linear, "--lr", 0.1, "--epochs", 9], "it has heads for 3 learning rates, --lr has 1"),
+        (["--resume", linear, "--lr", 0.1, "--epochs", 9], "it has heads for --lr 0.01 0.1 1, this run has 0.1"),
         (["--lr", 1, "x", 2], "is not one or more numbers above 0"),
     ):
         assert message in refused(PROBE, *SMALL_PROBE, *options, "--ckpt_path", tmp_path / "new", data)

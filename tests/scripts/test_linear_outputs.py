@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused, run_script, write_folder
+from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused, run_script, write_folder
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -58,6 +58,24 @@ def test_a_backbone_needs_no_head_and_trains_none(probed):
     assert np.array_equal(made["features"], whole["features"])
     assert "top-1" not in out and "epoch" not in out and out.startswith("wrote ")
     assert before == {path: path.stat().st_mtime_ns for path in probed.iterdir() if path.name != "f.npz"}
+
+
+def test_outputs_that_are_not_finite_are_no_figures(probed):
+    saved = torch.load(probed / "model_best_random.pth.tar", weights_only=True)
+    negative, huge = dict(saved["state_dict"]), dict(saved["state_dict"])
+    negative["module.norm.running_var"] = -torch.ones(256)
+    huge["module.fc.weight"] = 1e38 * torch.ones_like(huge["module.fc.weight"])
+    for state, options in (negative, ["--features", probed / "f.npz"]), (negative, []), (huge, []):
+        torch.save(saved | {"state_dict": state}, probed / "broken.pth.tar")
+        command = [PROBE, *SMALL_PROBE, *options, "--evaluate", "--resume", probed / "broken.pth.tar", probed / "data"]
+        (probed / "f.npz").unlink(missing_ok=True)
+        run = run_script(*command, check=False)
+        assert run.returncode == 2 and "its outputs are not finite for 10 of 10 images" in run.stderr
+        assert "top-1" not in run.stdout and not (probed / "f.npz").exists()
+    test = ["--pretrained", probed / "broken.pth.tar", "--val", probed / "data", "--json", probed / "r.json", "-j", 0]
+    run = run_script(EVALUATE, *test, check=False)
+    assert run.returncode == 2 and "its outputs are not finite for 10 of the 10 images of val" in run.stderr
+    assert not (probed / "r.json").exists()
 
 
 def test_a_file_of_features_that_cannot_be_is_refused(probed):

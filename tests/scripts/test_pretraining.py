@@ -1,7 +1,9 @@
 """moco-non-sem-neg.py as people type it."""
 
+import runpy
 import shlex
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from helpers import (
     TORCHRUN,
     TORCHRUN_RANK,
     log,
+    paint,
     refused,
     run_script,
     same,
@@ -23,6 +26,7 @@ from helpers import (
 from PIL import Image
 
 from moco import augment
+from moco.data import folders
 
 METHOD = ["--mlp", "--aug-plus", "--cos", "--epochs", 3, "--save-freq", 1]
 SETTINGS = [*SMALL, *METHOD]
@@ -124,7 +128,7 @@ def test_knn_is_logged_and_skipped_without_val_and_keep_counts_checkpoints(data,
     assert 0 <= log(tmp_path / "a")[2]["knn_top1"] <= 100 and run.stdout.count("200-nearest-neighbour top-1") == 2
     shutil.rmtree(data / "val")
     run = run_script(PRETRAIN, *SMALL, "--epochs", 1, "--knn", "--ckpt_path", tmp_path / "b", data)
-    assert "--knn is skipped" in run.stdout and "knn_top1" not in log(tmp_path / "b")[0]
+    assert "skipped: " in run.stdout and "knn_top1" not in log(tmp_path / "b")[0]
 
 
 def test_a_dry_run_prints_what_follows_from_the_options(shared_data):
@@ -135,9 +139,8 @@ def test_a_dry_run_prints_what_follows_from_the_options(shared_data):
 
 def test_what_has_no_effect_is_reported(shared_data, tmp_path):
     settings = [*SMALL, "--epochs", 1, "--patch-size", 16, "--ckpt_path", tmp_path, shared_data]
-    run = run_script(FAULTS, "no fast JPEG decoder", PRETRAIN, *settings)
-    assert "--patch-size is ignored" in run.stdout
-    assert "PIL reads the JPEGs, which is slower" in run.stderr and len(log(tmp_path)) == 1
+    run = run_script(PRETRAIN, *settings)
+    assert "ignored; --patch-ratio sets the sizes" in run.stdout and len(log(tmp_path)) == 1
 
 
 # Refusals
@@ -168,12 +171,78 @@ def test_a_batch_that_does_not_divide_is_refused(shared_data, tmp_path, monkeypa
 
 def test_a_checkpoint_that_does_not_fit_is_refused(shared_data, whole, tmp_path):
     resume = [PRETRAIN, *SETTINGS, "--epochs", 9, "--ckpt_path", tmp_path / "new", "--resume"]
-    line = refused(*resume, whole / LATEST, "--image-size", 48, shared_data)
-    assert "it was saved with --image-size 32, this run has 48" in line
-    other = write_folder(tmp_path / "data", classes=("n01", "n07"))
-    assert "it was saved with 2 classes, this run has 2 (n02 differs)" in refused(*resume, whole / LATEST, other)
+    line = refused(*resume, whole / LATEST, "--moco-k", 32, shared_data)
+    assert "it was saved with --moco-k 64, this run has 32" in line
     (tmp_path / "two\nlines.pth.tar").write_bytes(b"x")
     assert "two lines.pth.tar" in refused(*resume, tmp_path / "two\nlines.pth.tar", shared_data)
+
+
+# Options that make the result
+
+
+def test_a_run_keeps_its_options_in_its_folder_and_another_tells_the_change(shared_data, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "own")
+    own = [PRETRAIN, *SETTINGS, "--ckpt_path", tmp_path / "own", "--resume"]
+    for options in ["auto", "--alpha", 3], [tmp_path / "own" / "checkpoint_0000.pth.tar", "--seed", 2]:
+        line = refused(*own, *options, shared_data)
+        assert f"it was saved with {options[-2]} 1" in line and "in another --ckpt_path" in line
+    other = write_folder(tmp_path / "data", classes=("n01", "n07"))
+    assert "it was saved with classes n01 n02, this run has n01 n07" in refused(*own, "auto", other)
+    assert (tmp_path / "own" / "log.jsonl").read_text() == (whole / "log.jsonl").read_text()
+    first = whole / "checkpoint_0000.pth.tar"
+    run_script(*own[:-2], tmp_path / "new", "--resume", first, "--alpha", 3, shared_data)
+    change = {"epoch": 1, "alpha": [1.0, 3.0]}
+    assert [line.get("changed") for line in log(tmp_path / "new")] == [change, None]
+    saved = torch.load(tmp_path / "new" / LATEST, weights_only=True)
+    assert saved["changes"] == [change] and saved["options"]["alpha"] == 3.0
+
+
+README = "-a resnet50 --lr 0.03 --batch-size 128 --mlp --moco-t 0.2 --aug-plus --cos --moco-k 16384 --epochs 200"
+
+
+def settings(capsys, monkeypatch, *options, images=126_689):
+    """{option: text} that --dry-run prints of a data set of so many images."""
+    found = folders.TrainingImages(folders.PathArray("", map(str, range(images))), None, np.zeros(images), ["n01"])
+    monkeypatch.setattr(folders, "list_training_images", lambda *_, **__: found)
+    monkeypatch.setattr(sys, "argv", [PRETRAIN, *shlex.split(" ".join(map(str, options))), "--dry-run", "data"])
+    runpy.run_path(str(REPOSITORY / PRETRAIN), run_name="__main__")
+    return dict(line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_papers_recipe_is_readmes_published_command(capsys, monkeypatch):
+    written = settings(capsys, monkeypatch, README, "--robust patch --alpha 2 --patch-ratio 16 72")
+    del written["arch"]  # resnet50 is the default
+    assert settings(capsys, monkeypatch, "--recipe paper") == written | {"arch": "resnet50"}
+    small = settings(capsys, monkeypatch, "--recipe paper --image-size 56 -b 64", images=4000)
+    assert (small["moco k"], small["patch ratio"], small["batch size"]) == ("512", "4 18", "64")
+    assert small["patches"] == "4 to 18 px, in proportion to the crop"
+    own = settings(capsys, monkeypatch, "--recipe paper --no-mlp --no-cos --moco-k 9 --patch-ratio 5 6 --alpha 3")
+    assert not {"mlp", "cos"} & own.keys() and (own["moco k"], own["patch ratio"], own["alpha"]) == ("9", "5 6", "3.0")
+
+
+@pytest.mark.parametrize("options, images, told", [
+    ("", 126_689, {"recipe"}), ("--epochs 9 -b 64 --moco-k 512", 4000, {"recipe"}), ("", 400, {"recipe", "queue"}),
+    ("--alpha 2 --image-size 56", 9000, {"patches", "queue"}),
+    ("--alpha 2 --image-size 56 --patch-ratio 16 56", 126_689, {"patches"}),
+    ("--alpha 2 --patch-ratio 16 112", 126_689, set()), ("--robust none --mlp --moco-k 65536", 126_689, set()),
+    ("--robust none --mlp --image-size 56", 65_536, set()), ("--recipe paper", 300, set())])  # fmt: skip
+def test_settings_that_will_hardly_work_are_named(capsys, monkeypatch, options, images, told):
+    found = settings(capsys, monkeypatch, "-b 8", options, images=images)
+    assert found.keys() & {"recipe", "queue", "patches"} == told
+    if "queue" in told:
+        fitting = {400: 64, 9000: 1024}[images]
+        assert found["queue"] == f"65536 keys of {images} images, their own negatives: try --moco-k {fitting}"
+    if "16 56" in options:
+        assert found["patches"] == "above half the crop they show whole objects: try --patch-ratio 4 18"
+
+
+def test_a_collapse_of_the_features_is_said(tmp_path):
+    for number in range(16):
+        paint(tmp_path / "data" / "train" / "black" / f"{number}.png", 0)
+    run = run_script(PRETRAIN, *SMALL, "--epochs", 2, "--ckpt_path", tmp_path / "run", tmp_path / "data")
+    spread = log(tmp_path / "run")[1]["spread"]
+    assert spread < 0.5 and f"epoch 1  spread {spread:.2f}: features collapse" in run.stdout
+    assert "epoch 0  spread" not in run.stdout  # at the start they may be close together
 
 
 # A new kind of negative, and one's own patch negatives

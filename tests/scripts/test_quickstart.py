@@ -13,7 +13,10 @@ from PIL import Image
 from docs import quickstart_result as result
 
 FIGURES = {"val": 50, "Corruption": 40, "Sketch": 45, "Stylized": 35, "Rendition": 60, "Shape bias": 80}
-TWO_ROWS = {"table": {"MoCo v2": {"val": [50.0]}, "+ Patch": {"val": [52.0]}}}
+TWO_ROWS = {
+    "table": {"MoCo v2": {"val": [50.0]}, "+ Patch": {"val": [54.0]}},
+    "differences": {"+ Patch": {"val": [4.0, 1.0]}},
+}
 PYTHON = f"""#!{sys.executable}
 '''Instead of python: records the command, and leaves the files that the real scripts would leave.'''
 import os, pathlib, subprocess, sys
@@ -95,21 +98,17 @@ def test_a_run_that_fails_ends_the_quick_start_with_its_output(tmp_path):
     assert "it broke" in run.stderr and not any(command.startswith("eval_robustness.py") for command in commands)
 
 
-def test_differences_are_paired():
-    found = result.difference([50, 60, 70], [50, 57, 66])
-    assert found.mean == pytest.approx(7 / 3) and found.error == pytest.approx(1.2018504)
-    assert result.difference([49], [50]) == (-1, None)
-    assert result.difference([54], [50, 52]) == (3, None)
-
-
 def test_the_sentences_say_better_worse_and_within_noise():
-    better, worse, spread = result.sentences(table([0, 1], [5, 6], [-2, -1]))
-    assert better.startswith("row 1 against row 0: better in 6 of 6 columns; val +5.0±0.0, ")
-    assert "better in 0 of 6 columns, worse in 6 (val, Corruption," in worse and "2 paired seeds" in spread
-    (noisy, _) = result.sentences(table([0, 1], [9, -7]))
-    assert "better in 0 of 6 columns, within noise in 6; val +0.5±" in noisy
-    (_, warning) = result.sentences(table([0], [1]))
-    assert warning.startswith("One seed:")
+    found = {
+        name: dict.fromkeys(FIGURES, result.Difference(mean, 1.0))
+        for name, mean in (("row 1", 5.0), ("row 2", -2.5), ("row 3", 1.9))
+    }
+    better, worse, noisy, trust = result.sentences(table([0, 1], [5, 6], [-2, -1], [2, 3]), found)
+    assert better.startswith("row 1 against row 0: better in 6 of 6 columns; val +5.0±1.0, ")
+    assert "better in 0 of 6 columns, worse in 6 (val, Corruption," in worse
+    assert "better in 0 of 6 columns, within noise in 6; val +1.9±1.0" in noisy
+    assert "over the test images; another seed" in trust
+    assert "Means of 3 seeds" in result.sentences(table([0, 1, 2], [5, 6, 7]), found)[-1]
 
 
 @pytest.mark.parametrize("rows", [([0],), ([0, 3], [1, 2]), ([0],) * 9])

@@ -82,8 +82,7 @@ def row_file(folder, data):
     text = block("SLURM_ARRAY_TASK_ID")
     for pattern, value in (
         (r"^name=.*", f"name=row data={data} epochs={EPOCHS}"),
-        (r'^pretrain="-a.*', f'pretrain="{small} -p 1"'),
-        (r'^pretrain="\$pretrain.*\n', ""),
+        (r"^pretrain=.*", f'pretrain="{small} -p 1"'),
         (r"^probe=.*", f'probe="{probe} --epochs 2"'),
         (r"^tests=.*", f'tests="--val {data} -j 0"'),
         (r"ckpts/", f"{folder}/"),

@@ -40,6 +40,21 @@ def test_verbose_prints_all_settings(capsys):
     assert settings["schedule"] == "3 4" and settings["lr"] == "0.03" and settings["seed"] == "None"
 
 
+def test_a_recipe_changes_defaults_that_options_override_and_the_published_ones_stay():
+    made = parser()
+    made.add_argument("--recipe", choices=["paper"])
+    args = made.parse_args(["DIR", "--recipe", "paper", "--lr", "0.1"], recipes={"paper": {"lr": 0.3, "epochs": 7}})
+    assert (args.lr, args.epochs, args.defaults["lr"], args.defaults["epochs"]) == (0.1, 7, 0.03, 5)
+    assert made.parse_args(["DIR"], recipes={"paper": {}}).recipe is None and "recipe" not in args.defaults
+
+
+def test_patches_and_queue_fit_the_crop_and_the_data():
+    assert options.patch_sizes(None, 224) == (16, 56) and options.patch_sizes("paper", 224) == (16, 72)
+    assert options.patch_sizes("paper", 32) == (2, 10) and options.patch_sizes(None, 4) == (1, 1)
+    lengths = {1: 1, 60_000: 8192, 126_689: 16384, 1_281_167: 65536}
+    assert {images: options.queue_length(images) for images in lengths} == lengths
+
+
 def test_an_option_error_is_one_line_of_the_first_process(capsys, monkeypatch):
     for local_rank, lines in (("0", 1), ("1", 0)):
         for name, value in {**TORCHRUN_RANK, "LOCAL_RANK": local_rank}.items():

@@ -15,7 +15,7 @@ from moco import augment, plot
 from moco.errors import UsageError
 
 ROWS = ["plain", "patch", "patch"]
-VAL = [result(0, {"cat": (cat, 10), "dog": (dog, 10)}) for cat, dog in ((5, 8), (6, 6), (8, 4))]
+VAL = [result(classes={"cat": (cat, 10), "dog": (dog, 10)}) for cat, dog in ((5, 8), (6, 6), (8, 4))]
 drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 
 
@@ -68,8 +68,21 @@ def test_curves_of_a_probe_are_lines_of_its_heads():
 
 
 @drawing
+def test_a_collapsed_spread_is_marked_and_a_healthy_one_is_not():
+    spreads = {"low": [0.2, 0.9, 0.4, 0.49, 0.6], "high": [0.3, 0.5, 0.8]}  # the first epoch is never marked
+    runs = {
+        name: plot.runs_of(name, [{"epoch": e, "spread": s} for e, s in enumerate(spreads[name])]) for name in spreads
+    }
+    assert drawn(plot.curves(runs["high"]), "spread") == [[*enumerate(spreads["high"])]]
+    figure = plot.curves(runs["low"] | runs["high"])
+    lines = [[*enumerate(values)] for values in spreads.values()]
+    assert drawn(figure, "spread (× collapsed)") == [*lines, [(2, 0.4), (3, 0.49)]]
+    assert [line.get_marker() for line in figure.axes[0].lines][:3] == [".", ".", "x"]
+
+
+@drawing
 def test_curves_leave_out_what_is_damaged_and_say_so(capsys):
-    odd = [{"epoch": 0, "loss": float("nan"), "spread": True}, {"epoch": 1, "loss": 2.0, "spread": "x"}]
+    odd = [{"epoch": 0, "loss": None, "spread": "x"}, {"epoch": 1, "loss": 2.0}]
     figure = plot.curves(plot.read_runs([write_log("cut", *odd, end='{"epoch": 2, "lo'), write_log("new")]))
     assert drawn(figure, "loss") == [[(1, 2.0)]] and [axis.get_title() for axis in figure.axes] == ["loss"]
     damaged, empty = capsys.readouterr().err.splitlines()
@@ -79,7 +92,7 @@ def test_curves_leave_out_what_is_damaged_and_say_so(capsys):
 @drawing
 @pytest.mark.parametrize("name", ["$a_1$", "_hidden", "a$b", "é\udcff", "x" * 300])
 def test_any_folder_or_row_name_is_a_label(name):
-    figure = plot.curves(plot.series_of(name, [{"epoch": 0, "loss": 1.0}]))
+    figure = plot.curves(plot.runs_of(name, [{"epoch": 0, "loss": 1.0}]))
     figure.savefig("a.png")
     (label,) = legend(figure)
     end = name[-50:].replace("\udcff", r"\udcff").replace("$", r"\$")
@@ -95,9 +108,10 @@ def test_any_folder_or_row_name_is_a_label(name):
         (["no/log.jsonl"], "no/log.jsonl: no such file; name the log.jsonl of a run"),
         (["empty/log.jsonl"], "nothing to draw"),
         (["other/log.jsonl"], "nothing to draw"),
+        (["odd/log.jsonl"], "odd/log.jsonl: damaged, or not written by these scripts (KeyError: 'lr')"),
         (["other/log.jsonl", "--out", "a.txt"], "--out a.txt: its name must end in .png or .pdf or .svg"),
-        (["no.json"], "no.json: not JSON of an evaluation (FileNotFoundError"),
-        (["list.json"], "list.json: not JSON of an evaluation"),
+        (["no.json"], "no.json: damaged, or not written by these scripts (FileNotFoundError"),
+        (["list.json"], "list.json: damaged, or not written by these scripts"),
         (["val.json", "val.json"], "an evaluation is drawn by itself"),
         (["one.json"], "it has one row, plain; evaluate two rows"),
     ],
@@ -105,6 +119,7 @@ def test_any_folder_or_row_name_is_a_label(name):
 def test_what_cannot_be_drawn_is_refused(arguments, reason, tmp_path, monkeypatch):
     write_log("empty")
     write_log("other", {"epoch": 0, "else": 1})
+    write_log("odd", {"epoch": 0, "probe": "0199"})
     reports = {"list": [], "val": report_of({"val": VAL}, ROWS), "one": report_of({"val": VAL[:1]}, ["plain"])}
     for name, content in reports.items():
         Path(f"{name}.json").write_text(json.dumps(content))
@@ -121,11 +136,23 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
 
 @drawing
 def test_of_many_classes_the_most_helped_and_harmed_are_drawn():
-    results = [result(50, {f"c{i:03}": (correct(i), 100) for i in range(101)}) for correct in (lambda i: 50, int)]
+    results = [result(classes={f"c{i:03}": (correct(i), 100) for i in range(101)}) for correct in (lambda i: 50, int)]
     (axis,) = plot.class_bars(report_of({"val": results}, ["a", "b"]), "val", "a", "b").axes
     names = [text.get_text() for text in axis.get_yticklabels()]
     assert names == [f"c{index:03}" for index in (*range(100, 80, -1), *range(19, -1, -1))]
-    assert "classes helped: 50, harmed: 50, of 101; drawn: the 20 at either end" in axis.get_title()
+    assert (
+        "helped: 46, harmed: 46, of 101; drawn: the 20 at either end" in axis.get_title()
+    )  # four points are not clear
+
+
+@drawing
+def test_a_class_within_two_standard_errors_is_neither_helped_nor_harmed():
+    change = {"better": (20, 80), "little": (50, 52), "less": (52, 50), "worse": (80, 20)}
+    results = [result(classes={name: (pair[row], 100) for name, pair in change.items()}) for row in (0, 1)]
+    (axis,) = plot.class_bars(report_of({"val": results}, ["a", "b"]), "val", "a", "b").axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == [*change]
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([60, 2, -2, -60])
+    assert axis.get_title() == "val: b against a\nbeyond 2 standard errors helped: 1, harmed: 1, of 4"
 
 
 @drawing
@@ -137,7 +164,7 @@ def test_class_differences_are_drawn_from_an_evaluation(tmp_path, monkeypatch, c
     (axis,) = plot.class_bars(evaluation, "val", "plain", "patch").axes
     assert [bar.get_width() for bar in axis.patches] == pytest.approx([20, -30])
     assert [text.get_text() for text in axis.get_yticklabels()] == ["cat", "dog"]
-    assert axis.get_title() == "val: patch against plain\nclasses helped: 1, harmed: 1, of 2"
+    assert axis.get_title() == "val: patch against plain\nbeyond 2 standard errors helped: 0, harmed: 0, of 2"
 
 
 @drawing

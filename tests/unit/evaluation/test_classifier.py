@@ -9,7 +9,7 @@ import torch.nn as nn
 from moco.encoders import build_encoder
 from moco.errors import UsageError
 from moco.evaluation import classifier
-from moco.evaluation.classifier import LinearHeads, diverged_heads, divergence_hint
+from moco.evaluation.classifier import LinearHeads, divergence_hint
 from moco.training import checkpoint
 
 
@@ -23,17 +23,10 @@ def backbone():
 def test_probe_has_the_given_backbone_frozen_and_a_new_head(backbone):
     torch.manual_seed(1)
     model = classifier.build_probe("resnet10", 400, backbone)
-    classifier.check_frozen(model, backbone)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in backbone.items())
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["fc.weight", "fc.bias"]
     assert model.fc.weight.shape == (400, 256) and not model.fc.bias.any()
     assert model.fc.weight.std().item() == pytest.approx(0.01, rel=0.02)
-
-
-def test_a_changed_statistic_is_noticed(backbone):
-    model = classifier.build_probe("resnet10", 4, backbone)
-    model.state_dict()["stages.1.bn1.running_mean"].add_(1)
-    with pytest.raises(RuntimeError, match="backbone changed during training: stages.1.bn1.running_mean$"):
-        classifier.check_frozen(model, backbone)
 
 
 def linear_checkpoint(width, **extra):
@@ -76,40 +69,42 @@ def test_a_linear_checkpoint_loads_with_a_head_of_its_width(tmp_path):
 
 
 def test_the_best_head_wins_and_one_with_nan_never_does():
-    heads = LinearHeads(nn.Linear(3, 2) for _ in range(3))
     best = classifier.BestHead([0.0, 0.0, 0.0], winner=0)
 
-    def update(*acc1s):
-        return best.update(heads, [{"acc1": acc1} for acc1 in acc1s])
+    def update(*acc1s, broken=(0, 0, 0)):
+        return best.update([{"acc1": acc1, "not_finite": n} for acc1, n in zip(acc1s, broken)])
 
     assert update(10.0, 30.0, 20.0) and best.winner == 1 and best.acc1s == [10.0, 30.0, 20.0]
     assert not update(25.0, 20.0, 20.0) and best.winner == 0 and best.acc1s == [25.0, 30.0, 20.0]
     assert not update(0.0, 0.0, 30.0) and best.winner == 2  # as good as the best, and not better
-    heads[1].weight.data[0, 0] = math.nan
-    assert not update(5.0, 99.0, 0.0) and best.winner == 0 and best.acc1s == [25.0, 30.0, 30.0]
+    assert not update(5.0, 99.0, 0.0, broken=(0, 1, 0)) and best.winner == 0 and best.acc1s == [25.0, 30.0, 30.0]
 
 
 # Learning rates that are too large
 
 
+RATES = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
+
+
 @pytest.mark.parametrize(
-    "classes, losses, heads",
+    "classes, losses, rates",
     [
-        # FashionMNIST, mean losses of the first epoch with --lr 0.01 0.03 0.1 0.3 1 3 10 30
-        (10, [1.001, 0.992, 1.086, 1.682, 5.421, 16.891, 57.711, 169.737], {4, 5, 6, 7}),
-        (10, [2.077, 1.923, 1.759, 1.661, 4.584, 19.570, 71.898, 250.750], {5, 6, 7}),  # a random backbone
-        (10, [2.49], set()),  # the quick start's slowest row
-        (2, [math.nan, 0.771, math.inf, 713_068], {0, 2, 3}),
-        (1000, [6.9, 12.0], set()),
-        (1, [0.0], set()),
+        # FashionMNIST, mean losses of the first epoch with RATES
+        (10, [1.001, 0.992, 1.086, 1.682, 5.421, 16.891, 57.711, 169.737], "1 3 10 30"),
+        (10, [2.077, 1.923, 1.759, 1.661, 4.584, 19.570, 71.898, 250.750], "3 10 30"),  # a random backbone
+        (10, [2.49], ""),  # the quick start's slowest row
+        (2, [math.nan, 0.771, math.inf, 713_068], "0.01 0.1 0.3"),
+        (1000, [6.9, 12.0], ""),
+        (1, [0.0], ""),
     ],
 )
-def test_a_loss_far_above_chance_shows_that_a_head_diverged(classes, losses, heads):
-    assert diverged_heads(losses, classes) == heads
+def test_a_loss_far_above_chance_shows_that_a_head_diverged(classes, losses, rates):
+    hint = divergence_hint(RATES[: len(losses)], losses, classes)
+    assert hint.startswith(f"loss diverged for --lr {rates} (") if rates else hint == ""
 
 
 def test_the_hint_names_learning_rates_that_diverged_and_if_none_learns_some_to_try():
-    all_diverged = divergence_hint({1, 0}, [30, 3], [713_068, math.nan], 10)
+    all_diverged = divergence_hint([30, 3], [713_068, math.nan], 10)
     assert "--lr 30 3 (713068 nan; chance is 2.30); try --lr 0.003 0.03 0.3: " in all_diverged
-    one = divergence_hint({3}, [0.1, 1, 3, 30], [0.9, 1.1, 99, 713_068], 10)
+    one = divergence_hint([0.1, 1, 30], [0.9, 1.1, 713_068], 10)
     assert one == "loss diverged for --lr 30 (713068; chance is 2.30); --lr 0.1 1 is fine; the best head is kept"

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 from helpers import REPOSITORY
 from reports import report_of, result
@@ -31,11 +32,14 @@ def complete(_complete):
     return copy.deepcopy(_complete)
 
 
-def test_complete_columns_are_compared_in_the_papers_standard_deviations(complete):
-    header, _, _, published, distance, *remarks = paper.comparison(complete).splitlines()
+def test_complete_columns_are_compared_with_a_standard_error(complete):
+    header, _, _, published, difference, *remarks = paper.comparison(complete).splitlines()
     assert header == "|  | val | Corruption | Sketch | Stylized | Rendition |"
     assert published.startswith("| patch-k16384-a2, paper | 79.35±0.12 | 45.13±0.35 |")
-    assert distance == "| difference in the paper's std | -244.6 | +13.9 | +20.7 | +171.7 | +101.5 |"
+    stds = [0.28, 0.17, 0.12, 0.52, 0.38, 0.32, 0.14, 0.09, 0.11]  # of val in all rows
+    error = (sum(std**2 for std in stds) / 9 * (1 / 3 + 1)) ** 0.5  # of three runs there and one here
+    assert difference.startswith(f"| difference | -29.35±{error:.2f} | +4.87±")
+    assert "sample standard deviation" in remarks[-1] and "pooled over the published rows" in remarks[-1]
     assert "measured here with CenterCrop(224); the paper does not say" in remarks[0]
     assert "the classes are not those of preprocess/imagenet_100.txt" in remarks[1]  # these have other names
 
@@ -99,7 +103,49 @@ def test_a_comparison_repeats_the_note_on_a_published_row(complete):
     assert line == f"mocov2-later-k65536: {paper.rows()['mocov2-later-k65536']['note']}" and "copying error" in line
 
 
+def test_perfect_reproductions_are_rarely_called_different():
+    """Three runs there and three here of the same true means and spreads."""
+    rng = np.random.default_rng(0)
+    published, called = paper.rows(), []
+    for suite in SUITES:
+        spread = paper.spread(suite)
+        for _ in range(400):
+            ours, theirs = rng.normal(0, spread, (2, 3))
+            with pytest.MonkeyPatch.context() as patch:
+                stds = rng.normal(0, spread, (len(published), 3)).std(axis=1, ddof=1)
+                other = {name: published[name] | {suite: (0, std)} for name, std in zip(published, stds)}
+                patch.setattr(paper, "rows", lambda other=other: other)
+                error = paper.spread(suite, ours) * (1 / 3 + 1 / 3) ** 0.5
+            called.append(abs(ours.mean() - theirs.mean()) > 2 * error)
+    assert 0.03 < np.mean(called) < 0.07
+
+
+def test_a_copied_cell_has_no_part_in_the_spread():
+    own = [0.12, 0.15, 0.15, 0.11, 0.44, 0.37, 0.18, 0.19]  # without the row whose Rendition repeats its Sketch
+    assert paper.spread("rendition") == pytest.approx((sum(std**2 for std in own) / 8) ** 0.5)
+    assert paper.spread("rendition", [1.0, 3.0]) == pytest.approx(((2 * sum(std**2 for std in own) + 2) / 17) ** 0.5)
+
+
+def test_readmes_recipe_is_that_of_the_row_and_others_are_refused():
+    made = {
+        "robust": "patch", "num_nonsem": 1, "alpha": 2.0, "patch_ratio": [16, 72], "moco_k": 16384, "moco_t": 0.2,
+        "moco_m": 0.999, "mlp": True, "aug_plus": True, "cos": True, "epochs": 200, "lr": 0.03, "image_size": 224,
+        "images_per_step": 128,
+    }  # fmt: skip
+    assert paper.recipe("patch-k16384-a2") == made
+    plain = {name: made[name] for name in made if name not in ("alpha", "num_nonsem", "patch_ratio")}
+    assert paper.recipe("mocov2-k8192") == plain | {"robust": "none", "moco_k": 8192}
+    later = {"lr": 0.8, "images_per_step": 512, "moco_m": 0.99, "moco_k": 65536}
+    assert paper.recipe("patch-later-k65536-a2") == made | later
+    texture = {name: made[name] for name in made if name != "patch_ratio"} | {"robust": "texture"}
+    assert paper.recipe("texture-k16384-a2") == texture
+    for known in made, {}, None:  # published files tell nothing
+        paper.check_recipes([{"row": "patch-k16384-a2", "file": "a", "pretraining": known}])
+    for name, value in {"moco_k": 8192, "alpha": 3.0, "robust": "none", "epochs": 100, "moco_m": 0.99}.items():
+        with pytest.raises(UsageError, match=f"patch-k16384-a2 has {name} .*, a was made with {value}"):
+            paper.check_recipes([{"row": "patch-k16384-a2", "file": "a", "pretraining": made | {name: value}}])
+
+
 def test_other_names_are_refused():
-    paper.check_rows(["patch-k16384-a3"])
     with pytest.raises(UsageError, match="mine is not a row of the published table.*patch-k8192-a2"):
-        paper.check_rows(["patch-k16384-a3", "mine"])
+        paper.check_recipes([{"row": "patch-k16384-a3", "file": "a"}, {"row": "mine", "file": "b"}])

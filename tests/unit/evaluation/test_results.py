@@ -1,6 +1,7 @@
 """The JSON file of an evaluation: no result is lost, none is taken for another, and damaged files are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 from reports import WNIDS, a_test_set, report_of, result
@@ -18,15 +19,10 @@ def continued(path, fresh, *keys):
 
 
 def all_results(path):
-    """{(checkpoint, test set, settings): top-1} of all results in a file."""
+    """{identity: top-1} of all results in a file."""
     fresh = report_of({}, ["of nothing"])
     results.reuse_results(str(path), fresh, [])
-    return {
-        (sha, key, str({name: value for name, value in entry.items() if name != "result"})): entry["result"]["top1"]
-        for sha, sets in fresh["earlier"].items()
-        for key, entries in sets.items()
-        for entry in entries
-    }
+    return {identity: each["top1"] for identity, each in fresh["earlier"].items()}
 
 
 # Which results are taken
@@ -34,11 +30,15 @@ def all_results(path):
 
 def test_an_interrupted_report_is_continued_whatever_its_row_is_called():
     made = report_of({"val": [5.0], "sketch": [6.0]})
+    for cell in made["cells"].values():
+        cell["names_sha256"] = ""  # as of the sets below
     results.save("r.json", made)
     renamed = results.new({"patch-k16384-a2": ["0.pth"]}, [{}], WNIDS, 28, None)
     assert continued("r.json", renamed, "val", "sketch", "rendition") == {"val": 5.0, "sketch": 6.0}
-    assert list(report.by_row(renamed)) == ["patch-k16384-a2"] and renamed["earlier"] == {}
+    assert list(report.by_row(renamed)) == ["patch-k16384-a2"]
     assert renamed["cells"] == json.loads(json.dumps(made["cells"]))
+    results.save("r.json", renamed)
+    assert json.loads(Path("r.json").read_text())["earlier"] == {}
 
 
 def test_only_the_missing_models_of_a_set_are_scored():
@@ -47,7 +47,7 @@ def test_only_the_missing_models_of_a_set_are_scored():
     assert continued("r.json", both, "val") == {}
     assert results.unfinished(both, a_test_set()) == [0]
     results.add(both, a_test_set(), [result(7.0)])
-    assert [each["top1"] for each in both["cells"]["val"]["results"]] == [7.0, 5.0] and both["earlier"] == {}
+    assert [each["top1"] for each in both["cells"]["val"]["results"]] == [7.0, 5.0]
 
 
 @pytest.mark.parametrize(
@@ -69,30 +69,53 @@ def test_a_finished_result_outlives_other_evaluations(other):
     assert continued("r.json", report_of({}), *keys) == dict.fromkeys(keys, 5.0)  # and is taken up again
 
 
-@pytest.mark.parametrize("other", [{"folder": "/elsewhere"}, {"n": 6}, {"suffix": "jpg"}])
+@pytest.mark.parametrize("other", [{"n": 600}, {"files": "made again under the same names"}])
 def test_a_result_on_other_images_is_not_taken(other):
     results.save("r.json", report_of({"val": [5.0]}))
     fresh = report_of({})
     results.reuse_results("r.json", fresh, [a_test_set(**other)])
     assert fresh["cells"] == {} and len(fresh["earlier"]) == 1
+    results.reuse_results("r.json", fresh, [a_test_set(folder="/moved")])
+    assert list(fresh["cells"]) == ["val"]
 
 
-def first_version(made):
-    """A report as it was written before results had an identity of their own."""
-    old = {name: made[name] for name in ("image_size", "limit", "wnids", "wnids_sha256", "checkpoints")}
-    cells = json.loads(json.dumps(made["cells"]))
-    for cell in cells.values():
-        del cell["images_sha256"]
-    return old | {"cells": cells, "table": {}}
+def test_outputs_that_are_not_finite_are_no_result():
+    with pytest.raises(UsageError, match="0.pth: its outputs are not finite for 3 of the 200 images of val"):
+        report_of({"val": [result(5.0, not_finite=3)]})
 
 
-def test_of_a_file_of_the_first_version_results_on_photos_are_taken(tmp_path):
-    """It cropped corrupted images of any size, and resized all stylized ones."""
-    (tmp_path / "r.json").write_text(json.dumps(first_version(report_of(dict.fromkeys(["val", "stylized"], [5.0])))))
-    fresh = report_of({})
-    assert continued("r.json", fresh, "val", "stylized") == {"val": 5.0}
-    results.save("r.json", fresh)
-    assert len(all_results("r.json")) == 2
+# Rows
+
+PLAIN = {"robust": "none", "moco_k": 8, "seed": 0, "epoch": 3, "images": 9}
+PATCH = PLAIN | {"robust": "patch", "alpha": 2.0}
+OWN = {"lr": [1.0], "image_size": 28, "seed": 0}
+
+
+@pytest.mark.parametrize("other, told", [
+    ({"pretraining": PATCH | {"seed": 1}}, "different settings .pretraining robust none, patch"),
+    ({"pretraining": PLAIN | {"seed": 1, "images": 8}}, "different settings .pretraining images 9, 8"),
+    ({"pretraining": PLAIN | {"seed": 1, "epoch": 2}}, "different settings .pretraining epoch 3, 2"),
+    ({"pretraining": PLAIN | {"seed": 1}, "probe": OWN | {"lr": [3.0]}}, r"settings .probe lr \[1.0\], \[3.0\]"),
+    ({"pretraining": PLAIN}, "come from one pre-training run"),  # with --seed 0 on another machine
+    ({"pretraining": PLAIN | {"epoch": 2}}, "come from one pre-training run"),  # another epoch of it
+    ({"pretraining": PLAIN, "probe": OWN | {"seed": 1}}, "come from one pre-training run"),  # a second probe
+    ({"backbone_sha256": "a"}, "come from one pre-training run")])  # fmt: skip
+def test_a_row_is_of_independent_runs_with_the_same_settings(tmp_path, other, told):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+    one, fine = {"pretraining": PLAIN, "probe": OWN, "backbone_sha256": "a"}, {"pretraining": PLAIN | {"seed": 1}}
+
+    def made(other, rows):
+        return results.new(rows, [one, {"backbone_sha256": "b", "probe": OWN} | other], WNIDS, 28, None)
+
+    row = {"x": ["a", "b"]}
+    made(fine, row)
+    made({}, row)  # an unknown pre-training is no other one
+    made(other, {"x": ["a"], "y": ["b"]})
+    with pytest.raises(UsageError, match=f"--pretrained x=…: a and b .*{told}"):
+        made(other, row)
+    with pytest.raises(UsageError, match="one pre-training run"):
+        results.new({"x": ["a", "a"]}, [{}, {}], WNIDS, 28, None)
 
 
 # Files that are damaged, or another program's
@@ -119,27 +142,24 @@ def test_an_empty_or_absent_file_is_a_new_one(tmp_path):
 
 
 ODD_VALUES = {  # of a result, of a test set, and of a report
-    "top1": ["5", None, True, -1, 101, float("nan"), 10**400],
+    "top1": ["5", None, -1, 6, float("nan"), 10**400],
     "n": [0, -1, 1.5, "4", 3, 2**40],
     "classes": [None, [], {"n01": None}, {"n01": {"n": 1, "correct": 2}}, {"n01": {"n": "1", "correct": 0}}],
-    "conflicts": [2, 0],  # fewer than the decisions for shape or texture
-    "folder": [None, 3],
+    "masks": [None, {}, {"correct": "x"}, {"correct": "AAAA"}],
     "preprocessing": [[], {}],
     "results": [None, [], [{}, {}], "x"],
-    "version": [0, 3, "2"],
-    "checkpoints": [None, [{}], [{"sha256": 1}]],
+    "version": [0, 2, "3", None],
     "cells": [[], {"val": None}],
-    "earlier": [[], {"a": {"val": [{}]}}],
+    "earlier": [3, {"a": {"val": [{}]}}],
 }
 
 
 @pytest.mark.parametrize("name, value", [(name, value) for name, values in ODD_VALUES.items() for value in values])
 def test_impossible_values_are_refused(tmp_path, name, value):
-    cues = result(5.0, conflicts=4, shape_decisions=1, texture_decisions=2, shape_bias=100 / 3)
-    made = report_of({"stylized": [cues]})
+    made = report_of({"stylized": [result(5.0, cues=(4, 1, 2))]})
     cell = made["cells"]["stylized"]
-    level = made if name in made else cell if name in ("folder", "preprocessing", "results") else cell["results"][0]
+    level = made if name in made else cell if name == "results" else cell["results"][0]
     level[name] = value
     (tmp_path / "r.json").write_text(json.dumps(made))
     with pytest.raises(UsageError, match="^--json r.json: damaged[^\n]*$"):
-        results.reuse_results("r.json", report_of({}), [])
+        results.reuse_results("r.json", report_of({}), [a_test_set()])

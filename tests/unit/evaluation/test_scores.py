@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import GrayLevels, paint, write_photo
 from PIL import Image
+from reports import counted
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -40,40 +41,39 @@ def test_shared_classes_leave_out_decisions_for_absent_ones(tmp_path):
     paint(tmp_path / "n04" / "a.png", 1)  # wrong either way
     paint(tmp_path / "n04" / "b.png", 2)  # first choice n03 absent, second n04 right
     result = score(tmp_path, GrayLevels())
-    assert result["top1"] == 25.0 and result["top1_shared_classes"] == 75.0
+    assert result["top1"] == 25.0 and counted(result, "correct among shared") == 3
 
 
 def test_outputs_beyond_the_class_list_count_as_wrong(tmp_path):
     paint(tmp_path / "n01" / "a.png", 7)
     paint(tmp_path / "n01" / "b.png", 0)
     result = score(tmp_path, GrayLevels(outputs=10))
-    assert result["top1"] == 50.0 and result["top1_shared_classes"] == 100.0
+    assert result["top1"] == 50.0 and counted(result, "correct among shared") == 2
 
 
-def test_corruption_is_the_plain_mean_of_15_by_5_and_the_extra_four_have_their_own():
-    names = [name for group in testsets.CORRUPTIONS.values() for name in group]
-    top1 = {
-        f"corruption/{name}/{severity}": 5 * i + severity for i, name in enumerate(names) for severity in range(1, 6)
-    }
-    assert len(top1) == 95 and testsets.missing_corruptions(top1) == []
-    means = {"Corruption": 5 * 7 + 3, "Corruption, extra four": 5 * 16.5 + 3}  # the extra ones are 15 to 18
-    assert scores.corruption_figures(top1, 100) == pytest.approx(means)
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_images_whose_outputs_are_not_finite_are_counted(tmp_path, broken):
+    for i in range(3):
+        paint(tmp_path / "n01" / f"{i}.png", i)
+
+    class Broken(GrayLevels):
+        def forward(self, images):
+            logits = super().forward(images)
+            logits[logits[:, 1] == 1, 3] = broken  # of the image of level 1 only
+            return logits
+
+    result = score(tmp_path, Broken())
+    assert (result["not_finite"], result["top1"]) == (1, 100 / 3)
 
 
-def test_mce_divides_the_errors_of_1000_classes_by_alexnets():
-    top1 = {
-        f"corruption/{name}/{severity}": 100 - error + (severity - 3)
-        for name, error in scores.ALEXNET_ERRORS.items()
-        for severity in range(1, 6)
-    }
-    assert scores.corruption_figures(top1, 1000)["mCE"] == pytest.approx(100)  # AlexNet itself
-    halved = {key: 100 - (100 - value) / 2 for key, value in top1.items()}
-    assert scores.corruption_figures(halved, 1000)["mCE"] == pytest.approx(50)
-    assert "mCE" not in scores.corruption_figures(top1, 100)
-    del top1["corruption/fog/3"]
-    assert "mCE" not in scores.corruption_figures(top1, 1000)
-    # The mean of the published errors, as in the table of the ImageNet-C paper.
-    assert sum(scores.ALEXNET_ERRORS.values()) / 15 == pytest.approx(78.9, abs=0.1)
+def test_masks_tell_each_image(tmp_path):
+    for i, decision in enumerate((0, 1, 0, 0, 2, 0, 0, 0, 0, 3)):
+        paint(tmp_path / "n01" / f"{i}.png", decision)
+    result = score(tmp_path, GrayLevels())
+    assert scores.unpack(result["masks"]["correct"], 10).tolist() == [1, 0, 1, 1, 0, 1, 1, 1, 1, 0]
+    for text in "AAAA", "A", "é":
+        with pytest.raises(ValueError):
+            scores.unpack(text, 10)
 
 
 def test_a_limit_takes_the_first_images_of_each_class(tmp_path):

@@ -1,7 +1,11 @@
 """The test sets: what is listed, under which classes, and the classes of a head."""
 
+import os
+import shutil
+import unicodedata
+
 import pytest
-from helpers import write_folder
+from helpers import paint, write_folder
 
 from moco.data import folders
 from moco.errors import UsageError
@@ -17,9 +21,74 @@ def test_unexpected_numbers_of_images_get_a_warning():
     assert odd.warning(wnids) == "1 of 2 classes do not have 50 images (n01443537 49)"
     assert odd.warning(["disc", "ring"]) == usual.warning(wnids) == ""
     assert odd._replace(key="corruption/fog/3").warning(wnids) and not odd._replace(key="sketch").warning(wnids)
-    few = TestSet("rendition", "", [""] * 30, [0] * 30)  # a head may know classes that the set lacks
-    assert few.warning(wnids) == "1 of 1 classes do not have 40 to 499 images (n01440764 30)"
+    few = TestSet("rendition", "", [""] * 60, [0] * 30 + [1] * 30)  # a head may know classes that the set lacks
+    assert few.warning([*wnids, "n01484850"]).startswith("2 of 2 classes do not have 40 to 499 images (n01440764 30")
     assert odd._replace(key="rendition").warning(wnids) == odd._replace(key="set/own").warning(wnids) == ""
+
+
+HEAD = ["ant", "bee", "café", "dog"]
+
+
+@pytest.mark.parametrize("key", ["val", "sketch", "stylized", "corruption/fog/3"])
+def test_missing_classes_are_named_whatever_they_are_called(tmp_path, key):
+    write_folder(tmp_path, classes=("ant", "bee", "cow"), train=1, val=1)
+    found = testsets.list_test_set(key, str(tmp_path / "val"), HEAD)
+    told = "2 of the head's 4 classes are missing (café, dog), and 1 folders are none of them (cow)"
+    assert found.warning(HEAD) == told
+    assert found._replace(key="rendition").warning(HEAD) == found._replace(key="set/own").warning(HEAD) == ""
+    write_folder(tmp_path / "one", classes=("ant",), train=1, val=1)
+    alone = testsets.list_test_set("rendition", str(tmp_path / "one" / "val"), HEAD)  # any guess is right
+    assert "3 of the head's 4 classes are missing" in alone.warning(HEAD)
+
+
+def test_names_match_in_any_normalisation_and_never_but_for_case(tmp_path):
+    for name in unicodedata.normalize("NFD", "café"), "ant":
+        paint(tmp_path / name / "a.png", 0)
+    assert testsets.list_test_set("val", str(tmp_path), HEAD).labels.tolist() == [0, 2]
+    (tmp_path / "ant").rename(tmp_path / "Ant")
+    with pytest.raises(UsageError, match="its class folder Ant is ant in the head; rename it"):
+        testsets.list_test_set("val", str(tmp_path), HEAD)
+
+
+@pytest.mark.parametrize("change", ["size", "time", "name", "class"])
+def test_files_that_were_made_again_have_another_stamp(tmp_path, change):
+    for name in "ant", "bee":
+        paint(tmp_path / name / "a.png", 0)
+    before = testsets.list_test_set("val", str(tmp_path), HEAD)
+    file, stat = tmp_path / "bee" / "a.png", (tmp_path / "bee" / "a.png").stat()
+    if change == "size":
+        file.write_bytes(file.read_bytes() + b" ")
+        os.utime(file, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
+    elif change == "time":
+        os.utime(file, ns=(stat.st_mtime_ns + 1, stat.st_mtime_ns + 1))
+    else:
+        file.rename(file.with_name("b.png")) if change == "name" else file.parent.rename(tmp_path / "dog")
+    after = testsets.list_test_set("val", str(tmp_path), HEAD)
+    assert after.files_sha256 != before.files_sha256
+    assert (after.names_sha256 == before.names_sha256) == (change in ("size", "time"))
+    tmp_path.joinpath("moved").mkdir()
+    (tmp_path / "ant").rename(tmp_path / "moved" / "ant")
+    (tmp_path / after.paths[1].split("/")[-2]).rename(tmp_path / "moved" / after.paths[1].split("/")[-2])
+    assert testsets.list_test_set("val", str(tmp_path / "moved"), HEAD).files_sha256 == after.files_sha256
+
+
+def test_only_sets_that_are_published_so_are_looked_for_below_val(tmp_path):
+    for name in "val/ant", "val/bee", "ant", "bee":
+        paint(tmp_path / name / "a.png", 0)
+    keys = ("val", "stylized", "set/x", "sketch", "rendition")
+    roots = {key: testsets.class_root(str(tmp_path), key) for key in keys}
+    below, itself = f"{tmp_path}/val", str(tmp_path)
+    assert roots == {"val": below, "stylized": below, "set/x": below, "sketch": itself, "rendition": itself}
+
+
+@pytest.mark.parametrize("link", ["val", "val/ant"])
+def test_training_images_are_no_validation(tmp_path, link):
+    write_folder(tmp_path, classes=("ant", "bee"), train=1, val=1)
+    shutil.rmtree(tmp_path / link)
+    (tmp_path / link).symlink_to(tmp_path / link.replace("val", "train"))
+    for look in testsets.class_root, lambda data: folders.split_path(data, "val"):
+        with pytest.raises(UsageError, match="these are the training images"):
+            look(str(tmp_path))
 
 
 def test_folders_that_are_no_corruption_are_listed(tmp_path):
@@ -46,25 +115,27 @@ def test_both_layouts_of_corruptions_are_found_but_not_of_one(tmp_path):
 
 def test_the_checkpoints_own_classes_come_first(tmp_path):
     (tmp_path / "c.txt").write_text("n07\nn03\n")
-    assert testsets.head_classes("x", {"wnids": ["a", "b"]}, 2, classes=tmp_path / "c.txt") == ["a", "b"]
-    assert testsets.head_classes("x", {}, 1000, classes=tmp_path / "c.txt") == ["n03", "n07"]
+    assert testsets.head_classes("x", {"wnids": ["a", "b"]}, 2, classes=tmp_path / "c.txt") == (["a", "b"], "")
+    assert testsets.head_classes("x", {}, 1000, classes=tmp_path / "c.txt")[0] == ["n03", "n07"]
     with pytest.raises(UsageError, match="2 classes, but the head of x has 1 outputs"):
         testsets.head_classes("x", {}, 1, classes=tmp_path / "c.txt")
 
 
 def test_then_those_of_val_if_there_are_as_many(tmp_path):
     data = write_folder(tmp_path / "data", classes=("n08", "n02", "n05"), train=1, val=1)
-    assert testsets.head_classes("x", {}, 3, val=data) == ["n02", "n05", "n08"]
+    assert testsets.head_classes("x", {}, 3, val=data) == (
+        ["n02", "n05", "n08"], f"the 3 folders of {data}/val, sorted",
+    )  # fmt: skip
     with pytest.raises(UsageError, match="name a file of them with --classes .* --val"):
         testsets.head_classes("x", {}, 4, val=data)
 
 
 def test_then_imagenet_100_if_it_fits(tmp_path):
-    assert testsets.head_classes("x", {}, 100) == IMAGENET_100 and len(set(IMAGENET_100)) == 100
+    assert testsets.head_classes("x", {}, 100)[0] == IMAGENET_100 and len(set(IMAGENET_100)) == 100
     for wnid in [*IMAGENET_100, "n00000000"]:  # a larger validation set, of all of ImageNet, say
         (tmp_path / "val" / wnid).mkdir(parents=True)
         (tmp_path / "val" / wnid / "a.JPEG").write_bytes(b"")
-    assert testsets.head_classes("x", {}, 100, val=tmp_path) == IMAGENET_100
+    assert testsets.head_classes("x", {}, 100, val=tmp_path) == (IMAGENET_100, "ImageNet-100's")
     with pytest.raises(UsageError):  # 1000 outputs: ImageNet's, or the published 100?
         testsets.head_classes("x", {}, 1000)
     (tmp_path / "val" / IMAGENET_100[0]).rename(tmp_path / "val" / "n00000001")

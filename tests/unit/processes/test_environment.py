@@ -1,4 +1,3 @@
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -22,16 +21,6 @@ BY_RANK, SRUN = "RANK and WORLD_SIZE", "srun"
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
 
-@pytest.fixture(autouse=True)
-def scontrol(monkeypatch):
-    def show(command, **settings):
-        assert command[:3] == ["scontrol", "show", "hostnames"]
-        return SimpleNamespace(stdout=command[3].replace("[03-04]", "03\ngpu04") + "\n")
-
-    monkeypatch.setattr(subprocess, "run", show)
-    environment._first_host.cache_clear()
-
-
 def without(variables, missing):
     return {name: value for name, value in variables.items() if name != missing}
 
@@ -41,11 +30,13 @@ def without(variables, missing):
     [
         (SLURM_STEP, (SRUN, 2, 4, 0, 2, "gpu03")),
         ({**SLURM_STEP, "MASTER_ADDR": "10.0.0.9"}, (SRUN, 2, 4, 0, 2, "10.0.0.9")),
+        ({**SLURM_STEP, "SLURM_STEP_NODELIST": "a-1,gpu[03-04]"}, (SRUN, 2, 4, 0, 2, "a-1")),
+        ({**SLURM_STEP, "SLURM_STEP_NODELIST": "n[7,9-10]-x,gpu1"}, (SRUN, 2, 4, 0, 2, "n7-x")),
         (ONE_NODE, (SRUN, 2, 4, 0, 4, "127.0.0.1")),
         (OPERATOR, (BY_RANK, 1, 2, 0, 1, "10.0.0.1", 23456)),
         ({**OPERATOR, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (BY_RANK, 1, 2, 1, 2, "10.0.0.1", 23456)),
-        ({**SLURM_STEP, **OPERATOR}, (BY_RANK, 1, 2, 0, 2, "10.0.0.1", 23456)),
-        ({**SLURM_STEP, **TORCHRUN_RANK}, ("torchrun", 0, 1, 0, 1, "", 29500)),  # srun torchrun
+        ({**SLURM_STEP, **OPERATOR}, (BY_RANK, 1, 2, 0, 1, "10.0.0.1", 23456)),
+        ({**SLURM_STEP, **TORCHRUN_RANK}, ("torchrun", 0, 1, 0, 1)),  # srun torchrun
     ],
 )
 def test_a_launchers_variables_give_the_rank(under, variables, wanted):
@@ -86,8 +77,9 @@ def test_a_single_process_is_alone(under, variables):
         ({**OPERATOR, "RANK": "2"}, "rank 2 of 2"),
         ({**OPERATOR, "RANK": "first"}, "RANK=first"),
         ({**OPERATOR, "LOCAL_RANK": "1"}, "1 of 1 on this node"),
+        ({**OPERATOR, "SLURM_LOCALID": "1"}, "1 of 1 on this node"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 .* use torchrun or srun"),
-        ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "2,1"}, "2,1: start equally many tasks per node"),
+        ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "2,1"}, "2,1: start equally many per node"),
         (without(SLURM_STEP, "SLURM_LOCALID"), "SLURM_LOCALID"),
     ],
 )
@@ -96,16 +88,6 @@ def test_variables_that_do_not_fit_are_refused(under, variables, message):
     with pytest.raises(ValueError, match=message):
         environment.launched()
     assert environment.is_local_main()  # each reports it
-
-
-def test_without_scontrol_the_first_host_must_be_given(under, monkeypatch):
-    def missing(*command, **settings):
-        raise FileNotFoundError("scontrol")
-
-    monkeypatch.setattr(subprocess, "run", missing)
-    under(SLURM_STEP)
-    with pytest.raises(ValueError, match=r"gpu\[03-04\].*set MASTER_ADDR"):
-        environment.launched()
 
 
 def test_one_process_of_a_node_and_one_of_a_run_are_first(under, monkeypatch):

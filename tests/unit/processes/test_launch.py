@@ -58,7 +58,7 @@ def test_world_size_counts_the_processes_of_all_nodes(monkeypatch):
         ({"world_size": 0}, "--world-size 0"),
         ({"rank": 1}, "--rank 1"),
         ({"gpu": 99}, "--gpu 99"),
-        ({"dist_url": "env://"}, "--dist-url env://: .*WORLD_SIZE"),
+        ({"dist_url": "env://"}, "WORLD_SIZE=nothing"),
     ],
 )
 def test_launch_options_that_contradict_are_refused(options, message):
@@ -70,7 +70,7 @@ def test_env_url_takes_the_address_from_the_environment(under):
     under({"MASTER_ADDR": "fd00::1", "MASTER_PORT": "29500"})
     args = arguments(dist_url="env://", world_size=2, rank=1)
     assert launch.resolve_world_size(args) == (1, 2)
-    assert launch._launch_options(args).dist_url == "tcp://[fd00::1]:29500"
+    assert launch._resolve(args)[0].dist_url == "tcp://[fd00::1]:29500"
 
 
 @pytest.mark.parametrize("variables", [SLURM, OPERATOR])
@@ -172,11 +172,10 @@ def test_a_run_on_the_cpu_beside_gpus_says_so(monkeypatch, capsys, present, line
     assert err.count("2 NVIDIA GPUs") == err.count("CUDA_VISIBLE_DEVICES is 7") == err.count("\n") == lines
 
 
-def test_gpus_that_pytorch_cannot_use_are_refused(monkeypatch):
+def test_gpus_that_pytorch_cannot_use_count_as_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="cannot use the 8 GPUs .* to run on the CPU"):
-        launch.usable_gpus()
+    assert launch.usable_gpus() == 0
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert launch.usable_gpus() == 8
 

@@ -2,6 +2,7 @@ import fcntl
 import io
 import json
 import math
+import os
 import pty
 import re
 import struct
@@ -63,15 +64,19 @@ def test_earlier_states_and_those_of_other_ranks_are_restored():
     assert restored(two_ranks).compute() == {"loss": 2.0}  # of the mean of their sums
 
 
-def test_a_resumed_run_drops_the_log_lines_it_repeats(tmp_path):
+def test_a_resumed_run_replaces_the_log_lines_it_repeats(tmp_path):
     path = tmp_path / "log.jsonl"
-    for epoch in range(4):
-        metrics.append_jsonl(path, {"epoch": epoch, "loss": math.pi, "by_head": [math.pi, 1]})
-    metrics.truncate_jsonl(path, 2)
+    for epoch in (0, 1, 2, 3, 1):
+        metrics.log_epoch(path, {"epoch": epoch, "loss": math.pi, "by_head": [math.pi, 1]})
     expected = [{"epoch": epoch, "loss": 3.14159, "by_head": [3.14159, 1]} for epoch in (0, 1)]
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
-    metrics.truncate_jsonl(tmp_path / "none.jsonl", 2)
-    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_copy_by_hard_links_keeps_its_own_log(tmp_path):
+    metrics.log_epoch(tmp_path / "log.jsonl", {"epoch": 0})
+    os.link(tmp_path / "log.jsonl", tmp_path / "copy.jsonl")
+    metrics.log_epoch(tmp_path / "log.jsonl", {"epoch": 1})
+    assert len((tmp_path / "copy.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -80,8 +85,8 @@ def test_a_resumed_run_drops_the_log_lines_it_repeats(tmp_path):
 def test_damaged_log_lines_are_dropped_and_counted(tmp_path, damage):
     path, sound = tmp_path / "log.jsonl", [{"epoch": 0}, {"epoch": 1}, {"probe": "0001", "epoch": 0}]
     path.write_text("".join([*(json.dumps(line) + "\n" for line in sound), damage]), encoding="latin-1")
-    assert metrics.truncate_jsonl(str(path), 1) == 1
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [sound[0], sound[2]]
+    assert metrics.log_epoch(str(path), {"epoch": 1, "lr": 1}) == 1
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [sound[0], sound[2], {"epoch": 1, "lr": 1}]
 
 
 # Progress
@@ -115,7 +120,7 @@ def test_a_log_gets_a_line_every_print_freq_steps_and_at_the_end(monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == [f"epoch 3 [{step}/10]" for step in (4, 8, 10)]
     wanted = ("loss 8.123", "q·k 0.812", "q·t -0.123", "spread 0.974", "lr 0.0301", "1 images/s", "data 90%")
-    for line, eta in zip(lines, ("0:04:20", "0:03:40", "0:03:20")):  # 26, 22 and 20 steps of 10 s, of all epochs
+    for line, eta in zip(lines, ("04:20", "03:40", "03:20")):  # 26, 22 and 20 steps of 10 s, of all epochs
         assert all(text in line for text in [*wanted, f"ETA {eta}"])
     assert epoch.speed() == {"images_per_s": 0.8, "data_share": 0.9}
 

@@ -36,12 +36,13 @@ class Numbers(torch.utils.data.Dataset):
 class Training:
     """A small model with its run: what a script builds around the loop. options: the script's."""
 
-    def __init__(self, folder, resume=True, heads=1, unreadable=(), saved=None, **options):
+    def __init__(self, folder, resume="auto", heads=1, unreadable=(), saved=None, **options):
         torch.manual_seed(0)
         distributed.seed_everything(0)
         self.args = argparse.Namespace(
             **{"ckpt_path": str(folder), "epochs": 2, "start_epoch": 0, "print_freq": 100, "precision": "fp32",
-               "save_steps": None, "max_bad_images": 100, **options}
+               "save_steps": None, "max_bad_images": 100, "changes": [], **options},
+            resume=resume.replace("auto", str(folder / LATEST)),
         )  # fmt: skip
         folder.mkdir(exist_ok=True)
         self.model = nn.ModuleList(nn.Linear(1, 1) for _ in range(heads))
@@ -50,7 +51,7 @@ class Training:
         sampler = loader.GlobalBatchSampler(IMAGES, BATCH, 0, DistContext())
         self.loader = loader.train_loader(Numbers(unreadable), sampler, 0, torch.device("cpu"))
         if saved is None:
-            path = checkpoint.resume_path("auto" if resume else "", folder, LATEST)
+            path = checkpoint.resume_path(resume, folder, LATEST)
             saved = checkpoint.load(path) if path else {}
         if saved:
             self.model.load_state_dict(saved["state_dict"])
@@ -126,12 +127,12 @@ def test_a_probe_shares_the_log_of_its_pretraining(tmp_path):
     before = log(tmp_path)
     assert before[1].keys() == {"epoch", "lr", "loss", "bad_images"} and before[1]["lr"] == 0.001
     for _ in range(2):  # from its start again: its own lines are replaced, and no others
-        Training(tmp_path, heads=2, resume=False).train()
+        Training(tmp_path, heads=2, resume="").train()
     lines = log(tmp_path)
     assert lines[:2] == before and len(lines) == 4
     assert lines[2].keys() == {"probe", "epoch", "lr", "loss", "bad_images"} and lines[2]["probe"] == "0199"
     assert lines[2]["lr"] == [0.001, 0.0001] and len(lines[2]["loss"]) == 2
-    Training(tmp_path, resume=False).train()  # and a pre-training leaves a probe's
+    Training(tmp_path, resume="").train()  # and a pre-training leaves a probe's
     assert log(tmp_path) == [*lines[2:], *before]
 
 
@@ -214,25 +215,96 @@ def test_a_folder_with_another_run_is_not_begun(tmp_path, probe):
 
 
 MEANS = {"names": ["loss"], "sizes": [None], "sums": torch.ones(1, 1), "steps": 3}
+OPTIONS = {
+    "robust": "patch", "num_nonsem": 1, "alpha": 1.0, "patch_ratio": [4, 8], "moco_t": 0.07, "moco_m": 0.999,
+    "lr": 0.03, "cos": False, "schedule": [120, 160], "momentum": 0.9, "precision": "fp32", "epochs": 3,
+    "classes": ["a"],
+}  # fmt: skip
 
 
-def check(saved, auto=False, **options):
-    """check_resumable of a checkpoint saved within its second epoch."""
-    args = argparse.Namespace(**{"resume": "file", "auto_resume": auto, "epochs": 3, "seed": None, **options})
-    within = {"epoch": 1, "step": 3, "images": 10, "images_per_step": 2, "seed": 5, "means": MEANS}
-    check_resumable(args, within | saved, loader.GlobalBatchSampler(10, 2, 0, DistContext()), [])
+def check(saved, auto=False, folder="other", seed=None, epochs=3, **settings):
+    """The changes that check_resumable records of a checkpoint saved within its second epoch, in the current folder."""
+    args = argparse.Namespace(resume="file", auto_resume=auto, epochs=epochs, seed=seed, ckpt_path=folder)
+    within = {"epoch": 1, "step": 3, "images": 10, "images_per_step": 2, "seed": 5, "means": MEANS, "options": OPTIONS}
+    here = OPTIONS | {"epochs": epochs} | settings
+    check_resumable(args, within | saved, loader.GlobalBatchSampler(10, 2, 0, DistContext()), [], "options", here)
+    return args.changes
 
 
 def test_only_a_run_that_can_continue_is_resumed():
     """Within an epoch the order of the data must be the same; between epochs it may change."""
-    check({})
-    check({"step": 0, "images": 11, "images_per_step": 4}, seed=6)
+    assert check({}) == []
+    changed = [{"epoch": 1, "seed": [5, 6], "images": [11, 10], "images_per_step": [4, 2]}]
+    assert check({"step": 0, "images": 11, "images_per_step": 4}, seed=6) == changed
     for saved, seed in ({}, 6), ({"images": 11}, 5), ({"images_per_step": 3}, 5):
         with pytest.raises(UsageError, match="it was saved with"):
             check(saved, seed=seed)
     for auto, error in (False, UsageError), (True, Finished):  # a job script that is run again is no failure
         with pytest.raises(error, match=r"already finished \(3 epochs\)"):
             check({"epoch": 3}, auto)
+
+
+@pytest.mark.parametrize("setting, value", [
+    ("alpha", 3.0), ("moco_t", 0.2), ("num_nonsem", 2), ("patch_ratio", [4, 9]), ("lr", 0.1), ("moco_m", 0.99),
+    ("cos", True), ("schedule", [2]), ("momentum", 0.0), ("precision", "bf16"), ("robust", "none"), ("classes", ["b"]),
+    ("classes", [str(i) for i in range(20)])])  # fmt: skip
+def test_a_run_keeps_what_makes_its_result(setting, value):
+    """In its own folder; in another one a checkpoint is continued with other options, which file and log then tell."""
+    with pytest.raises(UsageError, match=rf"it was saved with (--)?{setting.replace('_', '-')} .*another --ckpt_path"):
+        check({}, folder=".", **{setting: value})
+    (change,) = check({}, **{setting: value})
+    assert change["epoch"] == 1 and change[setting] == [OPTIONS[setting], value]
+    assert check({"changes": [{"epoch": 0}]}, **{setting: value}) == [{"epoch": 0}, change]
+    check({"options": {}}, folder=".", **{setting: value})  # a published file does not tell
+
+
+def test_options_without_effect_may_change():
+    """A longer run is another one only with --cos, whose learning rate follows from the number of epochs."""
+    assert check({}, folder=".", epochs=9) == []
+    cosine = {"options": OPTIONS | {"cos": True}}
+    assert check(cosine, folder=".", cos=True, schedule=[7]) == []
+    with pytest.raises(UsageError, match="it was saved with --epochs 3, this run has 9"):
+        check(cosine, folder=".", cos=True, epochs=9)
+    plain = {"options": OPTIONS | {"robust": "none", "num_nonsem": 0}}
+    assert check(plain, folder=".", robust="none", num_nonsem=0, alpha=7.0, patch_ratio=[1, 2]) == []
+    texture = {"options": OPTIONS | {"robust": "texture"}}
+    assert check(texture, folder=".", robust="texture", patch_ratio=[1, 2]) == []
+
+
+def test_going_back_to_an_earlier_checkpoint_begins_by_saving_it(tmp_path):
+    """Killed at any moment after that, --resume auto and the log follow the same run."""
+    Training(tmp_path).train()
+    earlier = checkpoint.load(tmp_path / "checkpoint_0000.pth.tar")
+    Training(tmp_path, saved=earlier, resume=str(tmp_path / "checkpoint_0000.pth.tar"))
+    assert final(tmp_path)["epoch"] == 1 and [line["epoch"] for line in log(tmp_path)] == [0, 1]
+    whole = log(tmp_path)
+    Training(tmp_path, epochs=1).train()
+    Training(tmp_path).train()
+    assert log(tmp_path) == whole
+
+
+def test_a_log_tells_a_change_of_settings_once(tmp_path):
+    Training(tmp_path, epochs=1).train()
+    Training(tmp_path, epochs=3, changes=[{"epoch": 0}, {"epoch": 1, "alpha": [1, 3]}]).train()
+    assert [line.get("changed") for line in log(tmp_path)] == [None, {"epoch": 1, "alpha": [1, 3]}, None]
+    assert final(tmp_path)["changes"][1]["alpha"] == [1, 3]
+
+
+def test_a_run_whose_folder_was_replaced_writes_nothing_more(tmp_path):
+    """Renamed during an epoch, while another run begins under the old name."""
+    folder = tmp_path / "run"
+    args = argparse.Namespace(ckpt_path=str(folder), resume="", dry_run=False, rank=-1)
+    open_folder(args, LATEST)
+
+    def replaced(epoch, step):
+        if (epoch, step) == (1, 1):
+            folder.rename(tmp_path / "moved")
+            folder.mkdir()
+            (folder / ".lock").touch()
+
+    with pytest.raises(RunError, match=f"{folder} was renamed, removed or replaced"):
+        Training(folder).train(replaced)
+    assert [path.name for path in folder.iterdir()] == [".lock"] and final(tmp_path / "moved")["epoch"] == 1
 
 
 @pytest.mark.parametrize(
