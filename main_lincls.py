@@ -289,7 +289,7 @@ def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) ->
     (result,) = classifier.evaluate(predict, build_val_loader(ctx, args, inputs), ctx.device)
     weights = args.resume or args.pretrained or "a random backbone"
     if broken := result["not_finite"]:
-        raise UsageError(f"{weights}: its outputs are not finite for {broken} of {result['n']} images; use another file")
+        raise UsageError(f"{weights}: its outputs are not finite for {broken} of {result['n']} images; use another")
     if distributed.is_main() and inputs.saved:
         print(accuracy_line(result), flush=True)
     if args.features:

@@ -192,7 +192,7 @@ def check_resume(
 def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[ImageFolder, ...]:
     """The photos of train/ and val/; () if there is no val/ with the same classes. UsageError for a single class."""
     if len(data.classes) < 2:
-        raise UsageError(f"--knn needs labels: {args.data}/train is one class; make a folder of images for each")
+        raise UsageError(f"--knn needs labels: {args.data}/train is one class; leave out --knn, or make folders")
     root = str(folders.photo_root(args.data) if needs_texture(args) else args.data)
     val = folders.list_images(folders.split_path(root, "val")) if os.path.isdir(f"{root}/val") else None
     if val is None or val.classes != data.classes:

@@ -41,7 +41,7 @@ PANELS = {  # title: {key of the figures: line style}
 }
 MARKED = 20  # values up to which each is marked: a single one would be invisible without, and many hide the dashes
 CLASSES = 20  # of the most helped and of the most harmed classes that are named
-HELPED, HARMED = "#0b66b3", "#d9730d"
+HELPED, HARMED, WITHIN = "#0b66b3", "#d9730d", "#9a9a9a"
 TILE = 224  # px; smaller crops are enlarged to about this side in a picture of views
 LABEL_HEIGHT, GAP = 34, 6  # px
 Runs = dict[str, dict[str, dict[int, float]]]  # {label: {key of the log, a probe's after "probe: ": {epoch: figure}}}
@@ -181,11 +181,9 @@ def class_bars(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure"
     shown = found if len(found) <= 2 * CLASSES else found[:CLASSES] + found[-CLASSES:]
     figure, (axis,) = _panels(1, 1, (7.5, 0.19 * len(shown)), 1.6)
     places = range(0, -len(shown), -1)
-    changes = [each.change for each in shown]
-    axis.barh(
-        places, changes, xerr=[each.error for each in shown], error_kw={"elinewidth": 0.8, "ecolor": "black"},
-        color=[HELPED if each >= 0 else HARMED for each in changes],
-    )  # fmt: skip
+    colours = [(HELPED if each.change > 0 else HARMED) if each.clear else WITHIN for each in shown]
+    changes, errors = [each.change for each in shown], [each.error for each in shown]
+    axis.barh(places, changes, xerr=errors, error_kw={"elinewidth": 0.8, "ecolor": "black"}, color=colours)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(places, [plain_text(each.name) for each in shown], fontsize=8)
     axis.set_ylim(places[-1] - 0.8, 0.8)

@@ -73,7 +73,7 @@ def made_with(saved: Mapping, source: str) -> dict:
     """Options of the pre-training and the probe of a linear checkpoint, as far as it tells, and the backbone's hash."""
     weights, digest = checkpoint.strip_prefix(saved["state_dict"]), hashlib.sha256()
     for name in sorted(weights.keys() - {*checkpoint.FC_KEYS}):
-        digest.update(name.encode() + weights[name].numpy().tobytes())
+        digest.update(name.encode() + weights[name].reshape(-1).view(torch.uint8).numpy().tobytes())
     probe = checkpoint.settings(saved, "probe", source)
     lrs = {"lr": sorted(saved["lrs"])} if "lrs" in saved else {}
     pretraining = checkpoint.settings(saved, "pretraining", source) or None

@@ -1,6 +1,6 @@
 """The tables of an evaluation in Markdown and LaTeX, differences between rows, and notes on the columns.
 
-Corruption and mCE: Hendrycks & Dietterich, ICLR 2019. Shape bias: Geirhos et al., ICLR 2019.
+Corruption: Hendrycks & Dietterich, ICLR 2019. Shape bias: Geirhos et al., ICLR 2019.
 """
 
 import itertools
@@ -22,13 +22,7 @@ CUES = {
     "Shape accuracy": ("shape", ("conflict",)),
     "Texture accuracy": ("texture", ("conflict",)),
 }
-EXTRA, MCE = "Corruption, extra four", "mCE"  # columns beside those of the suites
-ALEXNET_ERRORS = {  # mean top-1 error over the severities, percent: the authors' divisors of mCE
-    "gaussian_noise": 88.6428, "shot_noise": 89.4468, "impulse_noise": 92.2640,
-    "defocus_blur": 81.9880, "glass_blur": 82.6268, "motion_blur": 78.5948, "zoom_blur": 79.8360,
-    "snow": 86.6816, "frost": 82.6572, "fog": 81.9324, "brightness": 56.4592,
-    "contrast": 85.3204, "elastic_transform": 64.6056, "pixelate": 71.7840, "jpeg_compression": 60.6500,
-}  # fmt: skip
+EXTRA = "Corruption, extra four"  # a column beside those of the suites
 RUNS, CLEAR = 3, 2  # an error is over runs if there are so many; a difference is one beyond so many standard errors
 ERRORS = "± after a difference: standard error, over runs if both rows have three, else over images; seeds vary, too"
 SETTINGS = ("model", "K", "alpha")  # the first columns
@@ -77,8 +71,6 @@ class Part(NamedTuple):
 
 
 def _mask(result: Mapping, name: str) -> np.ndarray:
-    if name == "wrong":
-        return 1 - _mask(result, "correct")
     return scores.unpack(result["masks"][name], result["n"]).astype(float)
 
 
@@ -104,18 +96,10 @@ def columns(report: Mapping) -> dict[str, list[Part]]:
 
 
 def _corruption_columns(report: Mapping) -> dict[str, list[Part]]:
-    """The mean over the standard corruptions, each severity of each with the same weight, and that over the extra four.
-
-    mCE is a column if nothing is missing and there are 1000 classes.
-    """
-    found = {}
-    for title, names in {SUITES["corruption"].title: testsets.STANDARD, EXTRA: testsets.CORRUPTIONS["extra"]}.items():
-        if keys := [key for key in report["cells"] if key.startswith("corruption/") and key.split("/")[1] in names]:
-            found[title] = [Part(key, weight=1 / len(keys)) for key in keys]
-    if len(report["wnids"]) == 1000 and SUITES["corruption"].title in found and not missing(report):
-        errors = {part.key: ALEXNET_ERRORS[part.key.split("/")[1]] for part in found[SUITES["corruption"].title]}
-        found[MCE] = [Part(key, "wrong", weight=100 / error / len(errors)) for key, error in errors.items()]
-    return found
+    """The means over the standard corruptions and over the extra four: each severity of each has the same weight."""
+    groups = {SUITES["corruption"].title: testsets.STANDARD, EXTRA: testsets.CORRUPTIONS["extra"]}
+    found = {title: [p for p in _corruptions(report) if p.split("/")[0] in names] for title, names in groups.items()}
+    return {title: [Part(f"corruption/{p}", weight=1 / len(own)) for p in own] for title, own in found.items() if own}
 
 
 def figure(report: Mapping, parts: Iterable[Part], run: int, where: Mapping[str, slice] = {}) -> float | None:
@@ -129,15 +113,9 @@ def figure(report: Mapping, parts: Iterable[Part], run: int, where: Mapping[str,
     return float(total)
 
 
-def figures(report: Mapping, run: int) -> dict[str, float]:
-    """{column: figure} of the run-th checkpoint."""
-    found = {column: figure(report, parts, run) for column, parts in columns(report).items()}
-    return {column: value for column, value in found.items() if value is not None}
-
-
 def check_set_name(name: str, others: Iterable[str]) -> None:
     """Raise UsageError unless `name` can be a column of the table beside the built-in ones and `others`."""
-    built_in = [*SUITES, *(suite.title for suite in SUITES.values()), *CUES, EXTRA, MCE, *SETTINGS]
+    built_in = [*SUITES, *(suite.title for suite in SUITES.values()), *CUES, EXTRA, *SETTINGS]
     same = next((each for each in [*others, *built_in] if each.casefold() == name.casefold()), None)
     if same is not None:
         raise UsageError(f"--set {name}=…: there is a column {same} already; use another name")
@@ -147,10 +125,10 @@ def check_set_name(name: str, others: Iterable[str]) -> None:
 
 def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
     """{row: {column: a figure per run}}, without a shared-classes column that repeats the set's own in every row."""
-    rows: dict[str, dict[str, list[float]]] = {}
-    for run, checkpoint in enumerate(report["checkpoints"]):
-        for column, value in figures(report, run).items():
-            rows.setdefault(checkpoint["row"], {}).setdefault(column, []).append(value)
+    rows = {}
+    for row, runs in rows_of(report).items():
+        found = {column: [figure(report, parts, run) for run in runs] for column, parts in columns(report).items()}
+        rows[row] = {column: values for column, values in found.items() if None not in values}
 
     def repeated(column: str) -> bool:
         own = column.removesuffix(SHARED)
@@ -161,17 +139,20 @@ def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
 
 def missing(report: Mapping) -> list[str]:
     """The standard corruptions and severities that a report on corruptions lacks, or has with too few images."""
-    cells = {key.partition("/")[2]: cell["n"] for key, cell in report["cells"].items() if key.startswith("corruption/")}
-    found = {part: n for part, n in cells.items() if part.split("/")[0] in testsets.STANDARD}
+    found = {part: cell["n"] for part, cell in _corruptions(report).items() if part.split("/")[0] in testsets.STANDARD}
+    wanted = [f"{name}/{severity}" for name in testsets.STANDARD for severity in testsets.SEVERITIES]
+    absent = [part for part in wanted if part not in found] if _corruptions(report) else []
     most = max(found.values(), default=0)
-    absent = testsets.missing_corruptions(report["cells"]) if cells else []
     return absent + [f"{part} with {n} of {most} images" for part, n in found.items() if n < most]
+
+
+def _corruptions(report: Mapping) -> dict[str, dict]:
+    return {key.partition("/")[2]: cell for key, cell in report["cells"].items() if key.startswith("corruption/")}
 
 
 def resized(report: Mapping) -> list[str]:
     """The corruptions and severities whose images do not have the size of the crop, as published ones do."""
-    cells = {key.partition("/")[2]: cell for key, cell in report["cells"].items() if key.startswith("corruption/")}
-    return [key for key, cell in cells.items() if "Resize" in cell["preprocessing"]]
+    return [part for part, cell in _corruptions(report).items() if "Resize" in cell["preprocessing"]]
 
 
 def mean_std(runs: Sequence[float]) -> str:
@@ -321,7 +302,7 @@ def latex(report: Mapping) -> str:
     for line, row in zip(grid[1:], rows):
         for place, column in enumerate(_shown(report), len(SETTINGS)):
             against = [difference(report, column, own[column], other, row) for other in rows if other != row]
-            better = [each and each.clear and (each.change > 0) != (column == MCE) for each in against]
+            better = [each and each.clear and each.change > 0 for each in against]
             if better and all(better) and not column.endswith(tuple(CUES)):
                 line[place] = rf"\textbf{{{line[place]}}}"
     table = [" & ".join(line) + r" \\" for line in grid]
@@ -377,21 +358,18 @@ def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[
     for name in (base, row):
         if name not in rows_of(report):
             raise UsageError(f"no row {name}; the rows are {', '.join(rows_of(report))}")
-    places = {key: _places(report["cells"][key]) for key in _class_keys(report, suite)}
+    places, changes = {}, []
+    for key in _class_keys(report, suite):  # whose images are sorted by class
+        counts = {wnid: each["n"] for wnid, each in report["cells"][key]["results"][0]["classes"].items()}
+        ends = itertools.accumulate(counts.values())
+        places[key] = {wnid: slice(end - counts[wnid], end) for wnid, end in zip(counts, ends)}
     if not places:
         raise UsageError(f"no test set {suite}; there are {', '.join(titles(report))}")
-    changes = []
     for wnid in dict.fromkeys(wnid for own in places.values() for wnid in own):
         where = {key: own[wnid] for key, own in places.items() if wnid in own}  # the test sets that have this class
         parts = [Part(key, weight=1 / len(where)) for key in where]
         changes.append(difference(report, wnid, parts, base, row, where))
     return sorted(changes, key=lambda each: (-each.change, each.name))
-
-
-def _places(cell: Mapping) -> dict[str, slice]:
-    """The images of each class of a test set, which are sorted by class."""
-    counts = {wnid: each["n"] for wnid, each in cell["results"][0]["classes"].items()}
-    return {wnid: slice(end - counts[wnid], end) for wnid, end in zip(counts, itertools.accumulate(counts.values()))}
 
 
 def _class_keys(report: Mapping, suite: str) -> list[str]:

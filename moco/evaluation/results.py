@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moco.errors import UsageError
 from moco.evaluation import scores
-from moco.evaluation.testsets import TestSet
+from moco.evaluation.scores import TestSet
 from moco.training import checkpoint
 from moco.training.files import FolderLock, atomic_write
 

@@ -32,20 +32,16 @@ def score(
     models: in eval mode, on the context's device; wnids: the class of output 0, 1, …; outputs beyond them count as
     wrong; chosen: {key of a test set: indices of the models to score on it}, all by default. A result has the top-1 in
     percent over all outputs, n, counts per class in the order of the images, the number of images whose outputs are not
-    finite, and the preprocessing. `masks` tell each image's outcome (see `unpack`): correct over all outputs and over
-    the classes present in the set; if file names give shape and texture class, whether these conflict, and among the
-    conflicts the decisions for shape and for texture. Each image is read once, by one rank; all ranks must call this
-    and get the same results.
+    finite, the preprocessing, and `masks`, a bit for each image (`unpack`): correct over all outputs, and over the
+    classes present in the set; if file names give shape and texture class, whether these conflict, and the decisions
+    for either among these. Each image is read once, by one rank; all ranks must call this and get the same results.
     """
     if not test_sets:
         return
     current: list[nn.Module] = []  # the models of the set that is being read
     sets = [testsets.PreprocessedImages(each, image_size) for each in test_sets]
-    batches = predictions(
-        lambda images: [model(images) for model in current],
-        loader.eval_loader(sets, batch_size, workers, ctx),
-        ctx.device,
-    )
+    read = loader.eval_loader(sets, batch_size, workers, ctx)
+    batches = predictions(lambda images: [model(images) for model in current], read, ctx.device)
     for test_set in test_sets:
         current[:] = models if chosen is None else [models[index] for index in chosen[test_set.key]]
         labels = torch.as_tensor(test_set.labels).long()

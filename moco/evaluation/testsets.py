@@ -11,7 +11,7 @@ import itertools
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -258,12 +258,6 @@ def unknown_corruptions(directory: str) -> list[str]:
     paths = (path for parent in parents for path in glob.glob(os.path.join(parent, "*", "")))
     found = (os.path.relpath(path, directory) for path in paths)
     return sorted(path for path in found if os.path.basename(path) not in known)
-
-
-def missing_corruptions(keys: Collection[str]) -> list[str]:
-    """The standard corruptions and severities that are not among the keys, as "fog/3"; all 75 make the mean."""
-    parts = [f"{name}/{severity}" for name in STANDARD for severity in SEVERITIES]
-    return [part for part in parts if f"corruption/{part}" not in keys]
 
 
 # Classes of a head

@@ -1,6 +1,5 @@
 """The report of an evaluation: what its tables and notes say of results that are known."""
 
-import itertools
 import statistics
 
 import numpy as np
@@ -9,13 +8,19 @@ from reports import report_of, result
 
 from moco.errors import UsageError
 from moco.evaluation import report, scores
-from moco.evaluation.testsets import CORRUPTIONS, SEVERITIES, STANDARD, SUITES, Suite
+from moco.evaluation.testsets import CORRUPTIONS, STANDARD, SUITES, Suite
 
 CUES = [result(50.0, n=4, cues=(4, 1, 2)), result(75.0, n=4, cues=(4, 3, 0))]
 
 
 def shared(top1, of_shared):
     return result(top1, shared=of_shared)
+
+
+def only_row(made):
+    """{column: figure} of a report on one checkpoint."""
+    (row,) = report.by_row(made).values()
+    return {column: figure for column, (figure,) in row.items()}
 
 
 def in_order(*decisions):
@@ -57,7 +62,7 @@ def test_columns_are_in_the_published_order_others_follow():
         "corruption/spatter/1": [50.0],
         "val": [9.0],
     }
-    found = report.figures(report_of(cells), 0)
+    found = only_row(report_of(cells))
     assert list(found) == [
         "val", "Corruption", "Stylized", "Rendition", "Rendition, shared classes", "Corruption, extra four",
         "Shape bias", "Shape accuracy", "Texture accuracy", "own", "own, shared classes",
@@ -69,33 +74,15 @@ def test_corruption_is_the_plain_mean_of_15_by_5_and_the_extra_four_have_their_o
     names = [name for group in CORRUPTIONS.values() for name in group]
     parts = [f"corruption/{name}/{severity}" for name in names for severity in range(1, 6)]
     assert len(parts) == 95
-    found = report.figures(report_of({part: [number] for number, part in enumerate(parts)}), 0)
+    found = only_row(report_of({part: [number] for number, part in enumerate(parts)}))
     assert found == pytest.approx({"Corruption": 74 / 2, "Corruption, extra four": 75 + 19 / 2})
-
-
-def test_mce_divides_the_errors_of_1000_classes_by_alexnets():
-    def of(divided_by, classes=1000, left_out=None):
-        names = [name for name in report.ALEXNET_ERRORS if name != left_out]
-        pairs = itertools.product(names, SEVERITIES)
-        errors = {pair: report.ALEXNET_ERRORS[pair[0]] + pair[1] - 3 for pair in pairs}
-        cells = {
-            f"corruption/{name}/{severity}": [result(100 - error / divided_by, n=10**4)]
-            for (name, severity), error in errors.items()
-        }
-        made = report_of(cells, wnids=list(map(str, range(classes))))
-        return report.figures(made, 0).get("mCE")
-
-    assert of(1) == pytest.approx(100, abs=0.01) and of(2) == pytest.approx(50, abs=0.01)  # AlexNet itself, and half
-    assert of(1, classes=100) is of(1, left_out="fog") is None
-    # The mean of the published errors, as in the table of the ImageNet-C paper.
-    assert sum(report.ALEXNET_ERRORS.values()) / 15 == pytest.approx(78.9, abs=0.1)
 
 
 def test_a_suite_that_is_added_is_a_column_in_its_place(monkeypatch):
     monkeypatch.setitem(SUITES, "own", Suite("Own", shared_classes=True))
     own = result(50.0, n=4, shared=75.0, cues=(4, 1, 2))
     made = report_of({"own": [own], "set/a": [3.0], "val": [4.0]})
-    assert {name: figure for name, (figure,) in report.by_row(made)["mine"].items()} == pytest.approx({
+    assert only_row(made) == pytest.approx({
         "val": 4, "Own": 50, "Own, shared classes": 75, "Own: Shape bias": 100 / 3,
         "Own: Shape accuracy": 25, "Own: Texture accuracy": 50, "a": 3,
     })  # fmt: skip
@@ -151,12 +138,6 @@ def test_a_latex_table_has_escaped_names_and_bold_what_is_clearly_better():
     close = {"val": [50.0, 52.0, 48.0, 51.0, 53.0, 49.0]}  # the larger by less than two standard errors
     assert "textbf" not in report.latex(report_of(close, rows))
     assert r"\textbf{71.00}" in report.latex(report_of({"val": [50.0, 71.0]}, ["a", "b"]))
-
-
-def test_the_best_mce_is_the_lowest():
-    top1 = {f"corruption/{name}/{severity}": [50.0, 60.0] for name in STANDARD for severity in range(1, 6)}
-    *_, worse, better, _, _ = report.latex(report_of(top1, ["a", "b"], wnids=list(map(str, range(1000))))).splitlines()
-    assert worse.count("textbf") == 0 and better.count("textbf") == 2
 
 
 # Differences
