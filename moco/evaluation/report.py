@@ -318,6 +318,10 @@ def notes(report: Mapping) -> list[str]:
     limit = f"partial evaluation: only the first {report['limit']} images of each class (--limit)"
     classes = f"classes: the head stores none; taken to be {report.get('classes_from')}"
     lines = [_note(report, suite, title) for suite, title in titles(report).items()]
+    for made, kind in itertools.product(report["checkpoints"], ("pretraining", "probe")):
+        for change in (made.get(kind) or {}).get("changes", []):
+            texts = (f"{name} {change[name][0]} → {change[name][1]}" for name in change if name != "epoch")
+            lines.append(f"{made['row']}: {kind} continued from epoch {change['epoch']} with {', '.join(texts)}")
     return lines + [limit] * bool(report["limit"]) + [classes] * bool(report.get("classes_from"))
 
 

@@ -48,6 +48,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True)
             with contextlib.suppress(OSError):
                 os.remove(file.name)
             if isinstance(error, OSError):
+                check_locks(path)
                 error.filename = path  # writing to an open file does not say which one
             raise
 

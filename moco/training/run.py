@@ -22,7 +22,7 @@ from moco.processes.signals import StopSignal, StopWaiting
 from moco.training import checkpoint, files, metrics
 
 LOG = "log.jsonl"
-WITHIN_EPOCH = ("seed", "images", "images_per_step")  # what the order of the data follows from
+WITHIN_EPOCH = {"seed", "images", "images_per_step"}  # what the order of the data follows from
 
 
 class Run:
@@ -339,26 +339,22 @@ def check_resumable(
             if step > saved["images"] // saved["images_per_step"]:  # as many: before the evaluation at the end
                 raise ValueError(f"its step is {step}, more than an epoch has")
             operator.index(saved["seed"])  # the order of the data continues
-    if not settings.get("cos"):
-        changed.pop("epochs", None)  # the schedule stays as it was
-    own = os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(args.ckpt_path)
-    for name in sorted(changed, key=list(here).index):
-        if own or step and name in WITHIN_EPOCH:
+        if not settings.get("cos"):
+            changed.pop("epochs", None)  # the schedule stays as it was
+        own = os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(args.ckpt_path)
+        refused = changed if own else {name for name in changed if step and name in WITHIN_EPOCH}
+        for name in sorted(refused, key=list(here).index):
+            old, new = changed[name]
+            if name == "classes":
+                other = next(iter(sorted(set(map(str, old)) ^ set(new))), "their order")
+                old, new = len(old), f"{len(new)} ({other} differs)"
             label = name.replace("_", " ") if name in (*images, "classes") else f"--{name.replace('_', '-')}"
             way = "repeat it, or continue in another --ckpt_path" if own else "within an epoch its order must stay"
-            raise UsageError(f"{source}: it was saved with {label} {_differing(*changed[name])}; {way}")
+            raise UsageError(f"{source}: it was saved with {label} {old}, this run has {new}; {way}")
+        changed |= {"classes": [*map(len, changed["classes"])]} if "classes" in changed else {}  # their numbers
     args.changes = [*earlier, {"epoch": saved["epoch"], **changed}] if changed else earlier
     if saved["epoch"] >= args.epochs:
         message = f"{source}: already finished ({saved['epoch']} epochs); use a larger --epochs to continue"
         raise Finished(message) if args.auto_resume else UsageError(message)
     if momenta := saved.get("optimizers") or saved.get("optimizer"):  # published files may come without them
         checkpoint.check_momenta(momenta, source, parameters)
-
-
-def _differing(old: object, new: object) -> str:
-    """The two values, or what differs between two long lists."""
-    if isinstance(old, list) and isinstance(new, list) and len(old) + len(new) > 8:  # class names
-        other = next(iter(sorted(set(map(str, old)) ^ set(map(str, new)))), "their order")
-        return f"{len(old)}, this run has {len(new)} ({other} differs)"
-    old, new = (" ".join(map(str, value)) if isinstance(value, list) else value for value in (old, new))
-    return f"{old}, this run has {new}"

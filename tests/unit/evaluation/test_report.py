@@ -51,6 +51,12 @@ def test_rows_show_the_queue_and_alpha_of_their_pretraining():
     made["checkpoints"][1]["pretraining"] = None  # a file of the published code
     made["checkpoints"][2]["pretraining"]["changes"] = [{"epoch": 3, "alpha": [1.0, 2.0]}, {"epoch": 4, "lr": [1, 2]}]
     assert "| patch | unknown, 16384 | unknown, 1 → 2 |" in report.table(made)
+    made["checkpoints"][0]["probe"] = {"changes": [{"epoch": 9, "weight_decay": [0, 0.1]}]}
+    assert report.notes(made)[-3:] == [
+        "plain: probe continued from epoch 9 with weight_decay 0 → 0.1",
+        "patch: pretraining continued from epoch 3 with alpha 1.0 → 2.0",
+        "patch: pretraining continued from epoch 4 with lr 1 → 2",
+    ]
 
 
 def test_columns_are_in_the_published_order_others_follow():
