@@ -207,10 +207,8 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     kept = np.flatnonzero((labels >= 0) & (np.arange(len(labels)) - starts < (limit or len(labels))))
     if not len(kept) or categories is not None and len(categories) < 2:
         hint = "; as cue conflicts, --set NAME=DIR, it needs a head with classes in two of them" if by_category else ""
-        raise UsageError(
-            f"{directory}: none of its {len(folder.classes)} class folders ({folder.classes[0]}, …) is a class of the"
-            f" head ({wnids[0]}, …){hint}"
-        )
+        shown = f"{len(folder.classes)} class folders ({folder.classes[0]}, …)"
+        raise UsageError(f"{directory}: none of its {shown} is a class of the head ({wnids[0]}, …){hint}")
     kept = kept[np.argsort(labels[kept], kind="stable")]
     paths, labels = folder.paths[kept], labels[kept].astype(np.int32)
     textures = cues.textures(paths, (names[label] for label in labels), {*names, *folder.classes})

@@ -269,7 +269,11 @@ def devices_of(local_world_size: int, gpu: int | None = None) -> list[torch.devi
 
 
 def usable_gpus() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    """The number of GPUs that PyTorch can use. Raises UsageError if it sees some and can use none."""
+    if (seen := torch.cuda.device_count()) and not torch.cuda.is_available():
+        why = f"PyTorch {torch.__version__} cannot use the {seen} GPUs of this machine, its warning says why"
+        raise UsageError(f"{why}; to run on the CPU, set CUDA_VISIBLE_DEVICES= (empty)")
+    return seen
 
 
 def say_why_on_cpu() -> None:

@@ -108,10 +108,8 @@ class FolderLock:
             owner = os.read(descriptor, 1000).decode(errors="replace") or "another process"
             if on_busy is None:
                 os.close(descriptor)
-                raise UsageError(
-                    f"{self.name}: another run is writing here ({owner}); wait for its end or stop it, or choose"
-                    " another place"
-                )
+                way = "wait for its end or stop it, or choose another place"
+                raise UsageError(f"{self.name}: another run is writing here ({owner}); {way}")
             on_busy(owner)
             _lock(descriptor, wait=True)
         if locked is None and fcntl:

@@ -308,10 +308,8 @@ def open_folder(
         lines = [record for record in metrics.read_jsonl(os.path.join(folder, LOG))[0] if record.get("probe") == probe]
         if found or lines:
             what = found[-1] if found else f"{len(lines)} epochs in {LOG}"
-            raise UsageError(
-                f"--ckpt_path {folder}: it holds another run ({what}); continue that with --resume auto, or choose"
-                " another folder"
-            )
+            way = "continue that with --resume auto, or choose another folder"
+            raise UsageError(f"--ckpt_path {folder}: it holds another run ({what}); {way}")
     return lock, checkpoint.load(args.resume) if args.resume else {}
 
 

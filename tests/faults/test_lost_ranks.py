@@ -108,7 +108,7 @@ def test_ranks_with_other_options_are_refused(whole, tmp_path, script, change, m
 
 
 def test_ranks_with_other_checkpoints_are_refused(whole, tmp_path):
-    run_script(*whole.command(PRETRAIN, tmp_path / "run", "--epochs", 1))
+    run_script(*whole.command(PRETRAIN, tmp_path / "run", "--epochs", 1, "--batch-size", 16))  # eight of each rank
     resumed = whole.command(PRETRAIN, tmp_path / "run", "--resume", "auto")
     for code, err in start_two(resumed, whole.command(PRETRAIN, tmp_path / "new")):
         assert code == 2 and "the checkpoint of --resume is" in err, err

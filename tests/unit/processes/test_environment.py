@@ -35,7 +35,7 @@ def without(variables, missing):
         (ONE_NODE, (SRUN, 2, 4, 0, 4, "127.0.0.1")),
         (OPERATOR, (BY_RANK, 1, 2, 0, 1, "10.0.0.1", 23456)),
         ({**OPERATOR, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (BY_RANK, 1, 2, 1, 2, "10.0.0.1", 23456)),
-        ({**SLURM_STEP, **OPERATOR}, (BY_RANK, 1, 2, 0, 1, "10.0.0.1", 23456)),
+        ({**SLURM_STEP, **OPERATOR}, (BY_RANK, 1, 2, 0, 2, "10.0.0.1", 23456)),
         ({**SLURM_STEP, **TORCHRUN_RANK}, ("torchrun", 0, 1, 0, 1)),  # srun torchrun
     ],
 )

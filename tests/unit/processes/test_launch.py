@@ -172,10 +172,11 @@ def test_a_run_on_the_cpu_beside_gpus_says_so(monkeypatch, capsys, present, line
     assert err.count("2 NVIDIA GPUs") == err.count("CUDA_VISIBLE_DEVICES is 7") == err.count("\n") == lines
 
 
-def test_gpus_that_pytorch_cannot_use_count_as_none(monkeypatch):
+def test_gpus_that_pytorch_cannot_use_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert launch.usable_gpus() == 0
+    with pytest.raises(UsageError, match="cannot use the 8 GPUs .* to run on the CPU"):
+        launch.usable_gpus()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert launch.usable_gpus() == 8
 
