@@ -42,8 +42,8 @@ def launched() -> Launched | None:
     if under_torchrun():
         return Launched("torchrun", *(int(os.environ[name]) for name in TORCHRUN_RANKS[:4]))
     if "RANK" in os.environ and number("WORLD_SIZE", 1) > 1:  # PyTorch's convention, as Kubernetes operators follow it
-        share = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))[0]  # a wrapper under srun
-        local = number("LOCAL_RANK", number("SLURM_LOCALID", 0)), number("LOCAL_WORLD_SIZE", int(share))
+        share = int((os.environ.get("SLURM_STEP_TASKS_PER_NODE") or "1").removesuffix(")").split("(x")[0])  # under srun
+        local = number("LOCAL_RANK", number("SLURM_LOCALID", 0)), number("LOCAL_WORLD_SIZE", share)
         ranks = number("RANK"), number("WORLD_SIZE"), *local
         found = Launched("RANK and WORLD_SIZE", *ranks, text("MASTER_ADDR"), number("MASTER_PORT"))
     elif number("SLURM_STEP_ID", SHELL_STEPS) < SHELL_STEPS and number("SLURM_STEP_NUM_TASKS") > 1:

@@ -34,6 +34,7 @@ def without(variables, missing):
         ({**SLURM_STEP, "SLURM_STEP_NODELIST": "n[7,9-10]-x,gpu1"}, (SRUN, 2, 4, 0, 2, "n7-x")),
         (ONE_NODE, (SRUN, 2, 4, 0, 4, "127.0.0.1")),
         (OPERATOR, (BY_RANK, 1, 2, 0, 1, "10.0.0.1", 23456)),
+        ({**OPERATOR, "SLURM_STEP_TASKS_PER_NODE": ""}, (BY_RANK, 1, 2, 0, 1, "10.0.0.1", 23456)),
         ({**OPERATOR, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, (BY_RANK, 1, 2, 1, 2, "10.0.0.1", 23456)),
         ({**SLURM_STEP, **OPERATOR}, (BY_RANK, 1, 2, 0, 2, "10.0.0.1", 23456)),
         ({**SLURM_STEP, **TORCHRUN_RANK}, ("torchrun", 0, 1, 0, 1)),  # srun torchrun
@@ -78,6 +79,7 @@ def test_a_single_process_is_alone(under, variables):
         ({**OPERATOR, "RANK": "first"}, "RANK=first"),
         ({**OPERATOR, "LOCAL_RANK": "1"}, "1 of 1 on this node"),
         ({**OPERATOR, "SLURM_LOCALID": "1"}, "1 of 1 on this node"),
+        ({**OPERATOR, "SLURM_STEP_TASKS_PER_NODE": "2,1"}, "2,1"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 .* use torchrun or srun"),
         ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "2,1"}, "2,1: start equally many per node"),
         (without(SLURM_STEP, "SLURM_LOCALID"), "SLURM_LOCALID"),
