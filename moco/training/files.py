@@ -133,10 +133,7 @@ class FolderLock:
 
 
 def check_locks(path: str) -> None:
-    """Before a file is written: raise RunError if this process locked the folder, and another one is there now.
-
-    After a rename, say, a second run may have begun in a new folder of the old name, with a lock of its own.
-    """
+    """Raise RunError if this process locked the file's folder, and another one lies there now, as after a rename."""
     for lock in _held:
         folder = os.path.dirname(lock)
         if os.path.abspath(path).startswith(os.path.join(folder, "")) and not _is_in_place(lock):

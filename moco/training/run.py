@@ -65,6 +65,7 @@ class Run:
         self.means = metrics.RunningMeans()
         self.epoch = self.step = 0  # whole epochs done, and steps of the epoch after them
         self.stopping = False  # a signal came, or too many files are unreadable: end after this step
+        self.spread = 1  # of the features in the last epoch; not of the first, when they may be close together
 
     def resume(self, saved: Mapping) -> None:
         """Continue from a checkpoint that `save` wrote; an empty one starts at --start-epoch.
@@ -187,9 +188,10 @@ class Run:
             stats = {**stats, "changed": changes[-1]} if changes else stats
             if dropped := metrics.log_epoch(self._path(LOG), stats):
                 print(f"{LOG}: dropped {dropped} damaged lines", flush=True)
-        done, spread = self.epoch, stats.get("spread", 1)
-        if done and spread < metrics.COLLAPSED:
-            self.print(f"epoch {done}  spread {spread:.2f}: features collapse; try a smaller --moco-k or --lr")
+        done, before = self.epoch, self.spread
+        self.spread = stats.get("spread", 1) if done else 1
+        if self.spread < metrics.COLLAPSED <= before:
+            self.print(f"epoch {done}  spread {self.spread:.2f}: features collapse; try a smaller --moco-k or --lr")
         self.epoch, self.step = self.epoch + 1, 0
         self.save([*also, self.latest])
         self.means, self.bad_in_epoch = metrics.RunningMeans(), 0
