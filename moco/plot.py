@@ -108,8 +108,7 @@ def curves(runs: Runs) -> "Figure":
             axis.set_yscale("log")  # one head that diverged must not flatten all others
         if title == "spread":
             axis.set_ylim(0, 1.03)  # its own range would make noise look like a collapse
-            points = [point for figures in runs.values() for point in figures.get("spread", {}).items()]
-            if low := [(epoch, spread) for epoch, spread in points if epoch and spread < metrics.COLLAPSED]:
+            if low := [(epoch, own["spread"][epoch]) for own in runs.values() for epoch in own.get("collapsed", {})]:
                 axis.plot(*zip(*low), "x", color="red", markersize=6)
                 axis.set_title("spread (× collapsed)", fontsize=10, color="red")
         if len(keys) > 1:

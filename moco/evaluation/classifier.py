@@ -112,10 +112,7 @@ class BestHead:
 
 
 def divergence_hint(lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
-    """A line on the heads whose mean loss over an epoch is far above chance, or NaN; "" if there are none.
-
-    It names their learning rates, and some to try if no other head learns.
-    """
+    """A line on heads whose mean loss over an epoch is far above chance, or NaN, with rates to try; "" for none."""
     sound = [loss <= DIVERGED * math.log(classes) for loss in losses]
     if all(sound):
         return ""

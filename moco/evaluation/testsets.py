@@ -264,8 +264,7 @@ def unknown_corruptions(directory: str) -> list[str]:
 def head_classes(
     path: str, saved: Mapping, outputs: int, classes: str | Path | None = None, val: str | Path | None = None
 ) -> tuple[list[str], str]:
-    """The wnid of each output, and where they are from if the checkpoint does not name them: --classes, --val, or
-    ImageNet-100's list.
+    """The wnid of each output, and where they are from if the checkpoint does not name them.
 
     path, saved: the checkpoint and what it holds. Raises UsageError if none fits the number of outputs.
     """

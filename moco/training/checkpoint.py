@@ -175,8 +175,7 @@ def check_pretraining(saved: Mapping, source: str, options: Mapping) -> None:
 def settings(saved: Mapping, key: str, source: str) -> dict:
     """The options, seed and data that made a checkpoint's weights, as far as it says.
 
-    key: "options" of a pre-training, "probe" of a linear checkpoint, of which the best epoch is kept, whichever it is;
-    "pretraining" of a linear checkpoint: those of the pre-training that it was made from.
+    key: "options" of a pre-training, "probe" of a linear checkpoint, "pretraining" of the one behind that.
     """
     if key == "pretraining":
         saved = {key: saved.get(key)}

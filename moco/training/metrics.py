@@ -13,8 +13,6 @@ from tqdm import tqdm
 from moco import distributed
 from moco.training import files
 
-COLLAPSED = 0.5  # a spread below this, after the first epoch: features crowd in a part of the sphere
-
 
 class RunningMeans:
     """Means over steps of named tensors, 0-d or 1-d, accumulated on their device.
@@ -95,6 +93,11 @@ def read_jsonl(path: str) -> tuple[list[dict], int]:
             else:
                 damaged += 1
     return records, damaged
+
+
+def collapsed(spread: float, highest: float, done: float) -> bool:
+    """Whether the spread has halved since it was `highest`, or is low in the last quarter: early it may be."""
+    return highest >= 0.5 and spread < highest / 2 or done >= 0.75 and spread < 0.5
 
 
 # Progress

@@ -65,7 +65,7 @@ class Run:
         self.means = metrics.RunningMeans()
         self.epoch = self.step = 0  # whole epochs done, and steps of the epoch after them
         self.stopping = False  # a signal came, or too many files are unreadable: end after this step
-        self.spread = 1  # of the features in the last epoch; not of the first, when they may be close together
+        self.highest, self.collapsed = 0.0, False  # spread so far, and whether it has collapsed, which a line has said
 
     def resume(self, saved: Mapping) -> None:
         """Continue from a checkpoint that `save` wrote; an empty one starts at --start-epoch.
@@ -182,16 +182,21 @@ class Run:
 
     def end_epoch(self, stats: Mapping, also: Sequence[str] = ()) -> None:
         """Log the epoch, save it as `latest` and under the names `also`, and end the run if a signal asked for it."""
+        self.highest = max(self.highest, spread := stats.get("spread", 1))
+        if metrics.collapsed(spread, self.highest, (self.epoch + 1) / self.args.epochs):
+            stats = {**stats, "collapsed": True}
+            if not self.collapsed:
+                self.print(
+                    f"epoch {self.epoch}  spread {abs(spread):.2f}: features collapse; try a smaller --moco-k or --lr"
+                )
+            self.collapsed = True
         if distributed.is_main():
             self._check_finite(weights=True)
             changes = [each for each in self.args.changes if each["epoch"] == self.first_epoch == self.epoch]
             stats = {**stats, "changed": changes[-1]} if changes else stats
             if dropped := metrics.log_epoch(self._path(LOG), stats):
                 print(f"{LOG}: dropped {dropped} damaged lines", flush=True)
-        done, before = self.epoch, self.spread
-        self.spread = stats.get("spread", 1) if done else 1
-        if self.spread < metrics.COLLAPSED <= before:
-            self.print(f"epoch {done}  spread {self.spread:.2f}: features collapse; try a smaller --moco-k or --lr")
+        done = self.epoch
         self.epoch, self.step = self.epoch + 1, 0
         self.save([*also, self.latest])
         self.means, self.bad_in_epoch = metrics.RunningMeans(), 0

@@ -69,14 +69,15 @@ def test_curves_of_a_probe_are_lines_of_its_heads():
 
 @drawing
 def test_a_collapsed_spread_is_marked_and_a_healthy_one_is_not():
-    spreads = {"low": [0.2, 0.9, 0.4, 0.49, 0.6], "high": [0.3, 0.5, 0.8]}  # the first epoch is never marked
+    spreads = {"low": [0.2, 0.9, 0.4, 0.35, 0.6], "high": [0.3, 0.5, 0.8]}
     runs = {
         name: plot.runs_of(name, [{"epoch": e, "spread": s} for e, s in enumerate(spreads[name])]) for name in spreads
     }
+    runs["low"]["low"]["collapsed"] = {2: True, 3: True}  # as the run has logged it
     assert drawn(plot.curves(runs["high"]), "spread") == [[*enumerate(spreads["high"])]]
     figure = plot.curves(runs["low"] | runs["high"])
     lines = [[*enumerate(values)] for values in spreads.values()]
-    assert drawn(figure, "spread (× collapsed)") == [*lines, [(2, 0.4), (3, 0.49)]]
+    assert drawn(figure, "spread (× collapsed)") == [*lines, [(2, 0.4), (3, 0.35)]]
     assert [line.get_marker() for line in figure.axes[0].lines][:3] == [".", ".", "x"]
 
 
