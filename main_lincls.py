@@ -43,7 +43,8 @@ from moco.training import checkpoint
 from moco.training.run import Run, check_resumable, open_folder
 
 PROBE_OPTIONS = (
-    "lr", "image_size", "batch_size", "epochs", "schedule", "momentum", "weight_decay", "precision", "strict_fp32",
+    "lr", "image_size", "batch_size", "epochs", "start_epoch", "schedule", "momentum", "weight_decay", "precision",
+    "strict_fp32",
 )  # fmt: skip
 
 
@@ -106,7 +107,6 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         raise UsageError("--evaluate needs a trained head: --resume ckpts/RUN/model_best_0199.pth.tar")
     if args.features:
         options.check_file("--features", args.features, endings=(".npz",))
-    options.check_epochs(args)
     local_world_size, world_size = launch.resolve_world_size(args)
     launch.check_precision(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
@@ -144,7 +144,8 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     check_input(model, args.arch, batch_size, args.image_size)
     derived |= {"network": args.arch} | ({} if saved else {"backbone": origin})
     known = "options" in pretrained and checkpoint.settings(pretrained, "options", f"--pretrained {args.pretrained}")
-    return Inputs(train, val, backbone, known or saved.get("pretraining"), saved, lock), derived
+    known = known or (pretrained or saved).get("pretraining")  # of a linear checkpoint
+    return Inputs(train, val, backbone, known, saved, lock), derived
 
 
 def trains(args: argparse.Namespace) -> bool:
@@ -232,8 +233,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     best = classifier.BestHead(best_acc1s, inputs.saved.get("winner", 0))
     run = Run(
         ctx, args, seed, latest=f"checkpoint_robust_{name}.pth.tar", sampler=sampler, optimizer=optimizer,
-        state=functools.partial(checkpoint_state, args, inputs, backbone, heads, optimizer, best),
-        paths=train.paths, probe=name,
+        state=functools.partial(checkpoint_state, args, inputs, backbone, heads, optimizer, best), probe=name,
     )  # fmt: skip
     run.resume(inputs.saved)
     inputs.saved.clear()  # as much memory as all heads and the backbone

@@ -41,8 +41,8 @@ from moco.training.run import Run, check_resumable, open_folder
 
 SAVED_OPTIONS = (
     "moco_dim", "moco_k", "moco_m", "moco_t", "mlp", "aug_plus", "robust", "num_nonsem", "alpha",
-    "patch_ratio", "image_size", "batch_size", "lr", "epochs", "cos", "schedule", "momentum", "weight_decay",
-    "precision", "strict_fp32",
+    "patch_ratio", "image_size", "batch_size", "lr", "epochs", "start_epoch", "cos", "schedule", "momentum",
+    "weight_decay", "precision", "strict_fp32",
 )  # fmt: skip
 CHECKPOINTS = r"checkpoint_(\d{4,}|latest)\.pth\.tar"
 
@@ -120,7 +120,6 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     """Refuse what could only fail later. Returns the inputs, and the derived values to print."""
     if refusal := args.robust in NEGATIVES and NEGATIVES[args.robust].refusal(vars(args)):
         raise UsageError(refusal)
-    options.check_epochs(args)
     local_world_size, world_size = launch.resolve_world_size(args)
     launch.check_precision(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
@@ -231,7 +230,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
         checkpoint.load_exactly(model, checkpoint.strip_prefix(saved["state_dict"]), f"--resume {args.resume}")
     run = Run(
         ctx, args, seed, latest="checkpoint_latest.pth.tar", sampler=sampler, optimizer=optimizer, scaler=scaler,
-        state=functools.partial(checkpoint_state, args, model, data.classes), paths=data.photos,
+        state=functools.partial(checkpoint_state, args, model, data.classes),
     )  # fmt: skip
     run.resume(saved)  # optimizer, scaler, epoch and step; the model was loaded above
     saved.clear()  # as much memory as weights, queue and momenta

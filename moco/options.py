@@ -191,11 +191,6 @@ def shared_options(args: argparse.Namespace, more: Iterable[str]) -> dict[str, o
 # Checks
 
 
-def check_epochs(args: argparse.Namespace) -> None:
-    if args.start_epoch >= args.epochs:
-        raise UsageError(f"--start-epoch {args.start_epoch}: it must be below --epochs {args.epochs}")
-
-
 def check_folder(option: str, path: str) -> None:
     """Raise UsageError unless files can be written to the folder, which need not exist yet."""
     existing = os.path.abspath(path)

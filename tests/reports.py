@@ -1,7 +1,5 @@
 """Made-up reports of an evaluation, and linear checkpoints to evaluate."""
 
-from pathlib import Path
-
 import torch
 
 from moco.encoders import build_encoder
@@ -43,30 +41,31 @@ def first(n, percent):
     return [place < round(percent * n / 100) for place in range(n)]
 
 
-def a_test_set(key="val", n=200, folder=None, categories=None, files="", names=""):
+def a_test_set(key="val", n=200, folder=None, categories=None, files=""):
     labels = [index * len(WNIDS) // n for index in range(n)]
     folder = folder or f"/data/{key}"
     paths = [f"{folder}/{WNIDS[label]}/{index}.png" for index, label in enumerate(labels)]
-    return TestSet(key, folder, paths, labels, None, categories, names_sha256=names, files_sha256=files)
+    return TestSet(key, folder, paths, labels, None, categories, files_sha256=files)
 
 
 def report_of(cells, runs=("mine",), wnids=WNIDS, image_size=28, limit=None, weights="weights", options=None):
-    """A report on checkpoints in the current folder, one per run, named by its row.
+    """A report on checkpoints, one per run, named by its row.
 
-    cells: {key of a test set: the result of each run, or its top-1}; options: {row: pre-training options}. The
-    corruptions are those of the same photos.
+    cells: {key of a test set: the result of each run, or its top-1}; options: {row: pre-training options}.
     """
-    rows = {}
+    rows: dict[str, list[str]] = {}
     for index, row in enumerate(runs):
-        path = Path(f"{index}.pth")
-        path.write_text(f"{weights} of run {runs[:index].count(row)} of {row!a}")
-        rows.setdefault(row, []).append(str(path))
-    known = [{"pretraining": (options or {}).get(row)} for row, paths in rows.items() for _ in paths]
+        rows.setdefault(row, []).append(f"{index}.pth")
+    known = [
+        {"pretraining": (options or {}).get(row), "sha256": f"{weights} of run {run} of {row}"}
+        for row, files in rows.items()
+        for run, _ in enumerate(files)
+    ]
     made = results.new(rows, known, wnids, image_size, limit)
     for key, values in cells.items():
         values = [value if isinstance(value, dict) else result(value) for value in values]
         categories = {"cat": [0], "dog": [1]} if key == "set/cues" else None
-        test_set = a_test_set(key, values[0]["n"], categories=categories, names=f"{key.split('/')[0]} {values[0]['n']}")
+        test_set = a_test_set(key, values[0]["n"], categories=categories)
         used = presets(image_size)[test_set.kind == "photos"][0]
         results.add(made, test_set, [value | {"preprocessing": used} for value in values])
     return made

@@ -221,9 +221,10 @@ def split_path(data: str, split: str) -> str:
 
 
 def check_not_training(val: str) -> None:
-    """Raise UsageError if the folder val/, or a class folder in it, is the one in train/ beside it: by a link."""
-    train = os.path.join(os.path.dirname(os.path.normpath(val)), "train")
-    for name in [".", *class_folders(val)]:
+    """Raise UsageError if val/, or a class folder or its first image, is the one in train/ beside it: by a link."""
+    train = os.path.join(os.path.dirname(os.path.realpath(val)), "train")
+    firsts = (f"{name}/{image}" for name in class_folders(val) for image in scan_folder(os.path.join(val, name))[1][:1])
+    for name in [".", *class_folders(val), *firsts]:
         own, other = os.path.join(val, name), os.path.join(train, name)
         if os.path.exists(other) and os.path.samefile(own, other):
             raise UsageError(

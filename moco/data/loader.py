@@ -44,12 +44,6 @@ class GlobalBatchSampler(Sampler):
             batch = slice(start, start + self.batch_size)
             yield list(zip(order[batch].tolist(), seeds[batch].tolist()))
 
-    def global_batch(self, step: int) -> list[int]:
-        """The image indices of a step of this epoch over all ranks; steps count from 0."""
-        everywhere = GlobalBatchSampler(self.num_images, self.global_batch_size, self.seed, DistContext())
-        everywhere.epoch, everywhere.first_step = self.epoch, step
-        return [index for index, _ in next(iter(everywhere))]
-
 
 class WorkerLoader(DataLoader):
     """A DataLoader whose worker processes leave stop signals to the trainer and end with it, however it ends.

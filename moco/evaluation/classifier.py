@@ -70,14 +70,19 @@ def check_linear(saved: Mapping, source: str) -> None:
 
 
 def made_with(saved: Mapping, source: str) -> dict:
-    """Options of the pre-training and the probe of a linear checkpoint, as far as it tells, and the backbone's hash."""
-    weights, digest = checkpoint.strip_prefix(saved["state_dict"]), hashlib.sha256()
-    for name in sorted(weights.keys() - {*checkpoint.FC_KEYS}):
-        digest.update(name.encode() + weights[name].reshape(-1).view(torch.uint8).numpy().tobytes())
-    probe = checkpoint.settings(saved, "probe", source)
+    """Hashes of a linear checkpoint's weights; options of its pre-training and its probe, as far as it tells."""
+    state, digest, hashes = checkpoint.strip_prefix(saved["state_dict"]), hashlib.sha256(), []
+    for names in sorted(state.keys() - {*checkpoint.FC_KEYS}), checkpoint.FC_KEYS:  # the backbone, then the head
+        for name in names:
+            digest.update(name.encode() + state[name].flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        hashes.append(digest.hexdigest())
+    random = {"robust": "random weights"} if saved.get("pretrained") == "" else None
     lrs = {"lr": sorted(saved["lrs"])} if "lrs" in saved else {}
-    pretraining = checkpoint.settings(saved, "pretraining", source) or None
-    return {"pretraining": pretraining, "probe": probe | lrs, "backbone_sha256": digest.hexdigest()}
+    return {
+        "sha256": hashes[1], "backbone_sha256": hashes[0], "pretrained": str(saved.get("pretrained") or ""),
+        "pretraining": checkpoint.settings(saved, "pretraining", source) or random,
+        "probe": checkpoint.settings(saved, "probe", source) | lrs,
+    }  # fmt: skip
 
 
 def check_classes(saved: Mapping, classes: Sequence[str], source: str) -> None:

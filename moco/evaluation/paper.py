@@ -12,6 +12,11 @@ from moco.evaluation.testsets import SUITES
 
 TABLE = Path(__file__).parent / "published.csv"  # the published table, as in README.md
 CLASSES, SIZE = 100, 224
+OTHERS = {  # of all rows, beside options.PAPER: published defaults, and the probe's options
+    "arch": "resnet50", "moco_dim": 128, "moco_m": 0.999, "images_per_step": 128, "momentum": 0.9, "weight_decay": 1e-4,
+    "epoch": 200, "start_epoch": 0, "changes": [], "probe epochs": 60, "probe images_per_step": 128,
+    "probe schedule": [30, 40, 50], "probe weight_decay": 0.0, "probe changes": [],
+}  # fmt: skip
 IMAGENET_100_SHA256 = "d61d354b64beb3ce2c2c9cf04a874298362dc9fcd589e15ee34c5e4592145746"  # of the sorted wnids
 
 
@@ -53,23 +58,23 @@ def incomplete(report: Mapping, suite: str) -> str:
 
 
 def check_recipes(checkpoints: Iterable[Mapping]) -> None:
-    """Raise UsageError for a row that is not published, or whose pre-training, as far as known, had other options."""
+    """Raise UsageError for a row that is not published, or whose runs, as far as they tell, were made otherwise."""
     for each in checkpoints:
-        if each["row"] not in rows():
-            raise UsageError(f"--compare paper: {each['row']} is not a row of the published table: {', '.join(rows())}")
-        made = each.get("pretraining") or {}
-        for name, published in recipe(each["row"]).items():
+        row, file = each["row"], each["file"]
+        if row not in rows():
+            raise UsageError(f"--compare paper: {row} is not a row of the published table: {', '.join(rows())}")
+        made = (each.get("pretraining") or {}) | {f"probe {n}": v for n, v in (each.get("probe") or {}).items()}
+        made["released"] = next((name for name in rows() if f"{name}-run" in each.get("pretrained", "")), row)
+        for name, published in recipe(row).items():
             if made.get(name, published) != published:
-                raise UsageError(
-                    f"--compare paper: {each['row']} has {name} {published}, {each['file']} was made with {made[name]};"
-                    " give that row another name, and leave out --compare"
-                )
+                told = f"{row} has {name} {published}, {file} was made with {made[name]}"
+                raise UsageError(f"--compare paper: {told}; give that row another name, and leave out --compare")
 
 
 def recipe(row: str) -> dict:
-    """The published pre-training options of a row, as checkpoints store them: without those that have no effect."""
+    """The published options of a row, as checkpoints store them: without those that have no effect."""
     published, later = rows()[row], {"lr": 0.8, "images_per_step": 512, "moco_m": 0.99} if "later" in row else {}
-    made = {"moco_m": 0.999, "images_per_step": 128, "image_size": SIZE, "moco_k": int(published["moco_k"])}
+    made = OTHERS | {"released": row, "image_size": SIZE, "moco_k": int(published["moco_k"])}
     made |= {name: value for name, value in options.PAPER.items() if name != "batch_size"} | later
     if not published["alpha"]:
         return {name: made[name] for name in made if name not in ("num_nonsem", "alpha")} | {"robust": "none"}

@@ -169,7 +169,8 @@ def setting(report: Mapping, runs: Iterable[int], name: str) -> str:
     texts = {}
     for run in runs:
         made = report["checkpoints"][run].get("pretraining") or {name: "unknown"}
-        values = [*(change[name][0] for change in made.get("changes", []) if name in change), made.get(name, "–")]
+        earlier = (change.get(name, ["–"])[0] for change in made.get("changes", []) if {name, "robust"} & change.keys())
+        values = [*earlier, made.get(name, "–")] if name == "alpha" else [made.get(name, "–")]
         texts[" → ".join(value if isinstance(value, str) else f"{value:g}" for value in values)] = None
     return "–" if [*texts] == ["unknown"] else ", ".join(texts)
 
@@ -210,25 +211,30 @@ def difference(
     before, after = ([figure(report, parts, run, where) for run in runs[each]] for each in (base, row))
     if None in before or None in after:
         return None
+    over_images, of_one = _variances(report, parts, {row: 1 / len(after), base: -1 / len(before)}, where)
+    variance = over_images + of_one
     if min(len(before), len(after)) >= RUNS:
-        variance = sum(statistics.variance(values) / len(values) for values in (before, after))
-    else:
-        variance = _variance_over_images(report, parts, {row: 1 / len(after), base: -1 / len(before)}, where)
+        variance = max(of_one, sum(statistics.variance(values) / len(values) for values in (before, after)))
     return Difference(name, statistics.fmean(before), statistics.fmean(after), variance**0.5)
 
 
-def _variance_over_images(report: Mapping, parts: Iterable[Part], signs: Mapping[str, float], where: Mapping) -> float:
-    """The variance of a sum of figures, each row's by its sign. Images of the same names count as the same photos."""
-    effects, of_one = defaultdict(float), defaultdict(float)  # on the sum, of each photo and of any one of them
+def _variances(
+    report: Mapping, parts: Iterable[Part], signs: Mapping[str, float], where: Mapping
+) -> tuple[float, float]:
+    """The variance over images of a sum of figures, each row's by its sign, and that of one image more or less.
+
+    In sets of equal counts per class, those in the same place are one photo; of different ones the effects cancel out.
+    """
+    effects, of_one = defaultdict(float), 0.0
     for part in parts:
-        photos = report["cells"][part.key]["names_sha256"] or part.key
+        counts = tuple(each["n"] for each in report["cells"][part.key]["results"][0]["classes"].values())
         for row, sign in signs.items():
             for run in rows_of(report)[row]:
                 hits, among = part.hits(report, run, where)
                 scale = 100 * part.weight / among.sum()
-                effects[photos] = effects[photos] + sign * scale * (hits - among * (hits.sum() / among.sum()))
-        of_one[photos] += scale
-    return float(sum((effect**2).sum() for effect in effects.values()) + sum(one**2 for one in of_one.values()))
+                effects[counts] = effects[counts] + sign * scale * (hits - among * (hits.sum() / among.sum()))
+        of_one += scale**2
+    return float(sum((effect**2).sum() for effect in effects.values())), float(of_one)
 
 
 def differences(report: Mapping) -> dict[str, list[Difference]]:
@@ -318,6 +324,10 @@ def notes(report: Mapping) -> list[str]:
     limit = f"partial evaluation: only the first {report['limit']} images of each class (--limit)"
     classes = f"classes: the head stores none; taken to be {report.get('classes_from')}"
     lines = [_note(report, suite, title) for suite, title in titles(report).items()]
+    for made in report["checkpoints"]:
+        known = made.get("pretraining") or {}
+        if known.get("epoch", 0) < known.get("epochs", 0) or known.get("step"):
+            lines.append(f"{made['row']}: pre-training stopped after {known['epoch']} of {known['epochs']} epochs")
     for made, kind in itertools.product(report["checkpoints"], ("pretraining", "probe")):
         for change in (made.get(kind) or {}).get("changes", []):
             texts = (f"{name} {change[name][0]} → {change[name][1]}" for name in change if name != "epoch")

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 from moco.errors import UsageError
 from moco.evaluation import scores
@@ -32,9 +31,7 @@ def new(
 
     Raises UsageError if a row mixes settings, or takes one run for several.
     """
-    files = [
-        {"row": row, "file": file, "sha256": sha256(Path(file).read_bytes())} for row in rows for file in rows[row]
-    ]
+    files = [{"row": row, "file": file} for row in rows for file in rows[row]]
     checkpoints = [file | known for file, known in zip(files, made)]
     for one, other in itertools.combinations(checkpoints, 2):
         if one["row"] == other["row"]:
@@ -107,7 +104,6 @@ def add(report: dict, test_set: TestSet, results: Iterable[Mapping]) -> None:
     report["cells"][test_set.key] = {
         "folder": os.path.abspath(test_set.folder),
         "n": len(test_set.labels),
-        "names_sha256": test_set.names_sha256,
         "files_sha256": test_set.files_sha256,
         "left_out": test_set.left_out,
         "preprocessing": found[-1]["preprocessing"],

@@ -82,8 +82,7 @@ class TestSet(NamedTuple):
     categories: Mapping[str, list[int]] | None = None  # {category: outputs}, if the folders are categories of classes
     others: Sequence[str] = ()  # the class folders that are none of the head's classes
     left_out: str = ""  # how many files of formats that are not read, as of ImageFolder
-    names_sha256: str = ""  # of the images' labels and names: equal for corruptions of the same photos
-    files_sha256: str = ""  # of these, and of the files' sizes and times
+    files_sha256: str = ""  # of the images' labels and names, and their files' sizes and times
 
     @property
     def kind(self) -> str:
@@ -170,7 +169,12 @@ def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: 
     parts = {}
     for key, directory in directories.items():
         parts |= corruption_folders(directory) if key == "corruption" else {key: class_root(directory, key)}
-    return [list_test_set(key, folder, wnids, limit) for key, folder in parts.items()]
+    found, keys = [list_test_set(key, folder, wnids, limit) for key, folder in parts.items()], {}
+    for each in found:
+        file = os.stat(each.paths[0])
+        if (other := keys.setdefault((file.st_dev, file.st_ino), each.key)) != each.key:
+            raise UsageError(f"{each.folder}: {each.key} would be the same images as {other}; name another folder")
+    return found
 
 
 def class_root(directory: str, key: str = "val") -> str:
@@ -213,22 +217,16 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     paths, labels = folder.paths[kept], labels[kept].astype(np.int32)
     textures = cues.textures(paths, (names[label] for label in labels), {*names, *folder.classes})
     indices = textures and [index_of.get(_normal(texture), -1) for texture in textures]
-    stamps = _stamps(paths, labels)
-    return TestSet(key, directory, paths, labels, indices, categories, others, folder.left_out, *stamps)
+    digest = hashlib.sha256()
+    for label, path in zip(labels, paths):
+        file, name = os.stat(path), "/".join(path.split(os.sep)[-2:])
+        digest.update(f"{label} {name} {file.st_size} {file.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    made = others, folder.left_out, digest.hexdigest()
+    return TestSet(key, directory, paths, labels, indices, categories, *made)
 
 
 def _normal(name: str) -> str:
     return unicodedata.normalize("NFC", name)  # a Mac's archive has NFD
-
-
-def _stamps(paths: Sequence[str], labels: Sequence[int]) -> tuple[str, str]:
-    """Hashes of the images: labels and names, and with these the sizes and times of the files."""
-    hashes = hashlib.sha256(), hashlib.sha256()
-    for label, path in zip(labels, paths):
-        name, file = f"{label} {'/'.join(path.split(os.sep)[-2:])}\n", os.stat(path)
-        for made, text in zip(hashes, (name, f"{name}{file.st_size} {file.st_mtime_ns}\n")):
-            made.update(text.encode(errors="surrogateescape"))
-    return hashes[0].hexdigest(), hashes[1].hexdigest()
 
 
 def corruption_folders(directory: str) -> dict[str, str]:
@@ -269,6 +267,8 @@ def head_classes(
     path, saved: the checkpoint and what it holds. Raises UsageError if none fits the number of outputs.
     """
     if saved.get("wnids"):
+        if classes and folders.read_class_list(classes) != saved["wnids"]:
+            raise UsageError(f"--classes {classes}: {path} stores other classes; leave out --classes")
         return saved["wnids"], ""
     of_val = folders.list_images(class_root(val)).classes if val else []
     if classes:

@@ -179,7 +179,8 @@ def settings(saved: Mapping, key: str, source: str) -> dict:
     """
     if key == "pretraining":
         saved = {key: saved.get(key)}
-    names = ("seed", "images", "images_per_step", "classes", "changes") + (("epoch",) if key == "options" else ())
+    names = ("arch", "seed", "images", "images_per_step", "classes", "changes")
+    names += ("epoch", "step", "processes") if key == "options" else ()
     with reading(source):
         return effective({name: saved[name] for name in names if name in saved} | dict(saved.get(key) or {}))
 

@@ -17,12 +17,12 @@ from moco.training import files
 class RunningMeans:
     """Means over steps of named tensors, 0-d or 1-d, accumulated on their device.
 
-    Only `compute` and `finite_steps` are CPU-GPU sync points.
+    Only `compute` is a CPU-GPU sync point. A mean that once was NaN or infinite stays so.
     """
 
     def __init__(self):
         self.sizes: dict[str, int | None] = {}  # of each named tensor; None if 0-d
-        self.sums = self._finite_steps = torch.zeros(())
+        self.sums = torch.zeros(())
         self.steps = 0
 
     @torch.no_grad()
@@ -30,8 +30,6 @@ class RunningMeans:
         self.sizes = {name: len(value) if value.dim() else None for name, value in values.items()}
         flat = torch.cat([value.detach().float().reshape(-1) for value in values.values()])
         self.sums = self.sums + flat if self.steps else flat
-        finite = self.sums.isfinite().long()  # a sum that once was NaN or infinite stays so
-        self._finite_steps = self._finite_steps + finite if self.steps else finite
         self.steps += 1
 
     def compute(self, over_ranks: bool = False) -> dict[str, float | list[float]]:
@@ -39,15 +37,7 @@ class RunningMeans:
         sums = self.sums.clone()
         if over_ranks:
             sums = distributed.all_reduce(sums) / distributed.world_size()
-        return self._by_name((sums / self.steps).tolist())
-
-    def finite_steps(self, name: str) -> int:
-        """The number of steps before the named value was NaN or infinite in all its elements; all steps if never."""
-        steps = self._by_name(self._finite_steps.tolist())[name]
-        return max(steps) if isinstance(steps, list) else steps
-
-    def _by_name(self, flat: list) -> dict:
-        rest = iter(flat)
+        rest = iter((sums / self.steps).tolist())
         return {name: next(rest) if n is None else list(itertools.islice(rest, n)) for name, n in self.sizes.items()}
 
     def state_dict(self) -> dict:
@@ -62,7 +52,6 @@ class RunningMeans:
         same_world = len(sums) == distributed.world_size()
         self.sums = (sums[distributed.rank()] if same_world else sums.mean(dim=0)).to(device)
         self.steps = state["steps"]
-        self._finite_steps = torch.full_like(self.sums, self.steps, dtype=torch.long)
 
 
 def log_epoch(path: str, record: Mapping) -> int:

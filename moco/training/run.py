@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import operator
 import os
 import signal
@@ -38,8 +39,8 @@ class Run:
     args: ckpt_path, the folder of checkpoints and log.jsonl; epochs, precision, print_freq, save_steps, max_bad_images.
     latest: name of the checkpoint that is written after every epoch, every `save_steps` steps and on a signal; also at
     once if another one is resumed, whose run the log and `--resume auto` then follow.
-    state(): the script's own part of a checkpoint. paths: of the training images, for messages. probe: a key of this
-    run's lines in the log, if it is a probe, which may share the folder with its pre-training.
+    state(): the script's own part of a checkpoint. probe: a key of this run's lines in the log, if it is a probe, which
+    may share the folder with its pre-training.
     """
 
     def __init__(
@@ -53,11 +54,10 @@ class Run:
         sampler: GlobalBatchSampler,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None = None,
-        paths: Sequence[str],
         probe: str | None = None,
     ):
         self.ctx, self.args, self.seed, self.latest, self.state = ctx, args, seed, latest, state
-        self.sampler, self.optimizer, self.scaler, self.paths, self.probe = sampler, optimizer, scaler, paths, probe
+        self.sampler, self.optimizer, self.scaler, self.probe = sampler, optimizer, scaler, probe
         self.stop = StopSignal()
         # {path: reason} of unreadable images, which all ranks know: of this run and, until met again, of the one it
         # resumes, since they may have been repaired; then those met by this process, and the epoch's count.
@@ -227,6 +227,7 @@ class Run:
             "bad_in_epoch": self.bad_in_epoch if self.step else 0,
             "images": self.sampler.num_images,
             "images_per_step": self.sampler.global_batch_size,
+            "processes": self.ctx.world_size,
             "changes": self.args.changes,
             **self.state(),
         }
@@ -264,20 +265,19 @@ class Run:
 
     def _check_finite(self, weights: bool = False) -> None:
         """Raise RunError rather than report or save a loss, or weights of every head, that are not finite."""
-        step, what = self.means.finite_steps("loss") + 1, "the loss is"
-        if step > self.means.steps:
+        losses, what = self.means.compute()["loss"], "the loss is"
+        if any(map(math.isfinite, losses if isinstance(losses, list) else [losses])):
             groups = (group["params"] for group in self.optimizer.param_groups)
             if not weights or any(all(weight.isfinite().all() for weight in group) for group in groups):
                 return
-            step, what = self.means.steps, "weights are"
+            what = "weights are"
         lr = min(group["lr"] for group in self.optimizer.param_groups)
-        first = self.paths[self.sampler.global_batch(step - 1)[0]]
         advice = f"use a smaller --lr, for example {lr / 10:g}"
         if self.args.precision == "fp16":
             advice = "fp16 ends at 65504: use --precision bf16, or a smaller --lr"
         raise RunError(
-            f"{what} not finite in epoch {self.epoch} step {step}, at lr {lr:g} (first image of the batch: {first});"
-            f" {advice}; the saved checkpoints are intact: continue from one with --resume FILE in another --ckpt_path"
+            f"{what} not finite in epoch {self.epoch} by step {self.step}, at lr {lr:g}; {advice}; saved checkpoints"
+            " are intact: continue from one with --resume FILE in another --ckpt_path"
         )
 
 
@@ -309,6 +309,8 @@ def open_folder(
         lock.acquire()
     args.auto_resume = args.resume == "auto" or restarted
     args.resume = checkpoint.resume_path(args.resume, folder, pattern, restarted)
+    if args.start_epoch >= args.epochs:
+        raise UsageError(f"--start-epoch {args.start_epoch}: it must be below --epochs {args.epochs}")
     args.changes = []  # of the settings of the run that --resume continues: set by check_resumable
     if writes and not (args.resume and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)):
         found = checkpoint.matching(folder, pattern)
@@ -346,6 +348,8 @@ def check_resumable(
             operator.index(saved["seed"])  # the order of the data continues
         if not settings.get("cos"):
             changed.pop("epochs", None)  # the schedule stays as it was
+        changed.pop("start_epoch", None)  # without effect beside --resume
+        args.start_epoch = there.get("start_epoch", 0)
         own = os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(args.ckpt_path)
         refused = changed if own else {name for name in changed if step and name in WITHIN_EPOCH}
         for name in sorted(refused, key=list(here).index):

@@ -53,7 +53,9 @@ def painted(tmp_path, monkeypatch, capsys):
     (tmp_path / "m.pth").write_bytes(b"")
 
     def run(*options):
-        monkeypatch.setattr(eval_robustness, "load_models", lambda *_: ([GrayLevels()], [{}], WNIDS, 28, ""))
+        monkeypatch.setattr(
+            eval_robustness, "load_models", lambda *_: ([GrayLevels()], [{"sha256": "1"}], WNIDS, 28, "")
+        )
         arguments = ["--pretrained", "mine=m.pth", *map(str, options), "-j", "0", "-b", "3"]
         monkeypatch.setattr(sys, "argv", [EVALUATE, *arguments])
         eval_robustness.main()
@@ -169,7 +171,8 @@ def test_a_killed_evaluation_resumes_to_the_same_file(linear, tmp_path):
 
 def test_models_and_sets_are_added_and_every_table_is_printed_from_the_file(linear, tmp_path):
     rows = [f"{name}={linear / name}.pth.tar" for name in ("one", "two")]
-    sets = ["--set", f"own={linear / 'data'}", "--set", f"cues={linear / 'cues'}", "-j", 0]
+    shutil.copytree(linear / "data" / "val", tmp_path / "own", copy_function=shutil.copyfile)  # with other times
+    sets = ["--set", f"own={tmp_path / 'own'}", "--set", f"cues={linear / 'cues'}", "-j", 0]
     common = ["--json", tmp_path / "r.json", "--val", linear / "data"]
     run_script(EVALUATE, "--pretrained", rows[0], *common)
     run = run_script(EVALUATE, "--pretrained", *rows, *sets, *common)

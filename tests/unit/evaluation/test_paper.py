@@ -1,6 +1,7 @@
 """The comparison with the published table: what is compared, and what is not."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -126,24 +127,43 @@ def test_a_copied_cell_has_no_part_in_the_spread():
     assert paper.spread("rendition", [1.0, 3.0]) == pytest.approx(((2 * sum(std**2 for std in own) + 2) / 17) ** 0.5)
 
 
-def test_readmes_recipe_is_that_of_the_row_and_others_are_refused():
+def test_the_recipe_of_a_row_is_compared_with_what_made_a_checkpoint():
     made = {
         "robust": "patch", "num_nonsem": 1, "alpha": 2.0, "patch_ratio": [16, 72], "moco_k": 16384, "moco_t": 0.2,
         "moco_m": 0.999, "mlp": True, "aug_plus": True, "cos": True, "epochs": 200, "lr": 0.03, "image_size": 224,
-        "images_per_step": 128,
+        "images_per_step": 128, "arch": "resnet50", "moco_dim": 128, "momentum": 0.9, "weight_decay": 1e-4,
+        "epoch": 200, "start_epoch": 0, "changes": [],
     }  # fmt: skip
-    assert paper.recipe("patch-k16384-a2") == made
+    probe = {"epochs": 60, "images_per_step": 128, "schedule": [30, 40, 50], "weight_decay": 0.0, "changes": []}
+
+    def recipe(row):
+        found = paper.recipe(row)
+        assert found.pop("released") == row
+        assert {name: found.pop(f"probe {name}") for name in probe} == probe
+        return found
+
+    assert recipe("patch-k16384-a2") == made
     plain = {name: made[name] for name in made if name not in ("alpha", "num_nonsem", "patch_ratio")}
-    assert paper.recipe("mocov2-k8192") == plain | {"robust": "none", "moco_k": 8192}
+    assert recipe("mocov2-k8192") == plain | {"robust": "none", "moco_k": 8192}
     later = {"lr": 0.8, "images_per_step": 512, "moco_m": 0.99, "moco_k": 65536}
-    assert paper.recipe("patch-later-k65536-a2") == made | later
+    assert recipe("patch-later-k65536-a2") == made | later
     texture = {name: made[name] for name in made if name != "patch_ratio"} | {"robust": "texture"}
-    assert paper.recipe("texture-k16384-a2") == texture
+    assert recipe("texture-k16384-a2") == texture
+
+    def check(known, **more):
+        paper.check_recipes([{"row": "patch-k16384-a2", "file": "a", "pretraining": known} | more])
+
     for known in made, {}, None:  # published files tell nothing
-        paper.check_recipes([{"row": "patch-k16384-a2", "file": "a", "pretraining": known}])
-    for name, value in {"moco_k": 8192, "alpha": 3.0, "robust": "none", "epochs": 100, "moco_m": 0.99}.items():
-        with pytest.raises(UsageError, match=f"patch-k16384-a2 has {name} .*, a was made with {value}"):
-            paper.check_recipes([{"row": "patch-k16384-a2", "file": "a", "pretraining": made | {name: value}}])
+        check(known, probe=probe, pretrained="~/patch-k16384-a2-run1.pth.tar")
+    change = {"epoch": 3, "alpha": [1.0, 2.0]}
+    others = {"moco_k": 8192, "alpha": 3.0, "robust": "none", "epoch": 100, "arch": "resnet18", "changes": [change]}
+    for name, value in others.items():
+        with pytest.raises(UsageError, match=f"patch-k16384-a2 has {name} .*, a was made with {re.escape(str(value))}"):
+            check(made | {name: value})
+    with pytest.raises(UsageError, match="has probe epochs 60, a was made with 1"):
+        check(made, probe=probe | {"epochs": 1})
+    with pytest.raises(UsageError, match="has released patch-k16384-a2, a was made with mocov2-k16384"):
+        check(None, pretrained="released:mocov2-k16384-run2")
 
 
 def test_other_names_are_refused():

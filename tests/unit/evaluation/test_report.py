@@ -155,6 +155,8 @@ def test_an_error_is_over_runs_where_there_are_three_of_each():
     error = ((statistics.variance([70, 71, 75]) + 1) / 3) ** 0.5
     assert (found.name, found.change, found.error) == ("val", -11.0, pytest.approx(error)) and found.clear
     assert report.difference_lines(made) == [f"b against a: val -11.00±{error:.2f}", report.ERRORS]
+    same = report_of({"val": [50.0] * 6}, ["a"] * 3 + ["b"] * 3)
+    assert report.differences(same)["b"][0].error == 0.5  # one image of 200
 
 
 def test_an_error_of_fewer_runs_is_over_the_images_both_rows_saw():

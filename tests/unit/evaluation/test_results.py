@@ -30,10 +30,9 @@ def all_results(path):
 
 def test_an_interrupted_report_is_continued_whatever_its_row_is_called():
     made = report_of({"val": [5.0], "sketch": [6.0]})
-    for cell in made["cells"].values():
-        cell["names_sha256"] = ""  # as of the sets below
     results.save("r.json", made)
-    renamed = results.new({"patch-k16384-a2": ["0.pth"]}, [{}], WNIDS, 28, None)
+    known = [{"sha256": made["checkpoints"][0]["sha256"]}]
+    renamed = results.new({"patch-k16384-a2": ["moved.pth"]}, known, WNIDS, 28, None)
     assert continued("r.json", renamed, "val", "sketch", "rendition") == {"val": 5.0, "sketch": 6.0}
     assert list(report.by_row(renamed)) == ["patch-k16384-a2"]
     assert renamed["cells"] == json.loads(json.dumps(made["cells"]))
@@ -86,7 +85,7 @@ def test_outputs_that_are_not_finite_are_no_result():
 
 # Rows
 
-PLAIN = {"robust": "none", "moco_k": 8, "seed": 0, "epoch": 3, "images": 9}
+PLAIN = {"robust": "none", "moco_k": 8, "seed": 0, "epoch": 3, "step": 0, "images": 9, "arch": "resnet10"}
 PATCH = PLAIN | {"robust": "patch", "alpha": 2.0}
 OWN = {"lr": [1.0], "image_size": 28, "seed": 0}
 
@@ -99,11 +98,14 @@ OWN = {"lr": [1.0], "image_size": 28, "seed": 0}
     ({"pretraining": PLAIN}, "come from one pre-training run"),  # with --seed 0 on another machine
     ({"pretraining": PLAIN | {"epoch": 2}}, "come from one pre-training run"),  # another epoch of it
     ({"pretraining": PLAIN, "probe": OWN | {"seed": 1}}, "come from one pre-training run"),  # a second probe
-    ({"backbone_sha256": "a"}, "come from one pre-training run")])  # fmt: skip
-def test_a_row_is_of_independent_runs_with_the_same_settings(tmp_path, other, told):
-    for name in ("a", "b"):
-        (tmp_path / name).write_text(name)
-    one, fine = {"pretraining": PLAIN, "probe": OWN, "backbone_sha256": "a"}, {"pretraining": PLAIN | {"seed": 1}}
+    ({"pretraining": {"robust": "random weights"}}, "different settings .pretraining robust none, random weights"),
+    ({"pretraining": PLAIN | {"seed": 1, "arch": "resnet18"}}, "settings .pretraining arch resnet10, resnet18"),
+    ({"pretraining": PLAIN | {"seed": 1, "step": 5}}, "different settings .pretraining step 0, 5"),
+    ({"backbone_sha256": "a"}, "come from one pre-training run"),
+    ({"sha256": "1"}, "come from one pre-training run")])  # fmt: skip
+def test_a_row_is_of_independent_runs_with_the_same_settings(other, told):
+    one = {"pretraining": PLAIN, "probe": OWN, "backbone_sha256": "a", "sha256": "1"}
+    fine = {"pretraining": PLAIN | {"seed": 1}, "sha256": "2"}
 
     def made(other, rows):
         return results.new(rows, [one, {"backbone_sha256": "b", "probe": OWN} | other], WNIDS, 28, None)
@@ -114,8 +116,6 @@ def test_a_row_is_of_independent_runs_with_the_same_settings(tmp_path, other, to
     made(other, {"x": ["a"], "y": ["b"]})
     with pytest.raises(UsageError, match=f"--pretrained x=…: a and b .*{told}"):
         made(other, row)
-    with pytest.raises(UsageError, match="one pre-training run"):
-        results.new({"x": ["a", "a"]}, [{}, {}], WNIDS, 28, None)
 
 
 # Files that are damaged, or another program's

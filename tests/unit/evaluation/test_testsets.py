@@ -65,11 +65,19 @@ def test_files_that_were_made_again_have_another_stamp(tmp_path, change):
         file.rename(file.with_name("b.png")) if change == "name" else file.parent.rename(tmp_path / "dog")
     after = testsets.list_test_set("val", str(tmp_path), HEAD)
     assert after.files_sha256 != before.files_sha256
-    assert (after.names_sha256 == before.names_sha256) == (change in ("size", "time"))
     tmp_path.joinpath("moved").mkdir()
     (tmp_path / "ant").rename(tmp_path / "moved" / "ant")
     (tmp_path / after.paths[1].split("/")[-2]).rename(tmp_path / "moved" / after.paths[1].split("/")[-2])
     assert testsets.list_test_set("val", str(tmp_path / "moved"), HEAD).files_sha256 == after.files_sha256
+
+
+def test_no_two_sets_are_the_same_images(tmp_path):
+    paint(tmp_path / "val" / "ant" / "a.png", 0)
+    paint(tmp_path / "c" / "fog" / "1" / "ant" / "a.png", 1)
+    (tmp_path / "c" / "fog" / "2").symlink_to("1")
+    for sets in {"val": "", "stylized": ""}, {"val": "", "set/x": "val"}, {"corruption": "c"}:
+        with pytest.raises(UsageError, match="would be the same images as"):
+            testsets.list_test_sets({key: str(tmp_path / name) for key, name in sets.items()}, HEAD)
 
 
 def test_only_sets_that_are_published_so_are_looked_for_below_val(tmp_path):
@@ -81,11 +89,19 @@ def test_only_sets_that_are_published_so_are_looked_for_below_val(tmp_path):
     assert roots == {"val": below, "stylized": below, "set/x": below, "sketch": itself, "rendition": itself}
 
 
-@pytest.mark.parametrize("link", ["val", "val/ant"])
+@pytest.mark.parametrize("link", ["val", "val/ant", "images", "hard"])
 def test_training_images_are_no_validation(tmp_path, link):
     write_folder(tmp_path, classes=("ant", "bee"), train=1, val=1)
-    shutil.rmtree(tmp_path / link)
-    (tmp_path / link).symlink_to(tmp_path / link.replace("val", "train"))
+    if link in ("val", "val/ant"):
+        shutil.rmtree(tmp_path / link)
+        (tmp_path / link).symlink_to(tmp_path / link.replace("val", "train"))
+    else:  # a link for each image
+        shutil.rmtree(tmp_path / "val")
+        copy = os.link if link == "hard" else os.symlink
+        shutil.copytree(tmp_path / "train", tmp_path / "val", copy_function=copy)
+    (tmp_path / "elsewhere").symlink_to("val")
+    with pytest.raises(UsageError, match="these are the training images"):
+        testsets.class_root(str(tmp_path / "elsewhere"))
     for look in testsets.class_root, lambda data: folders.split_path(data, "val"):
         with pytest.raises(UsageError, match="these are the training images"):
             look(str(tmp_path))
@@ -115,7 +131,10 @@ def test_both_layouts_of_corruptions_are_found_but_not_of_one(tmp_path):
 
 def test_the_checkpoints_own_classes_come_first(tmp_path):
     (tmp_path / "c.txt").write_text("n07\nn03\n")
-    assert testsets.head_classes("x", {"wnids": ["a", "b"]}, 2, classes=tmp_path / "c.txt") == (["a", "b"], "")
+    assert testsets.head_classes("x", {"wnids": ["a", "b"]}, 2) == (["a", "b"], "")
+    assert testsets.head_classes("x", {"wnids": ["n03", "n07"]}, 2, classes=tmp_path / "c.txt")[0] == ["n03", "n07"]
+    with pytest.raises(UsageError, match="c.txt: x stores other classes; leave out --classes"):
+        testsets.head_classes("x", {"wnids": ["a", "b"]}, 2, classes=tmp_path / "c.txt")
     assert testsets.head_classes("x", {}, 1000, classes=tmp_path / "c.txt")[0] == ["n03", "n07"]
     with pytest.raises(UsageError, match="2 classes, but the head of x has 1 outputs"):
         testsets.head_classes("x", {}, 1, classes=tmp_path / "c.txt")

@@ -25,21 +25,12 @@ def test_means_are_those_of_the_steps_added():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_finite_steps_end_before_the_first_bad_value(bad):
+def test_a_mean_that_once_was_not_finite_stays_so(bad):
     means = metrics.RunningMeans()
     for loss in (1.0, 2.0, bad, 4.0, -bad):
-        means.add({"loss": torch.tensor(loss), "acc": torch.tensor(1.0)})
-    assert means.finite_steps("loss") == 2 and means.finite_steps("acc") == means.steps == 5
-
-
-def test_finite_steps_are_counted_by_name():
-    means = metrics.RunningMeans()
-    for step in range(4):
-        early, late = (math.nan if step >= first else 1.0 for first in (1, 3))
-        # "some": a head that diverged beside one that did not
-        values = {"some": [early, 1.0], "all": [early, late], "scalar": late}
-        means.add({name: torch.tensor(value) for name, value in values.items()})
-    assert [means.finite_steps(name) for name in ("some", "all", "scalar")] == [4, 3, 3]
+        means.add({"loss": torch.tensor([loss, 1.0]), "acc": torch.tensor(1.0)})
+    found = means.compute()
+    assert not math.isfinite(found["loss"][0]) and found["loss"][1] == found["acc"] == 1.0
 
 
 def restored(state):
@@ -54,12 +45,12 @@ def test_a_restored_mean_continues_with_sizes_and_steps():
     again = restored(first.state_dict())
     again.add({"loss": torch.tensor([2.0, math.inf]), "acc": torch.tensor(7.0)})
     assert again.compute() == {"loss": [1.5, math.inf], "acc": 6.0}
-    assert again.finite_steps("acc") == again.finite_steps("loss") == again.steps == 2
+    assert again.steps == 2
 
 
 def test_earlier_states_and_those_of_other_ranks_are_restored():
     old = restored({"names": ["loss", "q_k"], "sums": torch.tensor([[6.0, 3.0]]), "steps": 3})  # means had no sizes
-    assert old.compute() == {"loss": 2.0, "q_k": 1.0} and old.finite_steps("loss") == 3
+    assert old.compute() == {"loss": 2.0, "q_k": 1.0}
     two_ranks = {"names": ["loss"], "sizes": [None], "sums": torch.tensor([[6.0], [2.0]]), "steps": 2}
     assert restored(two_ranks).compute() == {"loss": 2.0}  # of the mean of their sums
 
