@@ -78,7 +78,7 @@ def actions(script):
     """The options of a script, as argparse knows them."""
     found = []
 
-    def parse_args(parser):
+    def parse_args(parser, **recipes):
         found.extend(a for a in parser._actions if a.option_strings and a.dest not in ("help", "list_released"))
         raise SystemExit
 
