@@ -99,11 +99,11 @@ def apply(recipe: Recipe, plan: Plan, images: torch.Tensor) -> torch.Tensor:
 
 
 def chunks(images: torch.Tensor) -> list[slice]:
-    """Slices of a batch to process one after the other: the whole batch on a GPU, single images on a CPU.
+    """Slices of a batch to process one after the other: the whole batch on a GPU, few images on a CPU.
 
-    A single image's intermediate results stay in the CPU's cache, which is several times as fast.
+    A CPU is several times as fast if intermediate results stay in its cache: one image of 224 px, 16 of 56 px.
     """
-    step = 1 if images.device.type == "cpu" else max(1, len(images))
+    step = max(1, 224**2 // images.shape[2:].numel() if images.device.type == "cpu" else len(images))
     return [slice(start, start + step) for start in range(0, len(images), step)]
 
 
