@@ -15,7 +15,7 @@ LEFT_OUT = ("pip install", "torchvision_folders.py", "corruptions.py")  # the da
 
 
 def commands():
-    section = PAGE.split("## From your own images to a table\n")[1].split("\n## ")[0]
+    section = PAGE.split("## The same by hand\n")[1].split("\n## ")[0]
     found = re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
     lines = "".join(textwrap.dedent(block) for block in found if "python " in block)
     lines = lines.replace("\\\n", " ").splitlines()
