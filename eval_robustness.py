@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
     # fmt: off
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained", nargs="+", action="extend", default=[], metavar="ROW",
-                       help="[NAME=]FILE[,FILE…]: linear checkpoints, one table row each; several FILEs are averaged")
+                       help="[NAME=]RUN[,RUN…]: runs' folders or linear checkpoints, a row each, means of several RUNs")
     model.add_argument("--classes", metavar="FILE",
                        help="class list, one wnid per line, for heads that store none; it is sorted")
     model.add_argument("--list-released", action="store_true", help="print the released checkpoints, then exit")
@@ -97,7 +97,7 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
 
 
 def parse_rows(entries: Iterable[str]) -> dict[str, list[str]]:
-    """{name: files} of [NAME=]FILE[,FILE…] entries."""
+    """{name: files} of [NAME=]RUN[,RUN…] entries: files, or folders that hold one linear checkpoint."""
     rows = {}
     for entry in entries:
         name, separator, files = entry.partition("=")
@@ -105,7 +105,8 @@ def parse_rows(entries: Iterable[str]) -> dict[str, list[str]]:
             name = files = entry
         if name in rows:
             raise UsageError(f"--pretrained {entry}: the name {name} is taken by another row")
-        rows[name] = [files] if os.path.exists(files) else files.split(",")  # a path may hold a comma, too
+        paths = [files] if os.path.exists(files) else files.split(",")  # a path may hold a comma, too
+        rows[name] = [released.local_path(path, linear=True) for path in paths]
     return rows
 
 

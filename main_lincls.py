@@ -67,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("-a", "--arch", choices=ARCHS, metavar="ARCH",
                        help="as in pre-training; default: that of the checkpoint, else resnet50")
     model.add_argument("--pretrained", default="", metavar="FILE",
-                       help="pre-training checkpoint, torchvision state_dict or released:NAME; none: random weights")
+                       help="a run's folder, checkpoint, torchvision state_dict or released:NAME; none: random weights")
     model.add_argument("--export-backbone", metavar="FILE",
                        help="write the backbone of --pretrained as a torchvision state_dict, then exit (no DIR needed)")
     model.add_argument("--features", metavar="FILE.npz",
@@ -132,6 +132,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         }
     name = run_name(args.pretrained)
     own = rf"(checkpoint_robust|model_best)_{re.escape(name)}\.pth\.tar"
+    own = checkpoint.BEST if os.path.isdir(args.resume) and not trains(args) else own
     lock, saved = open_folder(args, own, probe=name, writes=trains(args))
     pretrained, backbone, origin = load_backbone(args, saved)
     args.image_size = args.image_size or (saved or pretrained).get("image_size", 224)
@@ -339,13 +340,9 @@ def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, args: arg
 
 
 def checkpoint_state(
-    args: argparse.Namespace,
-    inputs: Inputs,
-    backbone: nn.Module,
-    heads: LinearHeads,
-    optimizer: torch.optim.Optimizer,
-    best: classifier.BestHead,
-) -> dict:
+    args: argparse.Namespace, inputs: Inputs, backbone: nn.Module, heads: LinearHeads,
+    optimizer: torch.optim.Optimizer, best: classifier.BestHead,
+) -> dict:  # fmt: skip
     """The script's part of a checkpoint: all heads, and the last epoch's winner as the published script saves it."""
     winner = dict(zip(checkpoint.FC_KEYS, heads[best.winner].state_dict().values()))
     return {

@@ -44,7 +44,6 @@ SAVED_OPTIONS = (
     "patch_ratio", "image_size", "batch_size", "lr", "epochs", "start_epoch", "cos", "schedule", "momentum",
     "weight_decay", "precision", "strict_fp32",
 )  # fmt: skip
-CHECKPOINTS = r"checkpoint_(\d{4,}|latest)\.pth\.tar"
 
 
 class Inputs(NamedTuple):
@@ -130,7 +129,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     knn_folders = list_knn_folders(args, data) if args.knn else ()
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
-    lock, saved = open_folder(args, CHECKPOINTS, writes=not args.preview)
+    lock, saved = open_folder(args, checkpoint.PRETRAINING, writes=not args.preview)
     args.arch = args.arch or checkpoint.arch_of(saved, f"--resume {args.resume}") or "resnet50"
     with torch.device("meta"):
         model = build_model(args, torch.float32)

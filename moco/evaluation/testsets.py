@@ -4,7 +4,6 @@ ImageNet-C: Hendrycks & Dietterich, ICLR 2019. ImageNet-Sketch: Wang et al., Neu
 al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021. Any other set of images in class folders has a name of its own.
 """
 
-import functools
 import glob
 import hashlib
 import itertools
@@ -21,7 +20,6 @@ import torchvision.transforms as transforms
 from PIL import Image
 
 from moco.data import datasets, folders
-from moco.data.images import open_rgb
 from moco.errors import UsageError
 from moco.evaluation import cues
 
@@ -151,8 +149,7 @@ class PreprocessedImages(datasets.ImageList):
     """The images of a test set: item i is (the i-th image, the index of its preset)."""
 
     def __init__(self, test_set: TestSet, size: int):
-        narrowest = functools.partial(open_rgb, resizable_to=round(size * 256 / 224))
-        super().__init__(test_set.paths, test_set.labels, narrowest)
+        super().__init__(test_set.paths, test_set.labels, datasets.eval_reader(size))
         self.kind, self.size, self.presets = test_set.kind, size, [preset for _, preset in presets(size)]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:

@@ -125,8 +125,10 @@ def test_an_entry_of_suites_is_an_option_a_column_and_compared(tmp_path, monkeyp
 def test_rows_are_files_or_named_lists_of_them(tmp_path):
     odd = tmp_path / "a=b,c.pth"
     odd.write_bytes(b"")
-    rows = eval_robustness.parse_rows(["x.pth", "n=a.pth,b.pth", str(odd)])
-    assert rows == {"x.pth": ["x.pth"], "n": ["a.pth", "b.pth"], str(odd): [str(odd)]}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model_best_0199.pth.tar").touch()
+    rows = eval_robustness.parse_rows(["x.pth", "n=a.pth,run", str(odd)])
+    assert rows == {"x.pth": ["x.pth"], "n": ["a.pth", "run/model_best_0199.pth.tar"], str(odd): [str(odd)]}
 
 
 # As a program

@@ -84,7 +84,7 @@ def test_a_probe_shares_the_folder_of_its_pretraining_only(data, tmp_path):
     settings = [PROBE, *SMALL_PROBE, "--epochs", 1, "--ckpt_path", tmp_path, data, "--pretrained"]
     first, second = (tmp_path / f"checkpoint_000{epoch}.pth.tar" for epoch in (0, 1))
     run_script(*settings, first)
-    run_script(*settings, second)
+    assert "taking checkpoint_0001.pth.tar\n" in run_script(*settings, tmp_path).stderr
     assert [record.get("probe") for record in log(tmp_path)] == [None, None, "0000", "0001"]
     probed, frozen = weights(tmp_path / "checkpoint_robust_0001.pth.tar"), weights(second)
     names = [name for name in probed if ".fc." not in name]
@@ -119,8 +119,8 @@ def test_heads_side_by_side_learn_what_each_learns_alone(data, whole, tmp_path):
     resumed = run_script(PROBE, *SMALL_PROBE, *LRS, *resume)
     assert "by lr  0.01: " in resumed.stdout.splitlines()[-1] and "  1: " in resumed.stdout.splitlines()[-1]
     best = torch.load(whole / BEST, weights_only=True)
-    for lrs in ([], ["--lr", 3, 10]):  # whichever are given: one head is tested
-        tested = run_script(PROBE, *SMALL_PROBE, *lrs, "--evaluate", "--resume", whole / BEST, data)
+    for lrs, file in ([], whole), (["--lr", 3, 10], whole / BEST):  # whichever are given: one head is tested
+        tested = run_script(PROBE, *SMALL_PROBE, *lrs, "--evaluate", "--resume", file, data)
         assert f"top-1 {best['best_acc1']:.2f} %" in tested.stdout.splitlines()[-1]
 
 
@@ -195,6 +195,7 @@ def test_bad_checkpoints_are_refused(data, whole, tmp_path):
         (["-a", "resnet50", "--pretrained", pretrained], "resnet10, not --arch resnet50"),
         (["-e", "--resume", pretrained], "no linear head"),
         (["-e"], "--evaluate needs"),
+        (["--resume", whole.parent], "it holds no checkpoint_*.pth.tar; name "),
         (["--resume", linear, "--lr", 0.1, "--epochs", 9], "it has heads for --lr 0.01 0.1 1, this run has 0.1"),
         (["--lr", 1, "x", 2], "is not one or more numbers above 0"),
     ):
