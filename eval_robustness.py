@@ -44,7 +44,8 @@ class Inputs(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.OptionParser("Test linear checkpoints on ImageNet-C, -Sketch, -R, Stylized-ImageNet and others.")
+    use = "%(prog)s [options]\nto begin: python %(prog)s --pretrained ckpts/RUN --val DIR"
+    parser = options.OptionParser("Test linear checkpoints on ImageNet-C, -Sketch, -R and other sets.", use)
     # fmt: off
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained", nargs="+", action="extend", default=[], metavar="ROW",

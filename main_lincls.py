@@ -60,7 +60,8 @@ class Inputs(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.OptionParser("Train linear heads on a frozen, pre-trained backbone, and test them.")
+    use = "%(prog)s [options] DIR\nto begin: python %(prog)s --lr 1 10 --pretrained ckpts/RUN DIR"
+    parser = options.OptionParser("Train linear heads on a frozen, pre-trained backbone, and test them.", use)
     options.add_data_options(parser, nargs="?")
     # fmt: off
     model = parser.add_argument_group("model")
@@ -86,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     if not args.lr or any(isinstance(lr, str) for lr in args.lr):
         parser.error(f"argument --lr: {' '.join(map(str, args.lr))!r} is not one or more numbers above 0")
     if args.data is None and not args.export_backbone:
-        parser.error("the following arguments are required: DIR")
+        parser.error(f"{options.LACKING}: DIR")
     if args.export_backbone and (args.features or args.evaluate):
         parser.error("--export-backbone writes the backbone and does nothing else: leave out --features and --evaluate")
     return args

@@ -56,7 +56,8 @@ class Inputs(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.OptionParser("Pre-train MoCo with non-semantic negatives (NS).")
+    use = "%(prog)s [options] DIR\nto begin: python %(prog)s --recipe paper --preview views.png DIR"
+    parser = options.OptionParser("Pre-train MoCo with non-semantic negatives (NS).", use)
     options.add_data_options(parser)
     # fmt: off
     parser.add_argument("--recipe", choices=["paper"],

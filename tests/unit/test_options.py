@@ -7,8 +7,8 @@ from moco import options
 from moco.errors import UsageError
 
 
-def parser():
-    made = options.OptionParser("Train.")
+def parser(usage=None):
+    made = options.OptionParser("Train.", usage)
     options.add_data_options(made)
     options.add_training_options(made, epochs=5, batch_size=8, lr=0.03, schedule=[3, 4], weight_decay=0)
     options.add_precision_options(made)
@@ -66,10 +66,28 @@ def test_an_option_error_is_one_line_of_the_first_process(capsys, monkeypatch):
         assert message.count("\n") == lines == message.count("'-1' is not a number above 0")
 
 
-def test_options_are_not_guessed_from_their_beginning(capsys):
-    with pytest.raises(SystemExit):
-        parser().parse_args(["DIR", "--epoch", "3"])
-    assert "--epoch" in capsys.readouterr().err
+def test_a_hyphen_in_an_option_is_as_good_as_an_underscore():
+    args = parser().parse_args(["DIR", "--ckpt-path", "a_b", "--batch_size=3", "--strict_fp32", "-j4", "--wd", "1e-4"])
+    assert (args.ckpt_path, args.batch_size, args.strict_fp32, args.workers) == ("a_b", 3, True, 4)
+    assert "--ckpt_path" in parser().format_help() and "--batch_size" not in parser().format_help()
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--epoch 3 DIR", "--epoch: unknown; --epochs?"), ("--ckpt-pth=x", "--ckpt-pth: unknown; --ckpt_path?"),
+    ("-lr 3 DIR", "-lr: unknown; --lr?"), ("--zzz", "--zzz: unknown; --help lists the options")])  # fmt: skip
+def test_an_unknown_option_is_named_with_the_nearest(capsys, words, told):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(words.split())
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith(f": error: {told}\n")
+
+
+@pytest.mark.parametrize("words", [[], ["--lr", "1"]])
+def test_without_arguments_the_first_command_to_try_is_printed(capsys, words):
+    with pytest.raises(SystemExit) as stop:
+        parser("%(prog)s [options] DIR\nto begin: %(prog)s --lr 1 DIR").parse_args(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 3 and lines[0].startswith("usage: ")
+    assert lines[1].startswith("to begin: ") and lines[1].endswith(" --lr 1 DIR")
 
 
 @pytest.mark.parametrize(
