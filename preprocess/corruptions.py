@@ -168,8 +168,6 @@ def parse_args() -> argparse.Namespace:
             f"--size {args.size}: the library corrupts images of {LEAST_SIZE} px or more; use --size {LEAST_SIZE}, and"
             f" train and test with --image-size {LEAST_SIZE}, or eval_robustness.py will resize them to its crop"
         )
-    if not args.val.is_dir():
-        parser.error(f"--val {args.val}: no such folder; it must hold one folder of photos per class")
     if (args.val / "val").is_dir():
         args.val = args.val / "val"
     if not 0 <= args.seed < 2**63:

@@ -240,7 +240,7 @@ def corruption_folders(directory: str) -> dict[str, str]:
                 if not os.path.samefile(folder, other):
                     raise UsageError(f"{directory}: {folder} and {other} are the same test set; remove one")
     if not found:
-        raise UsageError(f"{directory}: no <corruption>/<severity>/<wnid> folders, for example gaussian_noise/1/")
+        raise folders.refusal(directory, "no <corruption>/<severity>/<wnid> folders, for example gaussian_noise/1/")
     return found
 
 

@@ -105,7 +105,7 @@ def test_bad_input_is_refused(photos, tmp_path, run):
     for val, out, options, message in (
         (photos, tmp_path / "d", ("--size", 28), "images of 32 px or more; use --size 32, and train and test with"),
         (photos, tmp_path / "d", ("--seed", -1), "try --seed 0"),
-        (tmp_path / "nowhere", tmp_path / "d", (), "no such folder"),
+        (tmp_path / "nowhere", tmp_path / "d", (), "no such directory"),
         (photos, photos / "val" / "cat" / "a.png" / "c", (), "where it would be a class"),
         (photos, tmp_path / "others" / "cat" / "a.png" / "c", (), "cannot be created or locked"),
         (photos, tmp_path / "c", ("--size", 64), 'holds images made with {"val":'),
