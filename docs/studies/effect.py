@@ -6,7 +6,8 @@
 
 `run` trains, probes and tests with the three scripts, as a user would, and appends a JSON line to DIR/results.jsonl for
 each finished run; runs with a line there are not repeated, so that it can be stopped and restarted. `report` rewrites
-the tables between the marks in docs/effect.md. The seeds below were fixed before the first result; none is left out.
+the tables between the marks in docs/effect.md and docs/effect-tables.md. The seeds below were fixed before the first
+result; none is left out.
 """
 
 import argparse
@@ -38,6 +39,7 @@ PROBE = shlex.split(
     "-a resnet10 -j 1 --lr 0.1 --batch-size 128 --epochs 20 --schedule 8 14 18 --precision bf16 --print-freq 1000"
 )
 COLUMNS = ("val", "Corruption", "Sketch", "Stylized", "Rendition", "Shape bias")
+PAGES = ("effect.md", "effect-tables.md")  # of docs/, with the tables
 
 
 class Run(NamedTuple):
@@ -392,7 +394,7 @@ def sketch_table(measured: dict[str, dict]) -> str:
 
 
 def tables(results: dict[str, dict], measured: dict[str, dict]) -> dict[str, str]:
-    """{mark in docs/effect.md: what stands there}"""
+    """{mark in one of PAGES: the table that stands there}"""
     sweep = [PLAIN, *(Arm(f"alpha {alpha:g}", alpha) for alpha in (0, 1, 1.5, 2, 2.5, 3))]
     longer = Arm("plain, 24 epochs", None, changed(epochs=24))
     grid = [Arm(setting_title(settings), None, settings) for settings in GRID]
@@ -453,17 +455,18 @@ def draw_sweep(results: dict[str, dict], path: Path) -> None:
 
 
 def write_report(results_file: Path, mechanism_file: Path, docs: Path) -> None:
-    """Rewrite what stands between the marks of docs/effect.md, and the picture of the sweep."""
+    """Rewrite what stands between the marks of PAGES, and the picture of the sweep. ValueError: a mark is missing."""
     results = read_results(results_file)
-    page = (docs / "effect.md").read_text()
+    pages = {docs / name: (docs / name).read_text() for name in PAGES}
     for mark, table in tables(results, read_results(mechanism_file)).items():
         start, end = f"<!-- {mark} -->\n", f"\n<!-- /{mark} -->"
-        before, _, rest = page.partition(start)
-        _, found, after = rest.partition(end)
-        if not found:
-            raise ValueError(f"{docs / 'effect.md'}: there is no {start.strip()} … {end.strip()}")
-        page = before + start + table + end + after
-    (docs / "effect.md").write_text(page)
+        path = next((path for path, text in pages.items() if start in text), None)
+        if path is None or end not in pages[path].split(start)[1]:
+            raise ValueError(f"{docs}: there is no {start.strip()} … {end.strip()} in {' or '.join(PAGES)}")
+        before, rest = pages[path].split(start)
+        pages[path] = before + start + table + end + rest.split(end)[1]
+    for path, text in pages.items():
+        path.write_text(text)
     draw_sweep(results, docs / "effect_alpha.png")
 
 
@@ -483,10 +486,10 @@ def parse_args() -> argparse.Namespace:
     )
     mechanism = commands.add_parser("mechanism", help="measure what the finished runs' features tell apart")
     mechanism.add_argument("--work", type=Path, required=True, metavar="DIR", help="as for run")
-    report = commands.add_parser("report", help="tables of docs/effect.md, and its picture")
+    report = commands.add_parser("report", help="tables of docs/effect.md and effect-tables.md, and the picture")
     report.add_argument("--results", type=Path, required=True, metavar="FILE.jsonl", help="what run wrote")
     report.add_argument("--mechanism", type=Path, required=True, metavar="FILE.jsonl", help="what mechanism wrote")
-    report.add_argument("--docs", type=Path, default=REPOSITORY / "docs", metavar="DIR", help="folder of effect.md")
+    report.add_argument("--docs", type=Path, default=REPOSITORY / "docs", metavar="DIR", help="folder of the pages")
     return parser.parse_args()
 
 

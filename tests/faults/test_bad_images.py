@@ -80,7 +80,8 @@ def test_a_probe_replaces_bad_images_but_a_test_needs_all(odd, tmp_path):
     assert log(tmp_path)[0]["bad_images"] == run.stderr.count(UNREADABLE)
     broken, linear = data / "val" / "n02" / "n02_1.JPEG", tmp_path / "model_best_random.pth.tar"
     broken.write_bytes(b"")
-    for command in [PROBE, *settings, "--evaluate", "--resume"], [EVALUATE, "--val", data, "-j", 1, "--pretrained"]:
+    test = [EVALUATE, "--val", data, "-j", 1, "--json", tmp_path / "t.json", "--pretrained"]
+    for command in [PROBE, *settings, "--evaluate", "--resume"], test:
         run = run_script(*command, linear, check=False)
         line = run.stderr.splitlines()[-1]
         assert run.returncode == 1 and "Traceback" not in run.stderr and f"error: {broken}: " in line

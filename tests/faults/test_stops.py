@@ -148,7 +148,7 @@ def test_a_signal_while_an_evaluation_hangs_ends_the_run(whole, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM])
 def test_a_signal_to_torchrun_saves_within_the_epoch(whole, whole_of_two, tmp_path, number):
-    """The recipe of docs/reproduce.md: torchrun hands on the signals it is told to handle, and waits for the ranks."""
+    """The recipe of docs/launching.md: torchrun hands on the signals it is told to handle, and waits for the ranks."""
     handled = [*TWO, "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     process = started(*whole.command(PRETRAIN, tmp_path), launcher=handled)
     wait_for(process, "epoch 1 ")

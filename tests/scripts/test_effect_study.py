@@ -26,14 +26,15 @@ def test_no_two_runs_share_a_name_and_the_best_of_the_grid_are_repeated():
     assert "--robust=none" in effect.Run(effect.MAIN, None, 7).pretraining_options()
 
 
-def test_the_report_fills_every_mark_of_the_page(tmp_path):
+def test_the_report_fills_every_mark_of_the_pages(tmp_path):
     pytest.importorskip("matplotlib")
-    (tmp_path / "effect.md").write_text((REPOSITORY / "docs" / "effect.md").read_text())
+    for name in effect.PAGES:
+        (tmp_path / name).write_text((REPOSITORY / "docs" / name).read_text())
     lines = results([run for stage in effect.stages({}).values() for run in stage]).values()
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     effect.write_report(tmp_path / "results.jsonl", tmp_path / "none.jsonl", tmp_path)
-    written = (tmp_path / "effect.md").read_text()
-    assert "| alpha 2 − plain | 5 |" in written and "plain, 24 epochs" in written
+    written = [(tmp_path / name).read_text() for name in effect.PAGES]
+    assert "| alpha 2 − plain | 5 |" in written[0] and "plain, 24 epochs" in written[1]
     assert (tmp_path / "effect_alpha.png").stat().st_size < 100_000
     effect.write_report(tmp_path / "results.jsonl", tmp_path / "none.jsonl", tmp_path)
-    assert (tmp_path / "effect.md").read_text() == written
+    assert [(tmp_path / name).read_text() for name in effect.PAGES] == written

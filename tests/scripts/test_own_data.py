@@ -15,11 +15,10 @@ LEFT_OUT = ("pip install", "torchvision_folders.py", "corruptions.py")  # the da
 
 
 def commands():
-    section = PAGE.split("## From your own images to a table\n")[1].split("\n## ")[0]
+    section = PAGE.split("## The same by hand\n")[1].split("\n## ")[0]
     found = re.findall(r"(?:^    .*\n)+", section, re.MULTILINE)
     lines = "".join(textwrap.dedent(block) for block in found if "python " in block)
-    lines = lines.replace("\\\n", " ").splitlines()
-    return [line for line in lines if not any(each in line for each in LEFT_OUT)]
+    return [line for line in lines.replace("\\\n", " ").splitlines() if not any(each in line for each in LEFT_OUT)]
 
 
 def write_images(root):

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine: the files of docs/reproduce.md from submission to the table.
+"""A real Slurm of two nodes on this machine: the files of docs/launching.md from submission to the table.
 
 Slow, and skipped where there is no Slurm, or without root. It needs three minutes on two cores.
 """
@@ -69,8 +69,8 @@ def data(tmp_path_factory):
 
 
 def block(start):
-    """The block of docs/reproduce.md that begins with #!/bin/bash and holds a text."""
-    text = (REPOSITORY / "docs" / "reproduce.md").read_text()
+    """The block of docs/launching.md that begins with #!/bin/bash and holds a text."""
+    text = (REPOSITORY / "docs" / "launching.md").read_text()
     blocks = re.findall(r"(?:^    .*\n|^\n)+", text, re.MULTILINE)
     (found,) = [each for each in blocks if each.lstrip().startswith("#!/bin/bash") and start in each]
     return re.sub(r"^    ", "", found.lstrip("\n"), flags=re.MULTILINE)

@@ -51,7 +51,7 @@ def test_the_categories_have_the_published_classes():
     cats = {"tabby", "tiger cat", "Persian cat", "Siamese cat", "Egyptian cat", "cougar"}
     assert {name for category, _, name in rows if category == "cat"} == cats
     of_100 = cues.outputs_by_category((REPOSITORY / "preprocess" / "imagenet_100.txt").read_text().split())
-    assert len(of_100) == 7 and sum(map(len, of_100.values())) == 28  # as docs/evaluation.md says
+    assert len(of_100) == 7 and sum(map(len, of_100.values())) == 28  # as docs/test-sets.md says
 
 
 def test_a_category_has_the_mean_probability_of_its_classes():
