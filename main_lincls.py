@@ -87,7 +87,7 @@ def parse_args() -> argparse.Namespace:
     if not args.lr or any(isinstance(lr, str) for lr in args.lr):
         parser.error(f"argument --lr: {' '.join(map(str, args.lr))!r} is not one or more numbers above 0")
     if args.data is None and not args.export_backbone:
-        parser.error(f"{options.LACKING}: DIR")
+        parser.error("the following arguments are required: DIR")
     if args.export_backbone and (args.features or args.evaluate):
         parser.error("--export-backbone writes the backbone and does nothing else: leave out --features and --evaluate")
     return args

@@ -12,21 +12,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from moco.errors import UsageError, one_line
 from moco.processes.environment import is_local_main, is_main
 
-LACKING = "the following arguments are required"  # as argparse says it
-
 
 class OptionParser(argparse.ArgumentParser):
     """argparse with defaults in the help and one-line errors. `args.defaults` holds the defaults of all options.
 
-    A _ in an option's name is as good as a -. usage: lines with a first command to try, for want of arguments.
+    A _ in an option's name is as good as a -. usage: with a first command to try, for want of arguments.
     """
 
     def __init__(self, description: str, usage: str | None = None):
         width = min(shutil.get_terminal_size().columns, 120)
-        super().__init__(
-            description=description, usage=usage, allow_abbrev=False,
-            formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=26, width=width),
-        )  # fmt: skip
+        formatter = lambda prog: _HelpFormatter(prog, max_help_position=26, width=width)
+        super().__init__(description=description, usage=usage, allow_abbrev=False, formatter_class=formatter)
 
     def parse_args(self, *args, recipes: Mapping[str, Mapping] = {}, **kwargs) -> argparse.Namespace:
         """recipes: {value of --recipe: the defaults that it stands for}; `args.defaults` stay the published ones."""
@@ -41,8 +37,8 @@ class OptionParser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
         """Give options their published spelling, and refuse unknown ones before anything else: with the nearest."""
         words, known = list(sys.argv[1:] if args is None else args), self._option_string_actions
-        if self.usage and not words:
-            self.error(LACKING)
+        if self.usage and not words and is_local_main():
+            self.exit(2, f"{self.format_usage().strip()}\nall options: python {sys.argv[0]} --help\n")
         spelling = {name.replace("_", "-"): name for name in known}
         for place, word in enumerate(words[: words.index("--")] if "--" in words else words):
             name, equals, value = word.partition("=")
@@ -54,9 +50,7 @@ class OptionParser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> None:
-        begin = f"{self.format_usage().strip()}\nall options: python {self.prog} --help\n"
-        text = begin if self.usage and LACKING in message else one_line(f"{self.prog}: error: {message}")
-        self.exit(2, text if is_local_main() else None)
+        self.exit(2, one_line(f"{self.prog}: error: {message}") if is_local_main() else None)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -34,7 +34,10 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 class Parser(OptionParser):
-    """The scripts' own parser, for several worker processes."""
+    """The scripts' own parser, for several worker processes. begin: the arguments of a first command to try."""
+
+    def __init__(self, description: str, begin: str):
+        super().__init__(description, f"%(prog)s [options]\nto begin: python preprocess/%(prog)s {begin}")
 
     def add_workers(self) -> None:
         self.add_argument("--workers", type=positive_int, default=os.cpu_count(), metavar="N", help="worker processes")

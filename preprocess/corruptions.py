@@ -151,7 +151,8 @@ def list_photos(source: Path, limit: int | None) -> list[str]:
 
 def parse_args() -> argparse.Namespace:
     """The options. Ends the script with exit code 2 where they are wrong."""
-    parser = common.Parser("Corrupt photos as ImageNet-C was made, for eval_robustness.py --corruption.")
+    begin = "--val DIR --out DIR-c"
+    parser = common.Parser("Corrupt photos as ImageNet-C was made, for eval_robustness.py --corruption.", begin)
     parser.add_argument("--val", type=Path, required=True, metavar="DIR", help="photos, <class>/* or val/<class>/*")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="OUT", help="images, OUT/<corruption>/<severity>/<class>/*.JPEG"

@@ -30,7 +30,8 @@ SPLITS = {"train": range(600, 1301), "val": range(50, 51)}  # how many photos a 
 
 def parse_args() -> argparse.Namespace:
     """The options, and `wnids`. Ends the script with exit code 2 where they cannot be right."""
-    parser = common.Parser("Take the 100 classes of ImageNet-100 out of an ImageNet folder.")
+    begin = "--imagenet_path imagenet --imagenet100_path imagenet-100"
+    parser = common.Parser("Take the 100 classes of ImageNet-100 out of an ImageNet folder.", begin)
     parser.add_argument(
         "--imagenet_path", type=Path, required=True, metavar="SRC", help="ImageNet, SRC/{train,val}/<wnid>/*"
     )

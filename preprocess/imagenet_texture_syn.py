@@ -153,7 +153,8 @@ def save_preview(path: Path, photos: list[str], recipe: Recipe) -> None:
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The options, and the photos they name. Ends the script with exit code 2 where they are wrong."""
-    parser = common.Parser("Synthesise a texture from two patches of every photo of an ImageNet folder.")
+    begin = "--imagenet_path DIR --imagenet_t_path DIR-texture"
+    parser = common.Parser("Synthesise a texture from two patches of every photo of an ImageNet folder.", begin)
     parser.add_argument(
         "--imagenet_path", type=Path, required=True, metavar="SRC", help="photos, SRC/<split>/<class>/*"
     )

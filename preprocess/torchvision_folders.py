@@ -31,7 +31,8 @@ DATASETS = {
 
 
 def parse_args() -> tuple[common.Parser, argparse.Namespace]:
-    parser = common.Parser("Write one of torchvision's small data sets as folders of images.")
+    begin = "--dataset cifar10 --root raw --out cifar10"
+    parser = common.Parser("Write one of torchvision's small data sets as folders of images.", begin)
     parser.add_argument("--dataset", choices=DATASETS, required=True, help="which one")
     parser.add_argument(
         "--root", type=Path, required=True, metavar="RAW", help="folder of the raw files; downloads go there"

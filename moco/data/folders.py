@@ -16,7 +16,7 @@ IMAGENET_100 = Path(__file__).parents[2] / "preprocess" / "imagenet_100.txt"
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision
 NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
 FLAT = "all"  # the class of images that lie in no class folder
-FORMS, SORTED = "docs/own-data.md#data-in-another-form", "docs/evaluation.md#imagenets-val"
+FORMS, SORTED = "docs/own-data.md#data-in-another-form", "docs/data-sets.md#imagenet"
 RAW = (
     "torchvision's raw files; write images: python preprocess/torchvision_folders.py --root {root} --out NEW --dataset"
 )

@@ -142,9 +142,10 @@ class Progress:
         rate = f"{speed['images_per_s']:.0f} images/s"
         if self.bar:
             first, *others = _figures({name: means[name] for name in WATCHED if name in means}, "–")
-            room, text = _columns() - len(f" {len(self.batches)}" * 2) - len(" |#|"), self.title
-            for part in first, eta, *others, rate:  # whole words, and the bar takes what is left
-                text += f" {part}" if part == first or len(f"{text} {part}") <= room else ""
+            columns, text, counts = _columns(), f"{self.title} {first}", f" {len(self.batches)}" * 2
+            text = text if len(text) <= columns else first
+            for part in eta, *others, rate:  # whole words; the bar takes what is left
+                text += f" {part}" if len(f"{text} {part}{counts} |#|") <= columns else ""
             self.bar.set_description_str(text)
         else:
             figures = [*_figures(means), f"lr {_text(lr, '.4g')}", rate, f"data {speed['data_share']:.0%}", eta]
