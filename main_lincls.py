@@ -33,7 +33,7 @@ from moco.data.datasets import ImageList, RetryDataset
 from moco.data.folders import ImageFolder
 from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
-from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_device
+from moco.encoders import DTYPES, arch_name, build_encoder, check_input, configure_device
 from moco.errors import UsageError
 from moco.evaluation import classifier, released
 from moco.evaluation.classifier import LinearHeads
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     options.add_data_options(parser, nargs="?")
     # fmt: off
     model = parser.add_argument_group("model")
-    model.add_argument("-a", "--arch", choices=ARCHS, metavar="ARCH",
+    model.add_argument("-a", "--arch", type=arch_name, metavar="ARCH",
                        help="as in pre-training; default: that of the checkpoint, else resnet50")
     model.add_argument("--pretrained", default="", metavar="FILE",
                        help="a run's folder, checkpoint, torchvision state_dict or released:NAME; none: random weights")

@@ -30,7 +30,7 @@ from moco.data.datasets import RetryDataset, TwoCrops
 from moco.data.folders import ImageFolder, TrainingImages
 from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
-from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_device
+from moco.encoders import DTYPES, arch_name, build_encoder, check_input, configure_device
 from moco.errors import UsageError
 from moco.evaluation import knn
 from moco.negatives import NEGATIVES, PUBLISHED_NAMES
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--recipe", choices=["paper"],
                         help="defaults of the paper's + Patch row, K and patches fitted to the data and the crop")
     model = parser.add_argument_group("model")
-    model.add_argument("-a", "--arch", choices=ARCHS, metavar="ARCH",
+    model.add_argument("-a", "--arch", type=arch_name, metavar="ARCH",
                        help="encoder: resnet10 or a torchvision model with a final fc; default: that of --resume, else"
                        " resnet50")
     model.add_argument("--moco-dim", default=128, type=options.positive_int, metavar="C", help="feature dimension")

@@ -48,7 +48,7 @@ class MoCo(nn.Module):
     base_encoder(num_classes=dim) builds an encoder whose final linear layer is `fc`. dim: feature dimension C;
     K: queue length; m: momentum of the key encoder; T: temperature; mlp: two-layer head (MoCo v2);
     alpha: weight of the similarity to non-semantic negatives; dtype: number format of the backbones (encoders.py).
-    state_dict: encoder_q.*, encoder_k.*, queue (C, K), queue_ptr (1,).
+    state_dict: encoder_q.*, encoder_k.*, queue (C, K), queue_ptr (1,). Raises ValueError for an encoder without `fc`.
     """
 
     def __init__(
@@ -66,6 +66,10 @@ class MoCo(nn.Module):
         self.K, self.m, self.T, self.alpha, self.dtype = K, m, T, alpha, dtype
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
+        if not hasattr(self.encoder_q, "fc"):
+            wrapped = "nn.Sequential(OrderedDict(body=network without its head, fc=nn.Linear(width, num_classes)))"
+            name = type(self.encoder_q).__name__
+            raise ValueError(f"base_encoder: {name} has no final linear layer named fc; let it return {wrapped}")
         for encoder in (self.encoder_q, self.encoder_k):
             layers = [encoder.fc]
             if mlp:

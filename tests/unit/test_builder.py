@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from helpers import fill, unit
 from oracle import GOLDEN, build, golden_model, golden_steps, oracle_steps
 
@@ -147,3 +148,9 @@ def test_images_of_other_shapes_are_refused(shapes):
     with pytest.raises(ValueError, match="im_q.*im_k.*im_t") as refusal:
         MoCo(Flat, dim=8, K=16)(*map(torch.zeros, shapes))
     assert ", ".join(map(str, shapes)) in str(refusal.value)
+
+
+@pytest.mark.parametrize("network", ["vit_b_16", "convnext_tiny"])
+def test_an_encoder_without_fc_is_told_how_to_get_one(network):
+    with pytest.raises(ValueError, match="no final linear layer named fc; let it return nn.Sequential"):
+        MoCo(getattr(torchvision.models, network), dim=8, K=16)

@@ -73,6 +73,11 @@ def test_sizes_that_do_not_fit_and_images_that_are_no_batch_of_square_ones_are_r
         patch_negatives(torch.zeros(shape), low, high, np.random.default_rng(0))
 
 
+def test_a_generator_of_pytorch_draws_them_too():
+    one, same, other = (patch_negatives(labelled_pixels(), 4, 8, torch.Generator().manual_seed(i)) for i in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
 OPTIONS = {"patch_ratio": (4, 12), "num_nonsem": 2, "image_size": SIZE}
 
 
