@@ -127,6 +127,8 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
     data = folders.list_training_images(args.data, with_textures=needs_texture(args))
     args.moco_k = args.moco_k or options.queue_length(len(data.photos))
+    if args.preview and not args.dry_run:  # however few images there are: nothing of what follows is used
+        return Inputs(data, (), {}, None), {}
     knn_folders = list_knn_folders(args, data) if args.knn else ()
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))

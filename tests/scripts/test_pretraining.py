@@ -112,10 +112,12 @@ def test_plain_moco_has_no_negatives(shared_data, tmp_path):
 
 
 def test_preview_draws_labelled_columns_and_trains_nothing(shared_data, tmp_path):
+    write_folder(tmp_path / "few", classes=["n01"], train=1)
     settings = [*SMALL, "--num-nonsem", 2, "--preview", tmp_path / "grid.png", "--ckpt_path", tmp_path / "c"]
-    run = run_script(PRETRAIN, *settings, shared_data)
-    with Image.open(tmp_path / "grid.png") as grid:  # 4 columns, 8 rows of 32 px crops enlarged to 224 px
-        assert grid.width == 4 * 230 + 6 and grid.height == 34 + 8 * 230
+    for data, rows in (tmp_path / "few", 1), (shared_data, 8):
+        run = run_script(PRETRAIN, *settings, data)
+        with Image.open(tmp_path / "grid.png") as grid:  # 4 columns, 8 rows of 32 px crops enlarged to 224 px
+            assert grid.width == 4 * 230 + 6 and grid.height == 34 + rows * 230
     assert "grid.png" in run.stdout and not (tmp_path / "c").exists()
 
 
