@@ -295,7 +295,7 @@ def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) ->
     if distributed.is_main() and inputs.saved:
         print(accuracy_line(result), flush=True)
     if args.features:
-        found = classifier.gather_in_order(torch.cat(share), len(inputs.val.paths), ctx)
+        found = distributed.gather_in_order(torch.cat(share).to(ctx.device)).cpu()
         if distributed.is_main():
             classifier.save_features(args.features, found, inputs.val)
             print(f"wrote {args.features}: features {tuple(found.shape)} of {args.data}/val by {weights}", flush=True)
