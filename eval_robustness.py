@@ -195,7 +195,8 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
 def main() -> None:
     args = parse_args()
     if args.list_released:
-        return print(released.listing()) if launch.is_main(args) else None
+        listing = [f"{released.SCHEME}{name:28}  {link}" for name, link in released.links().items()]
+        return print(*listing, sep="\n") if launch.is_main(args) else None
     rows, sets = parse_rows(args.pretrained), parse_sets(args.sets)
     validate_args(args, rows)
     models, made, wnids, image_size, origin = load_models(rows, args)
@@ -203,9 +204,6 @@ def main() -> None:
     directories = {suite: vars(args)[suite] for suite in testsets.SUITES if vars(args)[suite]}
     directories |= {f"{testsets.FURTHER}/{name}": directory for name, directory in sets.items()}
     test_sets = testsets.list_test_sets(directories, wnids, args.limit)
-    unknown = args.corruption and testsets.unknown_corruptions(args.corruption)
-    if unknown and launch.is_main(args):
-        print(f"not evaluated, since ImageNet-C has no such corruption: {', '.join(unknown)}", file=sys.stderr)
     result = results.new(rows, made, wnids, image_size, args.limit) | {"classes_from": origin}
     if args.compare:
         paper.check_recipes(result["checkpoints"])

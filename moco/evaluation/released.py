@@ -17,12 +17,8 @@ SCHEME = "released:"
 def links() -> dict[str, str]:
     """{name: its link on Google Drive}"""
     with open(TABLE, newline="") as file:
-        found = {line["name"]: line["google_drive_id"] for line in csv.DictReader(file)}
-    return {name: f"https://drive.google.com/uc?id={drive_id}" for name, drive_id in found.items()}
-
-
-def listing() -> str:
-    return "\n".join(f"{SCHEME}{name:28}  {link}" for name, link in links().items())
+        ids = {line["name"]: line["google_drive_id"] for line in csv.DictReader(file)}
+    return {name: f"https://drive.google.com/uc?id={ids[name]}" for name in ids}
 
 
 def local_path(path: str, linear: bool = False) -> str:

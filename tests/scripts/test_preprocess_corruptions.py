@@ -56,7 +56,6 @@ def test_the_tree_is_that_of_imagenet_c(photos, tmp_path, run):
     assert len(tree(out)) == 19 * 5 * 3 + 1
     test_sets = testsets.list_test_sets({"corruption": str(out)}, ["cat", "dog"])
     assert len(test_sets) == 95 and {tuple(each.labels) for each in test_sets} == {(0, 0, 1)}
-    assert testsets.unknown_corruptions(str(out)) == []
     made_with = {"val": str(photos / "val"), "size": 40, "seed": 0, "quality": 85}
     assert json.loads((out / "corruptions.json").read_text()).items() >= made_with.items()
 
