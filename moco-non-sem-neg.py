@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from moco import augment, distributed, options, plot, views
-from moco.builder import MoCo, chance_loss
+from moco.builder import MoCo
 from moco.data import folders, loader
 from moco.data.datasets import RetryDataset, TwoCrops
 from moco.data.folders import ImageFolder, TrainingImages
@@ -148,7 +148,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         + ("1 class, as there are no class folders" if flat else f"{len(data.classes)} classes"),
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
-        "chance loss": f"{chance_loss(args.moco_k, args.num_nonsem):.3f}",
+        "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",  # of features that tell nothing apart
         **notes(args, inputs),
     }
 

@@ -4,7 +4,6 @@ He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CV
 Ge et al., Robust Contrastive Learning Using Negative Samples with Diminished Semantics, NeurIPS 2021.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -35,11 +34,6 @@ def contrastive_logits(
     negative = q @ queue  # N×K
     nonsemantic = alpha * (t * q.unsqueeze(1)).sum(dim=2)  # N×n; a bmm here would need a C compiler on CUDA
     return torch.cat([positive, negative, nonsemantic], dim=1) / temperature
-
-
-def chance_loss(K: int, n: int) -> float:
-    """The loss of features that tell nothing apart, for K older keys and n negatives: of the logits above."""
-    return math.log(1 + K + n)
 
 
 class MoCo(nn.Module):
@@ -97,7 +91,7 @@ class MoCo(nn.Module):
             )
         q = self._features(self.encoder_q, im_q)  # N×C
         with torch.no_grad():
-            self._update_key_encoder()
+            self._ema_update(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), None)
             k = self._encode_key(im_k)  # N×C
             t = q.new_empty(len(q), im_t.shape[1], q.shape[1])  # N×n×C
             for i in range(im_t.shape[1]):  # one pass each: their BatchNorm statistics never mix
@@ -113,10 +107,6 @@ class MoCo(nn.Module):
         with autocast(images.device, self.dtype):
             features = encoder(images)
         return F.normalize(features.to(self.queue.dtype), dim=1)
-
-    @torch.no_grad()
-    def _update_key_encoder(self) -> None:
-        self._ema_update(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), None)
 
     @torch.no_grad()
     def _encode_key(self, images: torch.Tensor) -> torch.Tensor:

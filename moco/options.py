@@ -55,9 +55,8 @@ class OptionParser(argparse.ArgumentParser):
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default in ("", []):
-            return action.help
-        return super()._get_help_string(action)
+        none = action.default is False or action.default in (None, "", [])
+        return action.help if none else super()._get_help_string(action)
 
 
 # Types

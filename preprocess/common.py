@@ -29,7 +29,7 @@ RESUME = "run the same command again to resume"
 
 def run(main: Callable[[], int | None]) -> None:
     """Call main() and exit with its code; errors end in one line on stderr, signals in 128 + their number."""
-    signals.handle_stop_signals(signals.exit_at_once, signals.END_SIGNALS)
+    signals.handle_stop_signals(lambda signum, frame: sys.exit(128 + signum), signals.END_SIGNALS)
     cli_main(main, again=RESUME)
 
 

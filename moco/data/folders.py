@@ -17,9 +17,7 @@ IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tif
 NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
 FLAT = "all"  # the class of images that lie in no class folder
 FORMS, SORTED = "docs/own-data.md#data-in-another-form", "docs/data-sets.md#imagenet"
-RAW = (
-    "torchvision's raw files; write images: python preprocess/torchvision_folders.py --root {root} --out NEW --dataset"
-)
+RAW = "torchvision's raw files; to images: python preprocess/torchvision_folders.py --root {root} --out NEW --dataset"
 INSTEAD = {  # of class folders: {patterns of the path itself or, after ./, below it: what that is, and what to do}
     "*.tar *.tar.* *.tgz *.zip *.7z": "an archive; unpack it (tar xf, unzip -q) and name the folder that holds train/",
     " ".join(f"*{suffix}" for suffix in IMG_EXTENSIONS): "an image; name a folder: docs/own-data.md#folder-layout",
@@ -115,11 +113,9 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
     if beside and flat:
         return ImageFolder(PathArray(root, beside), np.zeros(len(beside), np.int32), [FLAT], count_text(others))
     if not classes:
-        only = f", only {count_text(others)}" if others else ""
-        only = (
-            f", only {len(beside)} images; labels are needed here: one folder of images per class" if beside else only
-        )
-        raise refusal(directory, f"it has no class folders{only}")
+        unsorted = f"{len(beside)} images; labels are needed here: one folder of images per class"
+        found = unsorted if beside else count_text(others)
+        raise refusal(directory, f"it has no class folders{found and f', only {found}'}")
     listed = {}
     _list_once(directory, os.path.realpath(directory), listed)
     found = {name: images_in(root + name, listed, others) for name in classes}

@@ -77,12 +77,12 @@ def of_run(option: str, path: str, pattern: str) -> str:
         return path
     names, state = matching(path, pattern), ""
     if names and pattern == PRETRAINING and "latest" in names[-1]:
-        latest, source = load(f"{path}/{names[-1]}", option), f"{option} {path}/{names[-1]}"
-        check_values(latest, source)
-        epoch, epochs = latest.get("epoch", 0), settings(latest, "options", source).get("epochs", 0)
-        state = f", after {epoch} of {epochs} epochs" if epoch < epochs else ""
-        if names[1:] and (epoch, latest.get("step", 0)) <= (int(re.findall(r"\d+", names[-2])[0]) + 1, 0):
-            names.pop()
+        latest = load(os.path.join(path, names[-1]), option)
+        with reading(f"{option} {path}/{names[-1]}"):
+            epoch, step, epochs = latest["epoch"], latest["step"], latest["options"]["epochs"]
+            state = f", after {epoch} of {epochs} epochs" if epoch < epochs else ""
+            if names[1:] and (epoch, step) <= (int(re.findall(r"\d+", names[-2])[0]) + 1, 0):
+                names.pop()
     if not names or pattern == BEST and names[1:]:
         what = f"{'several' if names else 'no'} {'model_best' if pattern == BEST else 'checkpoint'}_*.pth.tar"
         found = [*Path(path).glob("*.pth*"), *Path(path).glob("*/*.pth*")]
@@ -129,11 +129,6 @@ def add_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 def strip_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The names without the prefixes that DistributedDataParallel (even twice) and torch.compile add."""
     return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value for name, value in state_dict.items()}
-
-
-def nonfinite(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of the entries that hold an infinite value or NaN."""
-    return [name for name, value in state_dict.items() if not value.isfinite().all()]
 
 
 def num_outputs(saved: Mapping, source: str) -> int:
@@ -238,7 +233,7 @@ def check_exactly(
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise UsageError(f"{source}: does not fit this model: it {faults[0]}{more}; check --arch, --mlp and --moco-k")
-    if broken := nonfinite(state_dict):
+    if broken := [name for name, value in state_dict.items() if not value.isfinite().all()]:
         which = f"{len(broken)} of its tensors, {broken[0]} the first"
         raise UsageError(f"{source}: {which}, hold infinite values or NaN; use an earlier one")
 
