@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused, run_script, write_folder
+from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, run_script, write_folder
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
@@ -76,14 +76,6 @@ def test_outputs_that_are_not_finite_are_no_figures(probed):
     run = run_script(EVALUATE, *test, check=False)
     assert run.returncode == 2 and "its outputs are not finite for 10 of the 10 images of val" in run.stderr
     assert not (probed / "r.json").exists()
-
-
-def test_a_file_of_features_that_cannot_be_is_refused(probed):
-    best, data = ["--pretrained", probed / "model_best_random.pth.tar"], probed / "data"
-    assert "its name must end in .npz" in refused(PROBE, *best, "--features", probed / "f.npy", data)
-    export = [*best, "--features", probed / "f.npz", "--export-backbone", probed / "b.pth"]
-    assert "--export-backbone writes the backbone and does nothing else" in refused(PROBE, *export, data)
-    assert not (probed / "b.pth").exists()
 
 
 def test_a_probe_that_diverges_says_once_which_option_to_try(shared_data, tmp_path):
