@@ -45,7 +45,8 @@ class OptionParser(argparse.ArgumentParser):
             if name not in known and re.match("--|-[^-.0-9]", name) and name[:2] not in known:
                 if name.replace("_", "-") not in spelling:
                     near = difflib.get_close_matches(f"-{name}".replace("---", "--"), known, 1, cutoff=0.5)
-                    self.error(f"{name}: unknown; {near[0]}?" if near else f"{name}: unknown; --help lists the options")
+                    way = f"did you mean {near[0]}?" if near else "--help lists the options"
+                    self.error(f"{name}: unknown; {way}")
                 words[place] = spelling[name.replace("_", "-")] + equals + value
         return super().parse_known_args(words, namespace)
 

@@ -53,7 +53,8 @@ def progress(results: Iterable, total: int, unit: str, title: str = "") -> Itera
         if (now := time.monotonic()) - said >= LINE_SECONDS or done == total:
             said, rate = now, done / max(now - start, 1e-9)
             left = tqdm.format_interval((total - done) / rate)
-            text = f"{title}{': ' * bool(title)}{done}/{total} {unit}s, {rate:.3g} a second, {left} left"
+            speed = f"{float(f'{rate:.3g}'):g} a second"
+            text = f"{title}{': ' * bool(title)}{done}/{total} {unit}s, {speed}, {left} left"
             print(text, file=sys.stderr, flush=True)
 
 
