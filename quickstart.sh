@@ -1,109 +1,133 @@
 #!/usr/bin/env bash
-# See the paper's effect on a CPU: pre-train MoCo v2 without and with non-semantic negatives on generated data, probe the
-# backbones, and print the robustness table. After an interruption, run it again to resume.
-#   QUICKSTART_SEEDS=3     runs per row (default 1)
-#   QUICKSTART_TEXTURE=0   without the + Texture row
-#   QUICKSTART_OUT=DIR     output folder (default quickstart_out)
+# Pre-train MoCo v2 without and with non-semantic negatives, probe the backbones, and print the robustness table.
+#   bash quickstart.sh                  on generated images: see the paper's effect on a CPU
+#   bash quickstart.sh DIR [OPTIONS]    on your own, DIR/{train,val}/<class>/*; options are those of moco-non-sem-neg.py
+#   QUICKSTART_SEEDS=3                  runs per row (default 1)
+#   QUICKSTART_ROWS="plain patch2"      which rows, of plain patch2 patch3 texture2 (default: these two; texture2, too,
+#                                       on generated images)
+#   QUICKSTART_OUT=FOLDER               default: quickstart_out, for DIR quickstart_out/<name of DIR>
+# One run on each GPU at a time, or as many side by side as the CPU has cores, and one more. Run it again to resume.
 set -euo pipefail
+shopt -s nullglob
+own=${1:+$(realpath -m -- "$1")}
+[ $# = 0 ] || shift
 cd "$(dirname "$0")"
-export OMP_NUM_THREADS=1    # one thread per run, as many runs as cores side by side; a seed gives the same run anywhere
-export out=${QUICKSTART_OUT:-quickstart_out} epochs=20 probe_epochs=20 precision=fp32
-grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo && precision=bf16      # on other CPUs slower than fp32
-cores=$(getconf _NPROCESSORS_ONLN)
-
-rows=("plain;MoCo v2;--robust none;shapes"                            # folder; title; options; data
-      "patch2;+ Patch, alpha 2;--robust patch --alpha 2;shapes"
-      "patch3;+ Patch, alpha 3;--robust patch --alpha 3;shapes")
-negatives=(patch)
-if [ "${QUICKSTART_TEXTURE:-1}" != 0 ]; then
-  rows+=("texture2;+ Texture, alpha 2;--robust texture --alpha 2;shapes-texture")
-  negatives+=(texture)
+export OMP_NUM_THREADS=1    # one thread per run: a seed gives the same run anywhere
+export out=${QUICKSTART_OUT:-quickstart_out${own:+/$(basename "$own")}}
+mkdir -p "$out"
+export data=${own:-$out/shapes} settings probe epochs probe_epochs last gpus
+rows=${QUICKSTART_ROWS:-plain patch2}
+if [ -z "$own" ]; then
+  rows=${QUICKSTART_ROWS:-plain patch2 texture2}
+  python preprocess/shapes.py --out "$data" --preview "$out/shapes.png"
 fi
+found=$(python docs/quickstart_settings.py "$data" "$@")    # crop, epochs, batch and so on, for these images
+eval "$found"
+echo "$images
+pre-training  $settings
+probe         $probe" >&2
 
-# The paper's recipe at a quarter of ImageNet's size: K 512 and patches of 4 to 18 px follow from the data and the crop.
-pretrain() {
-  python moco-non-sem-neg.py --recipe paper -a resnet10 --image-size 56 --lr 0.06 --batch-size 64 -j 1 --moco-m 0.99 \
-    --epochs "$epochs" --precision "$precision" "$@"
+row() {                     # NAME: set title, options and negatives of a row
+  case $1 in
+    plain) title="MoCo v2" options="--robust none" negatives= ;;
+    patch2) title="+ Patch, alpha 2" options="--robust patch --alpha 2" negatives=patch ;;
+    patch3) title="+ Patch, alpha 3" options="--robust patch --alpha 3" negatives=patch ;;
+    texture2) title="+ Texture, alpha 2" options="--robust texture --alpha 2" negatives=texture ;;
+    *) echo "QUICKSTART_ROWS: no row $1; there are plain patch2 patch3 texture2" >&2; exit 2 ;;
+  esac
 }
 
-probe() {
-  python main_lincls.py -a resnet10 --lr 0.1 --batch-size 128 -j 1 --epochs "$probe_epochs" --schedule 8 14 18 \
-    --precision "$precision" "$@" "$out/shapes"
+pretrain() {                # OPTIONS
+  eval "python moco-non-sem-neg.py $settings \"\$@\""
 }
 
-train() {                   # FOLDER SEED DATA OPTIONS: pre-train and probe, but for what is done
-  local folder=$out/$1 seed=$2 data=$out/$3 last=checkpoint_$(printf %04d $((epochs - 1))).pth.tar
+train() {                   # NAME SEED DATA OPTIONS: pre-train and probe; what is done is not done again
+  local folder=$out/$1-$2 seed=$2 data_of_row=$3 gpu=
   shift 3
-  [ -e "$folder/$last" ] || pretrain "$@" --seed "$seed" --ckpt_path "$folder" --resume auto "$data" || return
-  [ -e "$folder/done" ] || probe --seed "$seed" --pretrained "$folder/$last" --ckpt_path "$folder" --resume auto || return
-  touch "$folder/done"
+  [ "$gpus" = 0 ] || gpu="--gpu $GPU"
+  mkdir -p "$folder"
+  pretrain "$@" $gpu --seed "$seed" --keep 1 --ckpt_path "$folder" --resume auto "$data_of_row" \
+    >> "$folder/pretraining.log" 2>&1 || return
+  python main_lincls.py $probe $gpu --seed "$seed" --pretrained "$folder/checkpoint_$last.pth.tar" \
+    --ckpt_path "$folder" --resume auto "$data" >> "$folder/probe.log" 2>&1
 }
 
-finished() {                # epochs so far, counted in the time of a probe's; one of pre-training takes three times as long
-  echo $((3 * $(cat "$out"/*/log.jsonl 2> /dev/null | grep -cv '"probe"') + $(cat "$out"/*/log.jsonl 2> /dev/null | grep -c '"probe"')))
+share() {                   # of the work that is done, 0 to 1, by the last step in each log
+  awk -v runs="${#jobs[@]}" -v epochs="$epochs" -v probe_epochs="$probe_epochs" '
+    match($0, /^epoch [0-9]+ \[[0-9]+\/[0-9]+\]/) {
+      at = substr($0, 1, RLENGTH); gsub(/[^0-9]+/, " ", at); split(at, number, " ")
+      epoch[FILENAME] = number[1] + number[2] / number[3]
+    }
+    END {                   # an epoch of pre-training takes as long as two of the probe
+      for (file in epoch) sum += (file ~ /probe.log$/ ? 1 : 2) * epoch[file]
+      print sum / runs / (2 * epochs + probe_epochs)
+    }' "$out"/*/*.log /dev/null
 }
 
-progress() {                # TOTAL: how much of it is done and how long the rest will take, until killed
-  local began=$SECONDS before done left
-  before=$(finished)
+progress() {                # how much is done and how long the rest will take, until killed
+  local began=$SECONDS before
+  before=$(share)
   while sleep 3; do
-    done=$(finished)
-    [ "$done" -gt "$before" ] || continue
-    left=$(((SECONDS - began) * ($1 - done) / (done - before) + 30))  # 30 s for the test sets
-    printf "$line" $((100 * done / $1)) $((left / 60)) $((left % 60))
+    awk -v now="$(share)" -v before="$before" -v seconds=$((SECONDS - began)) -v line="$line" 'BEGIN {
+      left = now > before ? seconds * (1 - now) / (now - before) + 20 : -1    # 20 s for the test sets
+      if (left >= 0) printf line, 100 * now, left / 60, left % 60
+    }'
   done
 }
 line='  %d %% done, about %d:%02d left\n'
 [ -t 2 ] && line='\r  %d %% done, about %d:%02d left   '
-export -f pretrain probe train
+export -f pretrain train
 
-python preprocess/shapes.py --out "$out/shapes" --preview "$out/shapes.png"
-if [ "${#negatives[@]}" = 2 ]; then
-  python preprocess/imagenet_texture_syn.py --patch 24 --size 64 \
-    --imagenet_path "$out/shapes" --imagenet_t_path "$out/shapes-texture"
+sets=(--val "$data") views=() jobs=() table=()
+if [ -z "$own" ]; then
+  sets+=(--corruption "$data/corruption" --sketch "$data/sketch" --stylized "$data/stylized" --rendition "$data/rendition")
+elif python -c "import imagecorruptions" 2> /dev/null; then
+  python preprocess/corruptions.py --val "$data" --out "$out/corruption" --size "$image_size" --limit "$corrupted"
+  sets+=(--corruption "$out/corruption")
+else
+  echo "no column Corruption: pip install imagecorruptions-imaug makes the images" >&2
 fi
-views=() jobs=() table=()
-for kind in "${negatives[@]}"; do
-  data=$out/shapes$([ $kind = patch ] || echo -texture)
-  pretrain --robust $kind --batch-size $((6 / ${#negatives[@]})) --seed 0 --preview "$out/$kind.png" "$data"
-  views+=("$out/$kind.png")
-done
-for row in "${rows[@]}"; do
-  IFS=';' read -r name title options data <<< "$row"
-  heads=
+for name in $rows; do
+  row "$name"
+  data_of_row=$data heads=
+  if [ "$negatives" = texture ]; then
+    data_of_row=$data-texture
+    python preprocess/imagenet_texture_syn.py $([ "$own" ] || echo "--patch 24 --size 64") \
+      --imagenet_path "$data" --imagenet_t_path "$data_of_row"
+  fi
+  if [ "$negatives" ] && [ ! -e "$out/$negatives.png" ]; then
+    pretrain $options --batch-size 3 --seed 0 --preview "$out/$negatives.png" "$data_of_row"
+  fi
+  [ -z "$negatives" ] || views+=("$out/$negatives.png")
   for seed in $(seq 0 $((${QUICKSTART_SEEDS:-1} - 1))); do
-    mkdir -p "$out/$name-$seed"
-    jobs+=("$name-$seed $seed $data $options")
-    heads+=,$out/$name-$seed/checkpoint_robust_$(printf %04d $((epochs - 1))).pth.tar
+    jobs+=("$name;$seed;$data_of_row;$options")
+    heads+=,$out/$name-$seed/model_best_$last.pth.tar
   done
   table+=("$title=${heads#,}")
 done
 
-echo "${#jobs[@]} runs of pre-training and probe, $cores at a time, $precision; their output: $out/*/output.log" >&2
-progress $((${#jobs[@]} * (3 * epochs + probe_epochs))) >&2 &
+trap 'echo; echo "interrupted: run the same command again to resume" >&2; exit 130' INT
+echo "${#jobs[@]} runs of pre-training and probe, $parallel at a time; their output: $out/*/*.log" >&2
+progress >&2 &
 watcher=$!
 trap 'kill $watcher 2> /dev/null || true' EXIT
-if ! printf '%s\0' "${jobs[@]}" | xargs -0 -P "$cores" -I{} bash -c 'set -- {}; train "$@" >> "$out/$1/output.log" 2>&1'; then
+if ! printf '%s\0' "${jobs[@]}" | xargs -0 -P "$parallel" $([ "$gpus" = 0 ] || echo --process-slot-var=GPU) -I{} \
+  bash -c 'IFS=";" read -r name seed data_of_row options <<< "$1"; train "$name" "$seed" "$data_of_row" $options' - {}; then
   echo "a run failed; how each run's output ends:" >&2
-  tail -n 3 "$out"/*/output.log >&2
+  tail -n 3 "$out"/*/*.log >&2
   exit 1
 fi
-kill $watcher
+kill $watcher 2> /dev/null || true
 echo >&2
 
-python eval_robustness.py -j 1 --pretrained "${table[@]}" --val "$out/shapes" --corruption "$out/shapes/corruption" \
-  --sketch "$out/shapes/sketch" --stylized "$out/shapes/stylized" --rendition "$out/shapes/rendition" \
-  --json "$out/table.json" > "$out/evaluation.txt"
+python eval_robustness.py -j 1 --pretrained "${table[@]}" "${sets[@]}" --json "$out/table.json" > "$out/evaluation.txt"
 grep '^|' "$out/evaluation.txt" > "$out/table.md"
-cat "$out/table.md"
-echo
 python docs/quickstart_result.py "$out/table.json" --views "${views[@]}" --out "$out/result.png"
 echo "
 $out/result.png       the table as a picture, beside queries with their negatives
-$out/table.md         the table above
+$out/table.md         the table in full
 $out/table.json       every figure behind it, per class and corruption
 $out/evaluation.txt   how each column was measured
-$out/shapes.png       the generated data
 $out/*/log.jsonl      the pre-training logs, one line per epoch
 
 $((SECONDS / 60)) min $((SECONDS % 60)) s"

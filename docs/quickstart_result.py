@@ -48,6 +48,27 @@ def read_table(path: Path) -> tuple[Table, Differences]:
     return {row: {c: own[c] for c in COLUMNS if c in own} for row, own in content["table"].items()}, found
 
 
+def text(table: Table, differences: Differences) -> str:
+    """The table for a terminal of 80 columns: mean±standard deviation, and below a row its difference."""
+    columns = list(dict.fromkeys(column for row in table.values() for column in row))
+    widths = [max(len(column), 8) + 1 for column in columns]
+
+    def line(title: str, cells: Sequence[str]) -> str:
+        return f"{title:<18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
+
+    lines = [line("top-1 %", columns)]
+    for row, own in table.items():
+        lines.append(line(row, [mean_sd(own.get(column, [])) for column in columns]))
+        if found := differences.get(row):
+            lines.append(line("  difference", [str(found.get(column, "")) for column in columns]))
+    return "\n".join(lines)
+
+
+def mean_sd(runs: Sequence[float]) -> str:
+    spread = f"±{statistics.stdev(runs):.1f}" if len(runs) > 1 else ""
+    return f"{statistics.fmean(runs):.1f}{spread}" if runs else ""
+
+
 def sentences(table: Table, differences: Differences) -> list[str]:
     """A sentence on each row but the first, and one on how far to trust them."""
     title = next(iter(table))
@@ -56,21 +77,20 @@ def sentences(table: Table, differences: Differences) -> list[str]:
     if runs < 3:
         return [
             *lines,
-            "± standard error over the test images; another seed moves a figure by more: QUICKSTART_SEEDS=3.",
+            "± standard error over the test images; another seed moves a figure by more: QUICKSTART_SEEDS=3",
         ]
     return [*lines, f"Means of {runs} seeds; ± standard error of the difference, over the seeds."]
 
 
 def sentence(row: str, baseline: str, found: dict[str, Difference]) -> str:
-    """One row in words. A column counts as better or worse beyond two standard errors."""
+    """One row in words. A column counts as better or worse beyond two standard errors of the difference."""
     better, worse = ([column for column, one in found.items() if sign * one.mean > 2 * one.error] for sign in (1, -1))
     verdict = f"better in {len(better)} of {len(found)} columns"
     if worse:
         verdict += f", worse in {len(worse)} ({', '.join(worse)})"
     if len(better) + len(worse) < len(found):
         verdict += f", within noise in {len(found) - len(better) - len(worse)}"
-    figures = ", ".join(f"{column} {one}" for column, one in found.items())
-    return f"{row} against {baseline}: {verdict}; {figures} points."
+    return f"{row} against {baseline}: {verdict}."
 
 
 def max_runs(table: Table) -> int:
@@ -110,7 +130,7 @@ def draw(table: Table, views: Sequence[Image.Image], path: Path) -> None:
     plot_width = WIDTH - 60 - (430 if views else 0)
     pen.text(50, 36, "Negatives that keep the texture and lose the shape", 34)
     counted = f"means and single runs of {runs} seeds" if runs > 1 else "one seed"
-    pen.text(50, 84, f"linear probe on generated data, top-1 in percent, {counted}", 20, GREY)
+    pen.text(50, 84, f"linear probe, top-1 in percent, {counted}", 20, GREY)
     draw_legend(pen, list(table), 50, 126, plot_width)
     draw_dots(pen, table, left=90, top=220, right=plot_width, bottom=HEIGHT - 70)
     if views:
@@ -175,7 +195,7 @@ def main() -> None:
         draw(table, [Image.open(path).convert("RGB") for path in args.views], args.out)
     except (OSError, ValueError) as error:  # also an --out of a suffix that PIL does not know
         parser.exit(2, f"{parser.prog}: error: {args.table} → {args.out}: {error}\n")
-    print("\n".join(sentences(table, differences)))
+    print(text(table, differences), "", *sentences(table, differences), sep="\n")
 
 
 if __name__ == "__main__":

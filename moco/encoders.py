@@ -17,7 +17,8 @@ from torchvision.models.resnet import BasicBlock
 from moco.errors import UsageError, first_line
 
 FAMILIES = ("resnet", "resnext", "wide_resnet", "regnet", "shufflenet")  # all end in one linear layer named fc
-ARCHS = ["resnet10"] + [
+WIDTHS = {"resnet10": (32, 64, 128, 256), "resnet10_x0_5": (16, 32, 64, 128)}  # of ResNet10's four stages
+ARCHS = [*WIDTHS] + [
     name for name in torchvision.models.list_models(module=torchvision.models) if name.startswith(FAMILIES)
 ]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -35,8 +36,8 @@ def arch_name(text: str) -> str:
 
 def build_encoder(arch: str, num_classes: int) -> nn.Module:
     """The randomly initialised network `arch` (one of ARCHS), whose `fc` has `num_classes` outputs."""
-    if arch == "resnet10":
-        return ResNet10(num_classes)
+    if arch in WIDTHS:
+        return ResNet10(num_classes, WIDTHS[arch])
     device = torch.get_default_device()
     # torchvision computes a regnet's widths with tensors, which have no values on the meta device.
     with torch.device("cpu" if arch.startswith("regnet") else device):
@@ -45,12 +46,12 @@ def build_encoder(arch: str, num_classes: int) -> nn.Module:
 
 
 class ResNet10(nn.Module):
-    """A small ResNet for 64-px images on a CPU: one BasicBlock per stage, half of ResNet-18's widths.
+    """A small ResNet for 64-px images on a CPU: one BasicBlock per stage, half or a quarter of ResNet-18's widths.
 
-    (N, 3, H, W) → (N, num_classes); 1.2 million weights.
+    (N, 3, H, W) → (N, num_classes); 1.2 million weights, with half the widths 0.3.
     """
 
-    def __init__(self, num_classes: int = 1000, widths: tuple[int, ...] = (32, 64, 128, 256)):
+    def __init__(self, num_classes: int = 1000, widths: tuple[int, ...] = WIDTHS["resnet10"]):
         super().__init__()
         self.stem = nn.Sequential(
             _conv_bn(3, widths[0], 7, stride=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2, padding=1)

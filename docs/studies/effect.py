@@ -40,6 +40,7 @@ PROBE = shlex.split(
 )
 COLUMNS = ("val", "Corruption", "Sketch", "Stylized", "Rendition", "Shape bias")
 PAGES = ("effect.md", "effect-tables.md")  # of docs/, with the tables
+QUICKSTART = REPOSITORY / "docs" / "studies" / "quickstart.json"  # of the table.json that QUICKSTART_SEEDS=5 writes
 
 
 class Run(NamedTuple):
@@ -393,6 +394,16 @@ def sketch_table(measured: dict[str, dict]) -> str:
     return comparison(flat, [PLAIN, PATCH], [("alpha 2 − plain", PATCH, PLAIN)], columns=columns)
 
 
+def quickstart_table(path: Path) -> str:
+    """The quick start's rows, and each one's paired differences from the first."""
+    (baseline, base), *others = json.loads(path.read_text())["table"].items()
+    rows = [[title, *(mean_sd(own[column]) for column in COLUMNS)] for title, own in ((baseline, base), *others)]
+    for title, own in others:
+        pairs = [[here - there for here, there in zip(own[column], base[column])] for column in COLUMNS]
+        rows.append([f"{title} − {baseline}", *map(difference, pairs)])
+    return markdown(["", *COLUMNS], rows)
+
+
 def tables(results: dict[str, dict], measured: dict[str, dict]) -> dict[str, str]:
     """{mark in one of PAGES: the table that stands there}"""
     sweep = [PLAIN, *(Arm(f"alpha {alpha:g}", alpha) for alpha in (0, 1, 1.5, 2, 2.5, 3))]
@@ -416,6 +427,7 @@ def tables(results: dict[str, dict], measured: dict[str, dict]) -> dict[str, str
         "probe": second_probe_table(measured),
         "tones": sketch_table(measured),
         "mechanism": mechanism_table(results, measured),
+        "quickstart": quickstart_table(QUICKSTART),
     }
     if best is None:
         found["best"] = "The grid is not complete."

@@ -1,4 +1,4 @@
-"""The quick start: its commands, with the slow ones replaced, and the sentences and picture at its end."""
+"""The quick start: its settings, its commands with the slow ones replaced, and the words and picture at its end."""
 
 import json
 import os
@@ -7,10 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from helpers import REPOSITORY
 from PIL import Image
 
 from docs import quickstart_result as result
+from docs import quickstart_settings
 
 FIGURES = {"val": 50, "Corruption": 40, "Sketch": 45, "Stylized": 35, "Rendition": 60, "Shape bias": 80}
 TWO_ROWS = {
@@ -20,6 +22,7 @@ TWO_ROWS = {
 PYTHON = f"""#!{sys.executable}
 '''Instead of python: records the command, and leaves the files that the real scripts would leave.'''
 import os, pathlib, subprocess, sys
+from PIL import Image
 arguments = sys.argv[1:]
 with open(os.environ["RECORD"], "a") as file:
     file.write(" ".join(arguments) + chr(10))
@@ -28,20 +31,21 @@ def option(name):
 if os.environ.get("FAILS", "nothing fails") in " ".join(arguments):
     sys.exit("it broke")
 if arguments[0] == "preprocess/shapes.py":
-    option("--out").mkdir(parents=True, exist_ok=True)
-elif "--preview" in arguments and arguments[0].startswith("moco"):
-    from PIL import Image
+    for split in "train", "val":
+        (option("--out") / split / "disc").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 48)).save(option("--out") / split / "disc" / "1.png")
+elif "--preview" in arguments:
     Image.new("RGB", (216, 200)).save(option("--preview"))
 elif arguments[0] == "moco-non-sem-neg.py":
-    (option("--ckpt_path") / "log.jsonl").write_text("{{}}" + chr(10))
-    (option("--ckpt_path") / "checkpoint_0019.pth.tar").touch()
-elif arguments[0] == "main_lincls.py":
-    (option("--ckpt_path") / "checkpoint_robust_0019.pth.tar").touch()
+    print("epoch 1 [2/4]  loss 1.0")
 elif arguments[0] == "eval_robustness.py":
     option("--json").write_text({json.dumps(json.dumps(TWO_ROWS))})
     print("| model | val |" + chr(10) + "|---|---|" + chr(10) + "val: 1500 images")
-elif arguments[0] == "docs/quickstart_result.py":
-    sys.exit(subprocess.run([{sys.executable!r}, *arguments]).returncode)
+elif arguments[0].startswith("docs/"):
+    code = subprocess.run([{sys.executable!r}, *arguments]).returncode
+    if arguments[0] == "docs/quickstart_settings.py" and "GPUS" in os.environ:
+        print(f"gpus={{os.environ['GPUS']}} parallel={{os.environ['GPUS']}}")
+    sys.exit(code)
 """
 
 
@@ -53,49 +57,101 @@ def table(*runs):
     }
 
 
-def run_quickstart(folder, **settings):
+def run_quickstart(folder, *arguments, **settings):
     """(finished process, the commands it gave) of quickstart.sh with PYTHON in the place of python."""
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "bin" / "python").write_text(PYTHON)
     (folder / "bin" / "python").chmod(0o755)
     settings |= {"PATH": f"{folder}/bin:{os.environ['PATH']}", "RECORD": f"{folder}/record"}
-    environment = {**os.environ, **settings, "QUICKSTART_OUT": f"{folder}/out"}
-    run = subprocess.run(["bash", "quickstart.sh"], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    command = ["bash", f"{REPOSITORY}/quickstart.sh", *arguments]
+    environment = {**os.environ, "QUICKSTART_OUT": f"{folder}/out", **settings}
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     commands = (folder / "record").read_text().splitlines()
     (folder / "record").unlink()
     return run, commands
 
 
+def of(commands, script):
+    return [each for each in commands if each.startswith(script) and "--preview" not in each]
+
+
 def test_every_row_is_trained_and_probed_with_every_seed(tmp_path):
     run, commands = run_quickstart(tmp_path, QUICKSTART_SEEDS="2")
     assert run.returncode == 0, run.stderr
-    training = [each for each in commands if each.startswith("moco-non-sem-neg.py") and "--preview" not in each]
-    assert len(training) == 8 and sum(command.startswith("main_lincls.py") for command in commands) == 8
+    training, out = of(commands, "moco-non-sem-neg.py"), tmp_path / "out"
+    assert len(training) == 6 and len(of(commands, "main_lincls.py")) == 6
     for options in ("--robust none", "--robust patch --alpha 2", "--robust texture --alpha 2"):
         assert sorted(command.split("--seed ")[1][0] for command in training if options in command) == ["0", "1"]
     assert sum(command.endswith("shapes-texture") for command in training) == 2
-    (evaluation,) = (command for command in commands if command.startswith("eval_robustness.py"))
-    assert f"MoCo v2={tmp_path}/out/plain-0/checkpoint_robust_0019.pth.tar,{tmp_path}/out/plain-1/" in evaluation
-    assert (tmp_path / "out" / "table.md").read_text() == "| model | val |\n|---|---|\n"
+    (evaluation,) = of(commands, "eval_robustness.py")
+    assert f"MoCo v2={out}/plain-0/model_best_0199.pth.tar,{out}/plain-1/model_best_0199" in evaluation
+    assert (out / "table.md").read_text() == "| model | val |\n|---|---|\n"
     assert "+ Patch against MoCo v2: better in 1 of 1 columns" in run.stdout
-    assert "Terminated" not in run.stderr
-    assert Image.open(tmp_path / "out" / "result.png").size == (1600, 900)
+    assert "Terminated" not in run.stderr and (out / "plain-1" / "pretraining.log").read_text()
+    assert Image.open(out / "result.png").size == (1600, 900)
+    again = run_quickstart(tmp_path, QUICKSTART_ROWS="plain patch3")[1]  # continues, and draws no preview again
+    assert len(again) == 8 and all("--resume auto" in each for each in of(again, "moco-") + of(again, "main_"))
 
 
-def test_what_is_done_is_not_done_again(tmp_path):
-    run_quickstart(tmp_path, QUICKSTART_TEXTURE="0")
-    (tmp_path / "out" / "patch2-0" / "done").unlink()  # as if interrupted in the probe
-    run, commands = run_quickstart(tmp_path, QUICKSTART_TEXTURE="0")
-    assert run.returncode == 0
-    assert not any("texture" in command for command in commands)
-    again = [command for command in commands if "--resume auto" in command]
-    assert len(again) == 1 and again[0].startswith("main_lincls.py") and f"{tmp_path}/out/patch2-0" in again[0]
+@pytest.mark.parametrize("library", [False, True])
+def test_ones_own_images_with_ones_own_options_on_two_gpus(tmp_path, library):
+    for split in "train", "val":
+        for label in range(2):
+            (tmp_path / "my data" / split / f"{label}").mkdir(parents=True)
+            Image.new("RGB", (300, 500)).save(tmp_path / "my data" / split / f"{label}" / "1.png")
+    no_library = {} if library else {"FAILS": "import imagecorruptions"}
+    options = ["my data", "--epochs", "3", "--image-size", "48", "--moco-t", "0.1"]
+    run, commands = run_quickstart(tmp_path, *options, GPUS="2", **no_library)
+    assert run.returncode == 0, run.stderr
+    training = of(commands, "moco-non-sem-neg.py")
+    assert len(training) == 2 and {command.split("--gpu ")[1][0] for command in training} == {"0", "1"}
+    for command in training:
+        assert "--image-size 48 --epochs 3" in command and "--moco-t 0.1" in command
+        assert command.endswith(f" {tmp_path}/my data")
+    assert all("/checkpoint_0002.pth.tar" in command for command in of(commands, "main_lincls.py"))
+    assert len(of(commands, "preprocess/corruptions.py")) == library
+    assert library == ("--corruption" in of(commands, "eval_robustness.py")[0])
+    assert library != ("pip install imagecorruptions-imaug" in run.stderr)
 
 
-def test_a_run_that_fails_ends_the_quick_start_with_its_output(tmp_path):
+def test_what_goes_wrong_ends_the_quick_start_with_its_words(tmp_path):
     run, commands = run_quickstart(tmp_path, FAILS="main_lincls.py")
     assert run.returncode == 1
-    assert "it broke" in run.stderr and not any(command.startswith("eval_robustness.py") for command in commands)
+    assert "it broke" in run.stderr and not of(commands, "eval_robustness.py")
+    run, commands = run_quickstart(tmp_path, "nowhere")
+    assert run.returncode == 2 and "nowhere: no such directory" in run.stderr and len(commands) == 1
+    run, _ = run_quickstart(tmp_path, QUICKSTART_ROWS="plain patch9")
+    assert run.returncode == 2 and "no row patch9; there are plain patch2 patch3 texture2" in run.stderr
+
+
+@pytest.mark.parametrize("images, side, gpus, shown", [
+    (4000, 64, 0, "-a resnet10_x0_5 --image-size 40 --epochs 11 --batch-size 64 --lr 0.06 --moco-m 0.99 --precision fp32"),
+    (36, 500, 0, "--image-size 40 --epochs 200 --batch-size 16 --lr 0.015 --moco-m 0.99"),
+    (4000, 28, 0, "--image-size 32 --epochs 11"), (1, 64, 0, "--epochs 200 --batch-size 2 "),
+    (100_000, 500, 4, "-a resnet50 --image-size 224 --epochs 25 --batch-size 128 --lr 0.06 --moco-m 0.999"),
+])  # fmt: skip
+def test_settings_follow_from_number_and_size_of_the_images(monkeypatch, tmp_path, images, side, gpus, shown):
+    for split in "train", "val":
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("L", (side, 2 * side)).save(tmp_path / split / "a" / "1.png")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    list_images = quickstart_settings.folders.list_images
+    many = lambda path: (found := list_images(path))._replace(paths=np.repeat(found.paths, images))  # noqa: E731
+    monkeypatch.setattr(quickstart_settings.folders, "list_images", many)
+    found = quickstart_settings.settings(str(tmp_path), ["--knn"])
+    assert shown in found["settings"] and found["settings"].endswith(" --knn")
+    assert found["gpus"] == gpus and found["parallel"] == (gpus or os.cpu_count() + 1)
+
+
+def test_the_share_that_is_done_counts_steps(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pretraining.log").write_text("epoch 4 [1/62]  loss\nepoch 5 [31/62]  loss 1\nsaved\n")
+    (tmp_path / "run" / "probe.log").write_text("epoch 0 [2/4]  loss 3\nval: epoch 0 [1/2]\n")
+    script = "eval \"$(sed -n '/^share()/,/^}/p' quickstart.sh)\"; jobs=(1 2) epochs=10 probe_epochs=20; share"
+    run = subprocess.run(
+        ["bash", "-c", script], cwd=REPOSITORY, env={**os.environ, "out": tmp_path}, capture_output=True
+    )
+    assert float(run.stdout) == pytest.approx((2 * 5.5 + 0.5) / 2 / 40)
 
 
 def test_the_sentences_say_better_worse_and_within_noise():
@@ -104,11 +160,13 @@ def test_the_sentences_say_better_worse_and_within_noise():
         for name, mean in (("row 1", 5.0), ("row 2", -2.5), ("row 3", 1.9))
     }
     better, worse, noisy, trust = result.sentences(table([0, 1], [5, 6], [-2, -1], [2, 3]), found)
-    assert better.startswith("row 1 against row 0: better in 6 of 6 columns; val +5.0±1.0, ")
+    assert better == "row 1 against row 0: better in 6 of 6 columns."
     assert "better in 0 of 6 columns, worse in 6 (val, Corruption," in worse
-    assert "better in 0 of 6 columns, within noise in 6; val +1.9±1.0" in noisy
+    assert "better in 0 of 6 columns, within noise in 6." in noisy
     assert "over the test images; another seed" in trust
     assert "Means of 3 seeds" in result.sentences(table([0, 1, 2], [5, 6, 7]), found)[-1]
+    lines = result.text(table([0, 1], [5, 6]), {"row 1": found["row 1"]}).splitlines()
+    assert max(map(len, lines)) <= 80 and "50.5±0.7" in lines[1] and lines[3].count("+5.0±1.0") == 6
 
 
 @pytest.mark.parametrize("rows", [([0],), ([0, 3], [1, 2]), ([0],) * 9])
