@@ -29,9 +29,9 @@ def arch_name(text: str) -> str:
     """A value of --arch. argparse.ArgumentTypeError unless it is one of ARCHS."""
     if text in ARCHS:
         return text
-    known = f"resnet10 and torchvision's {', '.join(f'{name}*' for name in FAMILIES)}, which end in a layer fc"
+    known = f"{', '.join(WIDTHS)} and torchvision's {', '.join(f'{name}*' for name in FAMILIES)}"
     way = "to add another, such as a ViT or ConvNeXt: docs/own-loop.md#in-this-project"
-    raise argparse.ArgumentTypeError(f"{text}: not among {known}; {way}")
+    raise argparse.ArgumentTypeError(f"{text}: not among {known}, which end in a layer fc; {way}")
 
 
 def build_encoder(arch: str, num_classes: int) -> nn.Module:

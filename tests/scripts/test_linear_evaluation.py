@@ -12,7 +12,6 @@ from helpers import (
     REPOSITORY,
     SMALL,
     SMALL_PROBE,
-    TORCHRUN,
     log,
     refused,
     run_script,
@@ -149,16 +148,6 @@ def test_evaluate_needs_neither_training_images_nor_the_arch(data, whole, tmp_pa
     assert run_script(PROBE, "-b", 3, "-j", 0, *settings, tmp_path).stdout.splitlines()[-1] == expected
 
 
-@pytest.mark.slow
-def test_accuracy_under_torchrun_counts_every_image_once(data, whole, tmp_path):
-    shutil.copytree(data / "val", tmp_path / "val")
-    (tmp_path / "val" / "n01" / "n01_0.JPEG").unlink()  # 5 images over 2 processes
-    command = [PROBE, *SMALL_PROBE, "--batch-size", 4, "--evaluate", "--resume", whole / BEST, tmp_path]
-    alone = run_script(*command).stdout.splitlines()[-1]
-    both = run_script(*command, launcher=[*TORCHRUN, "--nproc-per-node=2"]).stdout.splitlines()[-1]
-    assert "of 5 images" in alone and alone == both
-
-
 def test_a_probe_ends_once_no_head_is_finite(data, tmp_path):
     settings = [PROBE, *SMALL_PROBE, "--epochs", 40, "--ckpt_path", tmp_path, data]
     run = run_script(*settings, "--lr", 1e38, 9e37, check=False)
@@ -187,6 +176,8 @@ def test_bad_checkpoints_are_refused(data, whole, tmp_path):
         (["--lr", 1, "x", 2], "is not one or more numbers above 0"),
         (["--features", "f.npy"], "its name must end in .npz"),
         (["--features", "f.npz", "--export-backbone", "b.pth"], "writes the backbone and does nothing else"),
+        (["--export-backbone", "b.pth"], "--export-backbone needs --pretrained"),
+        (["--export-backbone", "b.pth", "-a", "resnet50", "--pretrained", linear], "not --arch resnet50"),
     ):
         assert message in refused(PROBE, *SMALL_PROBE, *options, "--ckpt_path", tmp_path / "new", data)
     assert [path.name for path in tmp_path.glob("new/*")] in ([], [".lock"])  # until this process ends
@@ -196,10 +187,3 @@ def test_bad_checkpoints_are_refused(data, whole, tmp_path):
     (other / "val" / "n07").rename(other / "val" / "n04")
     assert "different classes" in refused(PROBE, "-b", 8, other)
     assert "it has no queue" in refused(PRETRAIN, *SMALL, "--resume", linear, data)
-
-
-def test_an_export_without_its_inputs_is_refused(data, whole, tmp_path):
-    target = ["--export-backbone", tmp_path / "x.pth"]
-    assert "--export-backbone needs --pretrained" in refused(PROBE, *target)
-    assert "not --arch resnet50" in refused(PROBE, "-a", "resnet50", "--pretrained", whole / BEST, *target)
-    assert not (tmp_path / "x.pth").exists()

@@ -141,9 +141,8 @@ def test_of_many_classes_the_most_helped_and_harmed_are_drawn():
     (axis,) = plot.class_bars(report_of({"val": results}, ["a", "b"]), "val", "a", "b").axes
     names = [text.get_text() for text in axis.get_yticklabels()]
     assert names == [f"c{index:03}" for index in (*range(100, 80, -1), *range(19, -1, -1))]
-    assert (
-        "helped: 46, harmed: 46, of 101; drawn: the 20 at either end" in axis.get_title()
-    )  # four points are not clear
+    # four points are not clear
+    assert "helped: 46, harmed: 46, of 101; drawn: the 20 at either end" in axis.get_title()
 
 
 @drawing
