@@ -111,8 +111,7 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
 
 def gather_in_order(x: torch.Tensor) -> torch.Tensor:
     """The rows of a data set (N, ...), in its order, of which rank r has r, r + world_size, …, as eval_loader reads."""
-    rows = int(all_reduce(torch.tensor(len(x), device=x.device)))
-    whole = x.new_zeros(rows, *x.shape[1:])
+    whole = x.new_zeros(int(all_reduce(torch.tensor(len(x), device=x.device))), *x.shape[1:])
     whole[rank() :: world_size()] = x
     return all_reduce(whole)
 

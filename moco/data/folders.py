@@ -19,6 +19,7 @@ FLAT = "all"  # the class of images that lie in no class folder
 FORMS, SORTED = "docs/own-data.md#data-in-another-form", "docs/data-sets.md#imagenet"
 RAW = "torchvision's raw files; to images: python preprocess/torchvision_folders.py --root {root} --out NEW --dataset"
 INSTEAD = {  # of class folders: {patterns of the path itself or, after ./, below it: what that is, and what to do}
+    "*.pth.tar *.pth *.pt": "a checkpoint; name a data set, the folder that holds train/",
     "*.tar *.tar.* *.tgz *.zip *.7z": "an archive; unpack it (tar xf, unzip -q) and name the folder that holds train/",
     " ".join(f"*{suffix}" for suffix in IMG_EXTENSIONS): "an image; name a folder: docs/own-data.md#folder-layout",
     "*.parquet ./*.parquet ./*/*.parquet": f"parquet files; write their images into class folders: {FORMS}",

@@ -84,8 +84,9 @@ FORMS, CIFAR = "docs/own-data.md#data-in-another-form", "cifar-10-batches-py"
 
 @pytest.mark.parametrize("files, given, told", [
     ("x", "nowhere", "nowhere: no such directory; DIR must hold train/"), ("x", "x", "x: a file; name a folder"),
-    ("n01/a.png", ".", "no train/ folder, only 1: n01; DIR is the"), ("a.tgz", "a.tgz", "an archive; unpack it"),
-    ("a.PNG", "a.PNG", "an image; name a folder"), ("a.parquet", "a.parquet", f"parquet files; .*{FORMS}"),
+    ("n01/a.png", ".", "no train/ folder, only 1: n01; DIR is the"), ("a.tgz", "a.tgz", "an archive; unpack"),
+    ("a.PNG", "a.PNG", "an image; name"), ("a.pth.tar", "a.pth.tar", "a checkpoint; name a data set"),
+    ("a.parquet", "a.parquet", f"parquet files; .*{FORMS}"),
     ("d/data/train-0.parquet", "d", "d: parquet files;"), ("d/train/0.tar", "d", f"train: archives .0.tar.; .*{FORMS}"),
     (f"{CIFAR}/data_batch_1", ".", "raw files;.* --root . --out NEW --dataset cifar10$"),
     (f"r/{CIFAR}/data_batch_1", f"r/{CIFAR}", "raw files;.* --root r --out NEW --dataset cifar10$"),
