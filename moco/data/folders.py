@@ -121,7 +121,7 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
     _list_once(directory, os.path.realpath(directory), listed)
     found = {name: images_in(root + name, listed, others) for name in classes}
     if empty := [name for name in classes if not found[name]]:
-        only = f", only {count_text(others)} (read are {' '.join(IMG_EXTENSIONS)})" if others else ""
+        only = f", only {count_text(others)} (not read; convert images to {' '.join(IMG_EXTENSIONS)})" if others else ""
         told = f"no image in {_count_and_first(empty)}{only}; remove or fill these folders"
         raise UsageError(f"{directory}: {told}") if found.keys() - empty else refusal(directory, told)
     paths = PathArray(root, (f"{name}/{image}" for name in classes for image in found[name]))

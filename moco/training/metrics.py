@@ -92,7 +92,7 @@ def collapsed(spread: float, highest: float, done: float) -> bool:
 
 # Progress
 
-BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}|"
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar}|"
 SYMBOLS = {"q_k": "q·k", "q_t": "q·t", "q_queue": "q·queue"}
 WATCHED = ("loss", "acc1", "q_k", "q_t", "spread")  # on the bar, where they are among the figures and fit
 
@@ -116,9 +116,8 @@ class Progress:
     def __iter__(self) -> Iterator:
         self.start = time.perf_counter()
         if distributed.is_main() and _columns():
-            self.bar = tqdm(
-                total=len(self.batches), initial=self.done, desc=self.title, bar_format=BAR_FORMAT, dynamic_ncols=True
-            )
+            total = len(self.batches)
+            self.bar = tqdm(None, self.title, total, initial=self.done, bar_format=BAR, dynamic_ncols=True)
         asked = time.perf_counter()
         for batch in self.batches:
             self.waited += time.perf_counter() - asked
@@ -142,11 +141,12 @@ class Progress:
         rate = f"{speed['images_per_s']:.0f} images/s"
         if self.bar:
             first, *others = _figures({name: means[name] for name in WATCHED if name in means}, "–")
-            columns, text, counts = _columns(), f"{self.title} {first}", f" {len(self.batches)}" * 2
+            columns, text, counts = _columns(), f"{self.title} {first}", f" {len(self.batches)}" * 2 + " |#|"
             text = text if len(text) <= columns else first
             for part in eta, *others, rate:  # whole words; the bar takes what is left
-                text += f" {part}" if len(f"{text} {part}{counts} |#|") <= columns else ""
-            self.bar.set_description_str(text)
+                text += f" {part}" if len(f"{text} {part}{counts}") <= columns else ""
+            self.bar.bar_format = BAR if len(text + counts) <= columns else "{desc}"
+            self.bar.set_description_str(text[:columns])
         else:
             figures = [*_figures(means), f"lr {_text(lr, '.4g')}", rate, f"data {speed['data_share']:.0%}", eta]
             print(f"{self.title} [{self.done + 1}/{len(self.batches)}]  {'  '.join(figures)}", flush=True)

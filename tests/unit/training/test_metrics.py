@@ -146,7 +146,7 @@ HEADS = {"loss": [1.25, 0.5, 900.0], "acc1": [70.5, 80.0, 1.0]}
     (80, MEANS, "epoch 100 loss 8.123 ETA # q·k 0.812 q·t -0.123 spread 0.974 ", "images/s"),
     (200, MEANS, "epoch 100 loss 8.123 ETA # q·k 0.812 q·t -0.123 spread 0.974 128 images/s ", "acc"),
     (80, HEADS, "epoch 100 loss 0.500–900.000 ETA # acc1 1.000–80.000 ", "1.25"),
-    (25, {"loss": [1.25]}, "epoch 100 loss 1.250 ", "ETA"), (0, MEANS, None, None)])  # fmt: skip
+    (25, {"loss": [1.25]}, "epoch 100 loss 1.250", "/"), (0, MEANS, None, None)])  # fmt: skip
 def test_a_terminal_shows_the_loss_and_what_fits_or_gets_lines(capsys, monkeypatch, columns, means, shown, left_out):
     terminal, (_, descriptor) = io.StringIO(), pty.openpty()
     fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
