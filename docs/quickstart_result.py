@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,7 @@ def read_table(path: Path) -> tuple[Table, Differences]:
 def text(table: Table, differences: Differences) -> str:
     """The table for a terminal of 80 columns: mean±standard deviation, and below a row its difference."""
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    widths = [max(len(column), 8) + 1 for column in columns]
+    widths = [max(len(column), 9) + 1 for column in columns]
 
     def line(title: str, cells: Sequence[str]) -> str:
         return f"{title:<18}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
@@ -195,7 +196,8 @@ def main() -> None:
         draw(table, [Image.open(path).convert("RGB") for path in args.views], args.out)
     except (OSError, ValueError) as error:  # also an --out of a suffix that PIL does not know
         parser.exit(2, f"{parser.prog}: error: {args.table} → {args.out}: {error}\n")
-    print(text(table, differences), "", *sentences(table, differences), sep="\n")
+    told = (textwrap.fill(each, 80) for each in sentences(table, differences))
+    print(text(table, differences), "", *told, sep="\n")
 
 
 if __name__ == "__main__":

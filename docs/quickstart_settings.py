@@ -27,10 +27,10 @@ sys.path.insert(0, str(REPOSITORY))
 from moco.data import folders  # noqa: E402
 from moco.errors import UsageError  # noqa: E402
 
-PROBE_SEEN = {"cpu": 24_000, "gpu": 1_000_000}  # images that the probe sees
+# network, learning rate, largest crop, batch; images that pre-training and probe see; learning rates of the probe
 DEVICES = {
-    "cpu": {"seen": 44_000, "largest": 40, "batch": 64, "lr": 0.06, "arch": "resnet10_x0_5"},
-    "gpu": {"seen": 2_500_000, "largest": 224, "batch": 128, "lr": 0.06, "arch": "resnet50"},
+    "cpu": ("resnet10_x0_5", 0.06, 40, 64, 44_000, 24_000, "0.03 0.1 0.3 1"),
+    "gpu": ("resnet50", 0.06, 224, 128, 2_500_000, 1_000_000, "0.1 0.3 1 3 10 30"),
 }
 
 
@@ -62,21 +62,21 @@ def settings(data: str, own: list[str]) -> dict[str, object]:
     train, val = (folders.list_images(folders.split_path(data, split)) for split in ("train", "val"))
     images, gpus = len(train.paths), torch.cuda.device_count()
     device, cores = ("gpu" if gpus else "cpu"), os.cpu_count() or 1
-    rule = DEVICES[device]
+    arch, lr, largest, full_batch, seen, seen_by_probe, rates = DEVICES[device]
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    size = given.image_size or clamp(shorter_side(train.paths) * 7 / 8 // 8 * 8, 32, rule["largest"])
-    batch = given.batch_size or min(rule["batch"], power_of_two(images // 2))
-    epochs = given.epochs or clamp(rule["seen"] / images, 2, 200)
-    probe_epochs = clamp(PROBE_SEEN[device] / images, 4, 100)
+    size = given.image_size or clamp(shorter_side(train.paths) * 7 / 8 // 8 * 8, 32, largest)
+    batch = given.batch_size or min(full_batch, power_of_two(images // 2))
+    epochs = given.epochs or clamp(seen / images, 2, 200)
+    probe_epochs = clamp(seen_by_probe / images, 4, 100)
     precision = given.precision or ("bf16" if half else "fp32")
     both = f"--precision {precision} -j {clamp(cores / gpus - 1, 1, 16) if gpus else 1}"
     pretraining = (
-        f"--recipe paper -a {rule['arch']} --image-size {size} --epochs {epochs} --batch-size {batch}"
-        f" --lr {rule['lr'] * batch / rule['batch']:g} --moco-m {0.999 if epochs * images // batch > 10_000 else 0.99}"
+        f"--recipe paper -a {arch} --image-size {size} --epochs {epochs} --batch-size {batch}"
+        f" --lr {lr * batch / full_batch:g} --moco-m {0.999 if epochs * images // batch > 10_000 else 0.99}"
     )
     probe_batch = min(128, power_of_two(images // 2))
     schedule = " ".join(str(clamp(probe_epochs * part, 1, 100)) for part in (1 / 2, 3 / 4, 7 / 8))
-    probe = f"--lr 0.03 0.1 0.3 1 --batch-size {probe_batch} --epochs {probe_epochs} --schedule {schedule}"
+    probe = f"--lr {rates} --batch-size {probe_batch} --epochs {probe_epochs} --schedule {schedule}"
     return {
         "images": f"{images} training images in {len(train.classes)} classes, {len(val.paths)} to test on",
         "settings": shlex.join([*f"{pretraining} {both}".split(), *own]),

@@ -125,7 +125,7 @@ def test_what_goes_wrong_ends_the_quick_start_with_its_words(tmp_path):
 
 
 @pytest.mark.parametrize("images, side, gpus, shown", [
-    (4000, 64, 0, "-a resnet10_x0_5 --image-size 40 --epochs 11 --batch-size 64 --lr 0.06 --moco-m 0.99 --precision fp32"),
+    (4000, 64, 0, "-a resnet10_x0_5 --image-size 40 --epochs 11 --batch-size 64 --lr 0.06 --moco-m 0.99"),
     (36, 500, 0, "--image-size 40 --epochs 200 --batch-size 16 --lr 0.015 --moco-m 0.99"),
     (4000, 28, 0, "--image-size 32 --epochs 11"), (1, 64, 0, "--epochs 200 --batch-size 2 "),
     (100_000, 500, 4, "-a resnet50 --image-size 224 --epochs 25 --batch-size 128 --lr 0.06 --moco-m 0.999"),
