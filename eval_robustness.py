@@ -44,11 +44,12 @@ class Inputs(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.OptionParser("Test linear checkpoints on ImageNet-C, -Sketch, -R, Stylized-ImageNet and others.")
+    use = "%(prog)s [options]\nto begin: python %(prog)s --pretrained ckpts/RUN --val DIR"
+    parser = options.OptionParser("Test linear checkpoints on ImageNet-C, -Sketch, -R and other sets.", use)
     # fmt: off
     model = parser.add_argument_group("model")
     model.add_argument("--pretrained", nargs="+", action="extend", default=[], metavar="ROW",
-                       help="[NAME=]FILE[,FILE…]: linear checkpoints, one table row each; several FILEs are averaged")
+                       help="[NAME=]RUN[,RUN…]: runs' folders or linear checkpoints, a row each, means of several RUNs")
     model.add_argument("--classes", metavar="FILE",
                        help="class list, one wnid per line, for heads that store none; it is sorted")
     model.add_argument("--list-released", action="store_true", help="print the released checkpoints, then exit")
@@ -97,7 +98,7 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
 
 
 def parse_rows(entries: Iterable[str]) -> dict[str, list[str]]:
-    """{name: files} of [NAME=]FILE[,FILE…] entries."""
+    """{name: files} of [NAME=]RUN[,RUN…] entries: files, or folders that hold one linear checkpoint."""
     rows = {}
     for entry in entries:
         name, separator, files = entry.partition("=")
@@ -105,7 +106,8 @@ def parse_rows(entries: Iterable[str]) -> dict[str, list[str]]:
             name = files = entry
         if name in rows:
             raise UsageError(f"--pretrained {entry}: the name {name} is taken by another row")
-        rows[name] = [files] if os.path.exists(files) else files.split(",")  # a path may hold a comma, too
+        paths = [files] if os.path.exists(files) else files.split(",")  # a path may hold a comma, too
+        rows[name] = [released.local_path(path, linear=True) for path in paths]
     return rows
 
 
@@ -193,7 +195,8 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
 def main() -> None:
     args = parse_args()
     if args.list_released:
-        return print(released.listing()) if launch.is_main(args) else None
+        listing = [f"{released.SCHEME}{name:28}  {link}" for name, link in released.links().items()]
+        return print(*listing, sep="\n") if launch.is_main(args) else None
     rows, sets = parse_rows(args.pretrained), parse_sets(args.sets)
     validate_args(args, rows)
     models, made, wnids, image_size, origin = load_models(rows, args)
@@ -201,9 +204,6 @@ def main() -> None:
     directories = {suite: vars(args)[suite] for suite in testsets.SUITES if vars(args)[suite]}
     directories |= {f"{testsets.FURTHER}/{name}": directory for name, directory in sets.items()}
     test_sets = testsets.list_test_sets(directories, wnids, args.limit)
-    unknown = args.corruption and testsets.unknown_corruptions(args.corruption)
-    if unknown and launch.is_main(args):
-        print(f"not evaluated, since ImageNet-C has no such corruption: {', '.join(unknown)}", file=sys.stderr)
     result = results.new(rows, made, wnids, image_size, args.limit) | {"classes_from": origin}
     if args.compare:
         paper.check_recipes(result["checkpoints"])

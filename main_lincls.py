@@ -33,7 +33,7 @@ from moco.data.datasets import ImageList, RetryDataset
 from moco.data.folders import ImageFolder
 from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
-from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_device
+from moco.encoders import DTYPES, arch_name, build_encoder, check_input, configure_device
 from moco.errors import UsageError
 from moco.evaluation import classifier, released
 from moco.evaluation.classifier import LinearHeads
@@ -60,14 +60,15 @@ class Inputs(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.OptionParser("Train linear heads on a frozen, pre-trained backbone, and test them.")
+    use = "%(prog)s [options] DIR\nto begin: python %(prog)s --lr 1 10 --pretrained ckpts/RUN DIR"
+    parser = options.OptionParser("Train linear heads on a frozen, pre-trained backbone, and test them.", use)
     options.add_data_options(parser, nargs="?")
     # fmt: off
     model = parser.add_argument_group("model")
-    model.add_argument("-a", "--arch", choices=ARCHS, metavar="ARCH",
+    model.add_argument("-a", "--arch", type=arch_name, metavar="ARCH",
                        help="as in pre-training; default: that of the checkpoint, else resnet50")
     model.add_argument("--pretrained", default="", metavar="FILE",
-                       help="pre-training checkpoint, torchvision state_dict or released:NAME; none: random weights")
+                       help="a run's folder, checkpoint, torchvision state_dict or released:NAME; none: random weights")
     model.add_argument("--export-backbone", metavar="FILE",
                        help="write the backbone of --pretrained as a torchvision state_dict, then exit (no DIR needed)")
     model.add_argument("--features", metavar="FILE.npz",
@@ -132,6 +133,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         }
     name = run_name(args.pretrained)
     own = rf"(checkpoint_robust|model_best)_{re.escape(name)}\.pth\.tar"
+    own = checkpoint.BEST if os.path.isdir(args.resume) and not trains(args) else own
     lock, saved = open_folder(args, own, probe=name, writes=trains(args))
     pretrained, backbone, origin = load_backbone(args, saved)
     args.image_size = args.image_size or (saved or pretrained).get("image_size", 224)
@@ -293,7 +295,7 @@ def evaluate_only(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) ->
     if distributed.is_main() and inputs.saved:
         print(accuracy_line(result), flush=True)
     if args.features:
-        found = classifier.gather_in_order(torch.cat(share), len(inputs.val.paths), ctx)
+        found = distributed.gather_in_order(torch.cat(share).to(ctx.device)).cpu()
         if distributed.is_main():
             classifier.save_features(args.features, found, inputs.val)
             print(f"wrote {args.features}: features {tuple(found.shape)} of {args.data}/val by {weights}", flush=True)
@@ -339,13 +341,9 @@ def adjust_learning_rate(optimizer: torch.optim.Optimizer, epoch: int, args: arg
 
 
 def checkpoint_state(
-    args: argparse.Namespace,
-    inputs: Inputs,
-    backbone: nn.Module,
-    heads: LinearHeads,
-    optimizer: torch.optim.Optimizer,
-    best: classifier.BestHead,
-) -> dict:
+    args: argparse.Namespace, inputs: Inputs, backbone: nn.Module, heads: LinearHeads,
+    optimizer: torch.optim.Optimizer, best: classifier.BestHead,
+) -> dict:  # fmt: skip
     """The script's part of a checkpoint: all heads, and the last epoch's winner as the published script saves it."""
     winner = dict(zip(checkpoint.FC_KEYS, heads[best.winner].state_dict().values()))
     return {

@@ -24,13 +24,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from moco import augment, distributed, options, plot, views
-from moco.builder import MoCo, chance_loss
+from moco.builder import MoCo
 from moco.data import folders, loader
 from moco.data.datasets import RetryDataset, TwoCrops
 from moco.data.folders import ImageFolder, TrainingImages
 from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
-from moco.encoders import ARCHS, DTYPES, build_encoder, check_input, configure_device
+from moco.encoders import DTYPES, arch_name, build_encoder, check_input, configure_device
 from moco.errors import UsageError
 from moco.evaluation import knn
 from moco.negatives import NEGATIVES, PUBLISHED_NAMES
@@ -44,7 +44,6 @@ SAVED_OPTIONS = (
     "patch_ratio", "image_size", "batch_size", "lr", "epochs", "start_epoch", "cos", "schedule", "momentum",
     "weight_decay", "precision", "strict_fp32",
 )  # fmt: skip
-CHECKPOINTS = r"checkpoint_(\d{4,}|latest)\.pth\.tar"
 
 
 class Inputs(NamedTuple):
@@ -57,13 +56,14 @@ class Inputs(NamedTuple):
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.OptionParser("Pre-train MoCo with non-semantic negatives (NS).")
+    use = "%(prog)s [options] DIR\nto begin: python %(prog)s --recipe paper --preview views.png DIR"
+    parser = options.OptionParser("Pre-train MoCo with non-semantic negatives (NS).", use)
     options.add_data_options(parser)
     # fmt: off
     parser.add_argument("--recipe", choices=["paper"],
                         help="defaults of the paper's + Patch row, K and patches fitted to the data and the crop")
     model = parser.add_argument_group("model")
-    model.add_argument("-a", "--arch", choices=ARCHS, metavar="ARCH",
+    model.add_argument("-a", "--arch", type=arch_name, metavar="ARCH",
                        help="encoder: resnet10 or a torchvision model with a final fc; default: that of --resume, else"
                        " resnet50")
     model.add_argument("--moco-dim", default=128, type=options.positive_int, metavar="C", help="feature dimension")
@@ -127,10 +127,12 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))
     data = folders.list_training_images(args.data, with_textures=needs_texture(args))
     args.moco_k = args.moco_k or options.queue_length(len(data.photos))
+    if args.preview and not args.dry_run:  # however few images there are: nothing of what follows is used
+        return Inputs(data, (), {}, None), {}
     knn_folders = list_knn_folders(args, data) if args.knn else ()
     batch_size = options.per_rank(args.batch_size, local_world_size)
     sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
-    lock, saved = open_folder(args, CHECKPOINTS, writes=not args.preview)
+    lock, saved = open_folder(args, checkpoint.PRETRAINING, writes=not args.preview)
     args.arch = args.arch or checkpoint.arch_of(saved, f"--resume {args.resume}") or "resnet50"
     with torch.device("meta"):
         model = build_model(args, torch.float32)
@@ -146,7 +148,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         + ("1 class, as there are no class folders" if flat else f"{len(data.classes)} classes"),
         "images per step": sampler.global_batch_size,
         "steps per epoch": len(sampler),
-        "chance loss": f"{chance_loss(args.moco_k, args.num_nonsem):.3f}",
+        "chance loss": f"{math.log(1 + args.moco_k + args.num_nonsem):.3f}",  # of features that tell nothing apart
         **notes(args, inputs),
     }
 

@@ -5,6 +5,7 @@ MoCo, contrastive_logits and patch_negatives are imported on first use, so that 
 
 import importlib
 
+__version__ = "0"  # pyproject.toml reads it here, without importing
 _MODULES = {"MoCo": "builder", "contrastive_logits": "builder", "patch_negatives": "negatives"}
 
 

@@ -111,11 +111,7 @@ def _where(host, device, change, x):
     """change(x) for the images that a boolean (N,), given on host and device, selects, and x for the others."""
     if not host.any():
         return x
-    return change(x) if host.all() else torch.where(_per_image(device), change(x), x)
-
-
-def _per_image(values):
-    return values.view(-1, 1, 1, 1)
+    return change(x) if host.all() else torch.where(device.view(-1, 1, 1, 1), change(x), x)
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
@@ -149,9 +145,9 @@ def _blend(x, host, device, host_factors, factors):
         target = torch.zeros((), device=x.device)
         if (host.saturation | host.contrast)[chosen, slot].any():
             gray = _luma(x)
-            target = _per_image(device.saturation[:, slot]) * gray
-            target += _per_image(device.contrast[:, slot]) * gray.mean(dim=(2, 3), keepdim=True)
-        x = torch.lerp(target, x, _per_image(factors[:, slot])).clamp_(0, 1)
+            target = device.saturation[:, slot].view(-1, 1, 1, 1) * gray
+            target += device.contrast[:, slot].view(-1, 1, 1, 1) * gray.mean(dim=(2, 3), keepdim=True)
+        x = torch.lerp(target, x, factors[:, slot].view(-1, 1, 1, 1)).clamp_(0, 1)
     return x
 
 
@@ -165,7 +161,7 @@ def shift_hue(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     turns = torch.where(
         value == r, (g - b) * sixth, torch.where(value == g, (b - r) * sixth + 1 / 3, (r - g) * sixth + 2 / 3)
     )
-    turns += _per_image(shift)
+    turns += shift.view(-1, 1, 1, 1)
     # HSV to RGB in closed form: every channel is value minus chroma times a trapezoid of its distance in hue.
     distance = torch.cat([turns + 2, turns + 5 / 3, turns + 4 / 3], dim=1).frac_()  # red, green, blue; none is negative
     return distance.sub_(0.5).abs_().mul_(-6).add_(2).clamp_(0, 1).mul_(chroma).neg_().add_(value)

@@ -4,7 +4,6 @@ He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CV
 Ge et al., Robust Contrastive Learning Using Negative Samples with Diminished Semantics, NeurIPS 2021.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -37,18 +36,13 @@ def contrastive_logits(
     return torch.cat([positive, negative, nonsemantic], dim=1) / temperature
 
 
-def chance_loss(K: int, n: int) -> float:
-    """The loss of features that tell nothing apart, for K older keys and n negatives: of the logits above."""
-    return math.log(1 + K + n)
-
-
 class MoCo(nn.Module):
     """Query encoder, momentum (key) encoder and queue; the same module in one process or many.
 
     base_encoder(num_classes=dim) builds an encoder whose final linear layer is `fc`. dim: feature dimension C;
     K: queue length; m: momentum of the key encoder; T: temperature; mlp: two-layer head (MoCo v2);
     alpha: weight of the similarity to non-semantic negatives; dtype: number format of the backbones (encoders.py).
-    state_dict: encoder_q.*, encoder_k.*, queue (C, K), queue_ptr (1,).
+    state_dict: encoder_q.*, encoder_k.*, queue (C, K), queue_ptr (1,). Raises ValueError for an encoder without `fc`.
     """
 
     def __init__(
@@ -66,6 +60,10 @@ class MoCo(nn.Module):
         self.K, self.m, self.T, self.alpha, self.dtype = K, m, T, alpha, dtype
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
+        if not hasattr(self.encoder_q, "fc"):
+            wrapped = "nn.Sequential(OrderedDict(body=network without its head, fc=nn.Linear(width, num_classes)))"
+            name = type(self.encoder_q).__name__
+            raise ValueError(f"base_encoder: {name} has no final linear layer named fc; let it return {wrapped}")
         for encoder in (self.encoder_q, self.encoder_k):
             layers = [encoder.fc]
             if mlp:
@@ -93,7 +91,7 @@ class MoCo(nn.Module):
             )
         q = self._features(self.encoder_q, im_q)  # N×C
         with torch.no_grad():
-            self._update_key_encoder()
+            self._ema_update(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), None)
             k = self._encode_key(im_k)  # N×C
             t = q.new_empty(len(q), im_t.shape[1], q.shape[1])  # N×n×C
             for i in range(im_t.shape[1]):  # one pass each: their BatchNorm statistics never mix
@@ -109,10 +107,6 @@ class MoCo(nn.Module):
         with autocast(images.device, self.dtype):
             features = encoder(images)
         return F.normalize(features.to(self.queue.dtype), dim=1)
-
-    @torch.no_grad()
-    def _update_key_encoder(self) -> None:
-        self._ema_update(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), None)
 
     @torch.no_grad()
     def _encode_key(self, images: torch.Tensor) -> torch.Tensor:

@@ -102,21 +102,18 @@ def gather(x: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-@torch.no_grad()
-def gather_uneven(x: torch.Tensor) -> torch.Tensor:
-    """`gather` for tensors whose length N differs between ranks."""
-    if world_size() == 1:
-        return x
-    lengths = gather(torch.tensor([len(x)], device=x.device)).tolist()
-    padded = torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])])
-    return torch.cat([part[:length] for part, length in zip(gather(padded).split(max(lengths)), lengths)])
-
-
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
     """The sum of x over all ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def gather_in_order(x: torch.Tensor) -> torch.Tensor:
+    """The rows of a data set (N, ...), in its order, of which rank r has r, r + world_size, …, as eval_loader reads."""
+    whole = x.new_zeros(int(all_reduce(torch.tensor(len(x), device=x.device))), *x.shape[1:])
+    whole[rank() :: world_size()] = x
+    return all_reduce(whole)
 
 
 def broadcast_buffers(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ BatchNorm statistics, the head (fc), features, logits and loss stay fp32. fp16 n
 (torch.amp.GradScaler), bf16 does not.
 """
 
+import argparse
 import contextlib
 import ctypes
 
@@ -22,6 +23,15 @@ ARCHS = [*WIDTHS] + [
 ]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def arch_name(text: str) -> str:
+    """A value of --arch. argparse.ArgumentTypeError unless it is one of ARCHS."""
+    if text in ARCHS:
+        return text
+    known = f"{', '.join(WIDTHS)} and torchvision's {', '.join(f'{name}*' for name in FAMILIES)}"
+    way = "to add another, such as a ViT or ConvNeXt: docs/own-loop.md#in-this-project"
+    raise argparse.ArgumentTypeError(f"{text}: not among {known}, which end in a layer fc; {way}")
 
 
 def build_encoder(arch: str, num_classes: int) -> nn.Module:

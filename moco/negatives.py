@@ -14,20 +14,23 @@ from moco.distributed import to_device
 
 
 def patch_negatives(
-    images: torch.Tensor, low: int, high: int, rng: np.random.Generator, count: int = 1
+    images: torch.Tensor, low: int, high: int, rng: np.random.Generator | torch.Generator, count: int = 1
 ) -> torch.Tensor:
     """Tile a canvas with windows of each image, taken at random positions.
 
     images: (N, C, S, S), any dtype and device. For each image and negative a patch size d ~ U{low..high} (pixels,
     inclusive) is drawn. The S×S canvas is tiled from the top left with d×d windows of the image, each at its own
     uniform position, neither flipped nor rotated; the last row and column are cut off at the canvas. Returns (N,
-    count, C, S, S). Raises ValueError unless 1 <= low <= high <= S and the images are a batch of square ones.
+    count, C, S, S). PyTorch's generator gives one number, which seeds the draws. Raises ValueError unless
+    1 <= low <= high <= S and the images are a batch of square ones.
     """
     if images.dim() != 4 or images.shape[2] != images.shape[3]:
         raise ValueError(
             f"patch negatives need a batch of square images (N, C, S, S), got the shape {tuple(images.shape)}; of one"
             " image, images.unsqueeze(0) makes a batch"
         )
+    if isinstance(rng, torch.Generator):
+        rng = np.random.default_rng(torch.randint(2**62, (), generator=rng, device=rng.device).item())
     drawn = draw_patches(len(images), images.shape[3], low, high, rng, count)
     (patches,) = to_device([drawn], images.device)
     return cut_patches(images, *patches)

@@ -1,9 +1,12 @@
 """Argument groups that the scripts share, checks of their values, and the printed configuration."""
 
 import argparse
+import difflib
 import math
 import os
+import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from moco.errors import UsageError, one_line
@@ -11,15 +14,15 @@ from moco.processes.environment import is_local_main, is_main
 
 
 class OptionParser(argparse.ArgumentParser):
-    """argparse with defaults in the help and one-line errors. `args.defaults` holds the defaults of all options."""
+    """argparse with defaults in the help and one-line errors. `args.defaults` holds the defaults of all options.
 
-    def __init__(self, description: str):
+    A _ in an option's name is as good as a -. usage: with a first command to try, for want of arguments.
+    """
+
+    def __init__(self, description: str, usage: str | None = None):
         width = min(shutil.get_terminal_size().columns, 120)
-        super().__init__(
-            description=description,
-            allow_abbrev=False,
-            formatter_class=lambda prog: _HelpFormatter(prog, max_help_position=26, width=width),
-        )
+        formatter = lambda prog: _HelpFormatter(prog, max_help_position=26, width=width)
+        super().__init__(description=description, usage=usage, allow_abbrev=False, formatter_class=formatter)
 
     def parse_args(self, *args, recipes: Mapping[str, Mapping] = {}, **kwargs) -> argparse.Namespace:
         """recipes: {value of --recipe: the defaults that it stands for}; `args.defaults` stay the published ones."""
@@ -31,15 +34,30 @@ class OptionParser(argparse.ArgumentParser):
         namespace.defaults = defaults
         return namespace
 
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        """Give options their published spelling, and refuse unknown ones before anything else: with the nearest."""
+        words, known = list(sys.argv[1:] if args is None else args), self._option_string_actions
+        if self.usage and not words and is_local_main():
+            self.exit(2, f"{self.format_usage().strip()}\nall options: python {sys.argv[0]} --help\n")
+        spelling = {name.replace("_", "-"): name for name in known}
+        for place, word in enumerate(words[: words.index("--")] if "--" in words else words):
+            name, equals, value = word.partition("=")
+            if name not in known and re.match("--|-[^-.0-9]", name) and name[:2] not in known:
+                if name.replace("_", "-") not in spelling:
+                    near = difflib.get_close_matches(f"-{name}".replace("---", "--"), known, 1, cutoff=0.5)
+                    way = f"did you mean {near[0]}?" if near else "--help lists the options"
+                    self.error(f"{name}: unknown; {way}")
+                words[place] = spelling[name.replace("_", "-")] + equals + value
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> None:
         self.exit(2, one_line(f"{self.prog}: error: {message}") if is_local_main() else None)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default in ("", []):
-            return action.help
-        return super()._get_help_string(action)
+        none = action.default is False or action.default in (None, "", [])
+        return action.help if none else super()._get_help_string(action)
 
 
 # Types

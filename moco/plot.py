@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -154,10 +155,10 @@ def corruptions(evaluation: Mapping) -> "Figure":
     for name, axis in zip(names, axes):
         severities = {int(key[-1]): cell for key, cell in cells.items() if key.startswith(f"corruption/{name}/")}
         for index, (row, runs) in enumerate(report.rows_of(evaluation).items()):
-            top1 = [report.mean_top1(cell, runs) for cell in severities.values()]
+            top1 = [statistics.fmean(cell["results"][run]["top1"] for run in runs) for cell in severities.values()]
             axis.plot(list(severities), top1, marker=".", color=f"C{index}", label=plain_text(row))
             if "val" in cells:
-                clean = report.mean_top1(cells["val"], runs)
+                clean = statistics.fmean(cells["val"]["results"][run]["top1"] for run in runs)
                 axis.axhline(clean, color=f"C{index}", linestyle="--", linewidth=0.9)
         axis.set_title(name.replace("_", " "), fontsize=9)
         axis.set_xticks(range(1, 6))

@@ -29,12 +29,15 @@ RESUME = "run the same command again to resume"
 
 def run(main: Callable[[], int | None]) -> None:
     """Call main() and exit with its code; errors end in one line on stderr, signals in 128 + their number."""
-    signals.handle_stop_signals(signals.exit_at_once, signals.END_SIGNALS)
+    signals.handle_stop_signals(lambda signum, frame: sys.exit(128 + signum), signals.END_SIGNALS)
     cli_main(main, again=RESUME)
 
 
 class Parser(OptionParser):
-    """The scripts' own parser, for several worker processes."""
+    """The scripts' own parser, for several worker processes. begin: the arguments of a first command to try."""
+
+    def __init__(self, description: str, begin: str):
+        super().__init__(description, f"%(prog)s [options]\nto begin: python preprocess/%(prog)s {begin}")
 
     def add_workers(self) -> None:
         self.add_argument("--workers", type=positive_int, default=os.cpu_count(), metavar="N", help="worker processes")

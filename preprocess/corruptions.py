@@ -151,7 +151,8 @@ def list_photos(source: Path, limit: int | None) -> list[str]:
 
 def parse_args() -> argparse.Namespace:
     """The options. Ends the script with exit code 2 where they are wrong."""
-    parser = common.Parser("Corrupt photos as ImageNet-C was made, for eval_robustness.py --corruption.")
+    begin = "--val DIR --out DIR-c"
+    parser = common.Parser("Corrupt photos as ImageNet-C was made, for eval_robustness.py --corruption.", begin)
     parser.add_argument("--val", type=Path, required=True, metavar="DIR", help="photos, <class>/* or val/<class>/*")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="OUT", help="images, OUT/<corruption>/<severity>/<class>/*.JPEG"
@@ -168,8 +169,6 @@ def parse_args() -> argparse.Namespace:
             f"--size {args.size}: the library corrupts images of {LEAST_SIZE} px or more; use --size {LEAST_SIZE}, and"
             f" train and test with --image-size {LEAST_SIZE}, or eval_robustness.py will resize them to its crop"
         )
-    if not args.val.is_dir():
-        parser.error(f"--val {args.val}: no such folder; it must hold one folder of photos per class")
     if (args.val / "val").is_dir():
         args.val = args.val / "val"
     if not 0 <= args.seed < 2**63:

@@ -30,7 +30,8 @@ SPLITS = {"train": range(600, 1301), "val": range(50, 51)}  # how many photos a 
 
 def parse_args() -> argparse.Namespace:
     """The options, and `wnids`. Ends the script with exit code 2 where they cannot be right."""
-    parser = common.Parser("Take the 100 classes of ImageNet-100 out of an ImageNet folder.")
+    begin = "--imagenet_path imagenet --imagenet100_path imagenet-100"
+    parser = common.Parser("Take the 100 classes of ImageNet-100 out of an ImageNet folder.", begin)
     parser.add_argument(
         "--imagenet_path", type=Path, required=True, metavar="SRC", help="ImageNet, SRC/{train,val}/<wnid>/*"
     )
@@ -54,14 +55,9 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     args.wnids = read_classes(args.classes or folders.IMAGENET_100)
     for split in SPLITS:
-        folder = args.imagenet_path / split
-        if not folder.is_dir():
-            parser.error(f"--imagenet_path {args.imagenet_path}: it has no {split}/ folder; SRC holds train/ and val/")
+        folder = folders.split_path(str(args.imagenet_path), split)
         if not folders.class_folders(folder):
-            parser.error(
-                f"--imagenet_path {args.imagenet_path}: {split}/ holds no class folders; ImageNet's val"
-                " archive unpacks flat and must be sorted into <wnid>/ folders first"
-            )
+            raise folders.refusal(folder, "it has no class folders; SRC holds train/<wnid>/* and val/<wnid>/*")
     if args.imagenet100_path.resolve() == args.imagenet_path.resolve():
         parser.error(f"--imagenet100_path {args.imagenet100_path} is SRC itself; try {args.imagenet_path}-100")
     return args

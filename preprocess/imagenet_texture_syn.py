@@ -153,7 +153,8 @@ def save_preview(path: Path, photos: list[str], recipe: Recipe) -> None:
 
 def parse_args() -> tuple[argparse.Namespace, list[str]]:
     """The options, and the photos they name. Ends the script with exit code 2 where they are wrong."""
-    parser = common.Parser("Synthesise a texture from two patches of every photo of an ImageNet folder.")
+    begin = "--imagenet_path DIR --imagenet_t_path DIR-texture"
+    parser = common.Parser("Synthesise a texture from two patches of every photo of an ImageNet folder.", begin)
     parser.add_argument(
         "--imagenet_path", type=Path, required=True, metavar="SRC", help="photos, SRC/<split>/<class>/*"
     )
@@ -190,12 +191,7 @@ def parse_args() -> tuple[argparse.Namespace, list[str]]:
 def check(parser: common.Parser, args: argparse.Namespace) -> None:
     """End the script where the options cannot be right."""
     for split in args.splits:
-        if not (args.imagenet_path / split).is_dir():
-            there = folders.class_folders(args.imagenet_path) if args.imagenet_path.is_dir() else []
-            parser.error(
-                f"--imagenet_path {args.imagenet_path}: it has no {split}/ folder; SRC is the folder above it, and has"
-                f" {', '.join(there[:5]) or 'no folders'}"
-            )
+        folders.split_path(str(args.imagenet_path), split)
     if args.imagenet_t_path.resolve() == args.imagenet_path.resolve():
         parser.error(f"--imagenet_t_path {args.imagenet_t_path} is SRC itself; try {args.imagenet_path}-texture")
     if args.patch < 8:

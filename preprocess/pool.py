@@ -5,7 +5,8 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 from common import RESUME, RunError, signals
 from tqdm import tqdm
 
+LINE_SECONDS = 30  # between lines in a log
+
 
 def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, unit: str) -> Iterator:
-    """Yield function(job) for all jobs, in order; a bar shows the rate and the remaining time.
+    """Yield function(job) for all jobs, in order, with `progress`.
 
     Raises RunError if a worker is killed, and what `function` raises.
     """
@@ -25,8 +28,7 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
         # Not pool.map: interrupted, it cancels what is waiting, and a pool that loses its workers while something is
         # cancelled ends in a traceback on Python 3.10 and 3.11.
         waiting = [pool.submit(_call_each, function, jobs[i : i + chunk]) for i in range(0, len(jobs), chunk)]
-        seconds = 0.1 if sys.stderr.isatty() else 30  # between updates; in a log each is a line
-        yield from tqdm(_results(waiting[::-1]), total=len(jobs), unit=unit, smoothing=0.02, mininterval=seconds)
+        yield from progress(_results(waiting[::-1]), len(jobs), unit)
     except (BrokenProcessPool, MemoryError):
         raise RunError(
             f"a worker process was killed (out of memory?); {RESUME}, with fewer --workers if memory ran out"
@@ -38,6 +40,22 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
     finally:
         with contextlib.suppress(RuntimeError):  # a signal while its thread was being started: it cannot be joined
             pool.shutdown(cancel_futures=True)
+
+
+def progress(results: Iterable, total: int, unit: str, title: str = "") -> Iterator:
+    """Yield the results; a bar shows the rate and the remaining time, in a log a line about every LINE_SECONDS."""
+    if sys.stderr.isatty():
+        yield from tqdm(results, title, total, unit=unit, smoothing=0.02)
+        return
+    start = said = time.monotonic()
+    for done, result in enumerate(results, 1):
+        yield result
+        if (now := time.monotonic()) - said >= LINE_SECONDS or done == total:
+            said, rate = now, done / max(now - start, 1e-9)
+            left = tqdm.format_interval((total - done) / rate)
+            speed = f"{float(f'{rate:.3g}'):g} a second"
+            text = f"{title}{': ' * bool(title)}{done}/{total} {unit}s, {speed}, {left} left"
+            print(text, file=sys.stderr, flush=True)
 
 
 def _call_each(function: Callable[[Any], Any], jobs: Sequence) -> list:

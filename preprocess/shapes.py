@@ -293,7 +293,8 @@ def preview(seed: int, file: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     """The options. Ends the script with exit code 2 where they cannot be right."""
-    parser = common.Parser("Generate a small data set of textured shapes with four robustness test sets.")
+    begin = "--out shapes --preview shapes.png"
+    parser = common.Parser("Generate a small data set of textured shapes with four robustness test sets.", begin)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same images")
     parser.add_argument("--train", type=int, default=4000, metavar="N", help="training images")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.error import URLError
 
 import common
-from tqdm import tqdm
+import pool
 
 if TYPE_CHECKING:  # --help and wrong options need not wait for PyTorch
     from torch.utils.data import Dataset
@@ -31,7 +31,8 @@ DATASETS = {
 
 
 def parse_args() -> tuple[common.Parser, argparse.Namespace]:
-    parser = common.Parser("Write one of torchvision's small data sets as folders of images.")
+    begin = "--dataset cifar10 --root raw --out cifar10"
+    parser = common.Parser("Write one of torchvision's small data sets as folders of images.", begin)
     parser.add_argument("--dataset", choices=DATASETS, required=True, help="which one")
     parser.add_argument(
         "--root", type=Path, required=True, metavar="RAW", help="folder of the raw files; downloads go there"
@@ -76,7 +77,7 @@ def class_name(dataset: "Dataset", label: int) -> str:
 
 def write_images(dataset: "Dataset", folder: Path) -> None:
     """Write those images that are not there yet as folder/<class>/<number>.png, RGB."""
-    for index in tqdm(range(len(dataset)), desc=str(folder), unit="image"):
+    for index in pool.progress(range(len(dataset)), len(dataset), "image", str(folder)):
         image, label = dataset[index]
         path = folder / class_name(dataset, label) / f"{index:06}.png"
         if not path.exists():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision.transforms as transforms
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
@@ -26,11 +27,15 @@ def train_transform(size: int) -> Callable[[str], torch.Tensor]:
     return transforms.Compose([read_rgb, v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
 
 
+def eval_reader(size: int) -> Callable[[str], Image.Image]:
+    """Open an image, unless it is too narrow to be resized for a crop of `size` px."""
+    return functools.partial(open_rgb, resizable_to=round(size * 256 / 224))
+
+
 def eval_transform(size: int) -> Callable[[str], torch.Tensor]:
     """Resize the shorter side to 256/224 of the crop and crop the centre, with PIL as in all published results."""
-    shorter = round(size * 256 / 224)
-    read = functools.partial(open_rgb, resizable_to=shorter)
-    return transforms.Compose([read, transforms.Resize(shorter), transforms.CenterCrop(size), v2.PILToTensor()])
+    crop = transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size)
+    return transforms.Compose([eval_reader(size), *crop, v2.PILToTensor()])
 
 
 # Data sets

@@ -16,6 +16,23 @@ IMAGENET_100 = Path(__file__).parents[2] / "preprocess" / "imagenet_100.txt"
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision
 NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
 FLAT = "all"  # the class of images that lie in no class folder
+FORMS, SORTED = "docs/own-data.md#data-in-another-form", "docs/data-sets.md#imagenet"
+RAW = "torchvision's raw files; to images: python preprocess/torchvision_folders.py --root {root} --out NEW --dataset"
+INSTEAD = {  # of class folders: {patterns of the path itself or, after ./, below it: what that is, and what to do}
+    "*.pth.tar *.pth *.pt": "a checkpoint; name a data set, the folder that holds train/",
+    "*.tar *.tar.* *.tgz *.zip *.7z": "an archive; unpack it (tar xf, unzip -q) and name the folder that holds train/",
+    " ".join(f"*{suffix}" for suffix in IMG_EXTENSIONS): "an image; name a folder: docs/own-data.md#folder-layout",
+    "*.parquet ./*.parquet ./*/*.parquet": f"parquet files; write their images into class folders: {FORMS}",
+    "cifar-10-batches-py ./cifar-10-batches-py": f"{RAW} cifar10",
+    "cifar-100-python ./cifar-100-python": f"{RAW} cifar100",
+    "stl10_binary ./stl10_binary": f"{RAW} stl10",
+    "FashionMNIST FashionMNIST/raw ./FashionMNIST ./*-ubyte.gz": f"{RAW} fashionmnist",
+    "./ILSVRC/Data/CLS-LOC ./Data/CLS-LOC ./CLS-LOC": f"Kaggle's ImageNet; name {{found}}, sort its val/: {SORTED}",
+    "./ILSVRC2012_val_*": f"ImageNet's validation images without class folders; sort them: {SORTED}",
+    "./*.heic ./*/*.heic ./*.avif ./*/*.avif": "{found.suffix} is not read; convert: magick mogrify -format jpg FILES",
+    "./*.npy ./*/*.npy": "arrays; save them as images: PIL.Image.fromarray(numpy.load(FILE)).save('NAME.png')",
+    "./*.tar ./*/*.tar ./*.tar.gz ./*.zip": f"archives ({{found.name}}); unpack them, WebDataset shards as in {FORMS}",
+}
 
 
 class PathArray(Sequence):
@@ -86,7 +103,7 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
     """
     directory = Path(directory)
     if not is_folder(directory):
-        raise UsageError(f"{directory}: no such directory; it must hold one folder of images per class")
+        raise refusal(directory, "no such directory; it must hold one folder of images per class")
     others: Counter[str] = Counter()
     folders, images = scan_folder(directory, others)
     classes, beside = sorted(folders), sorted(images)
@@ -97,14 +114,16 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
     if beside and flat:
         return ImageFolder(PathArray(root, beside), np.zeros(len(beside), np.int32), [FLAT], count_text(others))
     if not classes:
-        only = f", only {len(beside)} images; labels are needed here: make one folder of images per class"
-        raise UsageError(f"{directory}: it has no class folders{only if beside else ''}")
+        unsorted = f"{len(beside)} images; labels are needed here: one folder of images per class"
+        found = unsorted if beside else count_text(others)
+        raise refusal(directory, f"it has no class folders{found and f', only {found}'}")
     listed = {}
     _list_once(directory, os.path.realpath(directory), listed)
     found = {name: images_in(root + name, listed, others) for name in classes}
     if empty := [name for name in classes if not found[name]]:
-        only = f", only {count_text(others)} (read are {' '.join(IMG_EXTENSIONS)})" if others else ""
-        raise UsageError(f"{directory}: no image in {_count_and_first(empty)}{only}; remove or fill these folders")
+        only = f", only {count_text(others)} (not read; convert images to {' '.join(IMG_EXTENSIONS)})" if others else ""
+        told = f"no image in {_count_and_first(empty)}{only}; remove or fill these folders"
+        raise UsageError(f"{directory}: {told}") if found.keys() - empty else refusal(directory, told)
     paths = PathArray(root, (f"{name}/{image}" for name in classes for image in found[name]))
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), list(map(len, found.values())))
     return ImageFolder(paths, labels, classes, count_text(others))
@@ -180,6 +199,18 @@ def is_folder(path: str | Path) -> bool:
         raise _unreadable(path, error) from error
 
 
+def refusal(path: str | Path, told: str) -> UsageError:
+    """The error on a path without class folders: what it is instead and what to do, of INSTEAD, or else `told`."""
+    own = Path(os.path.normpath(path))
+    for patterns, text in INSTEAD.items():
+        for pattern in patterns.split():
+            below, itself = pattern.startswith("./"), Path(str(own).lower()).match(pattern.lower())
+            if found := next(own.glob(pattern[2:]), None) if below else itself and own.exists() and own:
+                root = own if below else own.parents[pattern.count("/")]
+                return UsageError(f"{path}: {text.format(found=found, root=root)}")
+    return UsageError(f"{path}: {'a file; name a folder' if os.path.isfile(path) else told}")
+
+
 def _list_once(folder: str | Path, real: str, listed: dict[str, str]) -> None:
     """Raise UsageError if a link led to this folder, and it is, or contains, one that is listed already.
 
@@ -211,10 +242,11 @@ def _count_and_first(names: Sequence[str]) -> str:
 def split_path(data: str, split: str) -> str:
     """DATA/split. Raises UsageError that says which of the two is missing."""
     if not is_folder(data):
-        raise UsageError(f"{data}: no such directory; DIR must hold {split}/ with one folder of images per class")
+        raise refusal(data, f"no such directory; DIR must hold {split}/ with one folder of images per class")
     path = os.path.join(data, split)
     if not is_folder(path):
-        raise UsageError(f"{data}: it has no {split}/ folder; DIR is the folder above {split}/, not {split}/ itself")
+        others = f", only {_count_and_first(found)}" if (found := class_folders(data)) else ""
+        raise refusal(data, f"it has no {split}/ folder{others}; DIR is the folder above {split}/, not {split}/ itself")
     if split == "val":
         check_not_training(path)
     return path

@@ -10,7 +10,6 @@ import torch
 import torch.nn as nn
 
 from moco import augment, distributed
-from moco.distributed import DistContext
 from moco.encoders import autocast, build_encoder
 from moco.errors import UsageError
 from moco.training import checkpoint, files
@@ -180,16 +179,6 @@ def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list
 
 
 # Features of a split in a file
-
-
-def gather_in_order(rows: torch.Tensor, total: int, ctx: DistContext) -> torch.Tensor:
-    """The rows (total, d) of all ranks on the CPU, in the order of the data set, from each rank's share of them.
-
-    rows: (n, d), on any device, as `loader.eval_loader` distributes the images. All ranks must call this.
-    """
-    whole = torch.zeros(total, rows.shape[1], device=ctx.device)
-    whole[ctx.rank :: ctx.world_size] = rows.to(ctx.device)
-    return distributed.all_reduce(whole).cpu()
 
 
 def save_features(path: str, features: torch.Tensor, folder: NamedTuple) -> None:

@@ -29,11 +29,9 @@ def sixteen_categories() -> dict[str, list[str]]:
 
 def outputs_by_category(wnids: Sequence[str]) -> dict[str, list[int]]:
     """{category: the outputs of its classes} of a head with these classes; categories without one are left out."""
-    outputs: dict[str, list[int]] = {}
-    for category, members in sixteen_categories().items():
-        if own := [wnids.index(wnid) for wnid in members if wnid in wnids]:
-            outputs[category] = own
-    return outputs
+    categories = sixteen_categories().items()
+    outputs = {category: [wnids.index(wnid) for wnid in members if wnid in wnids] for category, members in categories}
+    return {category: own for category, own in outputs.items() if own}
 
 
 def category_logits(logits: torch.Tensor, categories: Iterable[Sequence[int]]) -> torch.Tensor:

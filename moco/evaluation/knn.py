@@ -44,13 +44,6 @@ def _top_k(cosines: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch.T
     return cosines, labels.gather(1, indices)
 
 
-def _vote(cosines: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
-    votes = torch.zeros(len(cosines), classes, device=cosines.device)
-    # The -1 is a common factor that avoids overflow.
-    votes.scatter_add_(1, labels, ((cosines - 1) / TEMPERATURE).exp())
-    return votes.argmax(dim=1)
-
-
 def _unit_features(encoder: nn.Module, batches: Iterable, device: torch.device) -> Iterator[tuple]:
     """(features, labels (N,)) of each batch: unit-length inputs (N, d) of the encoder's `fc`."""
     # A copy that shares all weights. Unlike a compiled encoder, it is not compiled again for each batch size.
@@ -76,7 +69,7 @@ def accuracy(
     # for a rank that has no validation image
     empty = torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.long, device=device)
     shares = map(torch.cat, zip(empty, *_unit_features(encoder, val_batches, device)))
-    queries, targets = map(distributed.gather_uneven, shares)
+    queries, targets = map(distributed.gather_in_order, shares)
     chunks = [slice(start, start + CHUNK) for start in range(0, len(targets), CHUNK)]
     top_cosines = queries.new_full((len(queries), k), -math.inf)  # -inf: an empty slot, whose vote is exp(-inf) = 0
     top_labels = targets.new_zeros(len(queries), k)
@@ -91,5 +84,8 @@ def accuracy(
     hits = 0
     for own in chunks:
         of_all_ranks = [distributed.gather(top[own].T).T for top in (top_cosines, top_labels)]
-        hits += (_vote(*_top_k(*of_all_ranks, k), classes) == targets[own]).sum()
+        cosines, labels = _top_k(*of_all_ranks, k)
+        weights = ((cosines - 1) / TEMPERATURE).exp()  # the -1 is a common factor that avoids overflow
+        votes = weights.new_zeros(len(cosines), classes).scatter_add_(1, labels, weights)
+        hits += (votes.argmax(dim=1) == targets[own]).sum()
     return 100 * hits.item() / len(targets)

@@ -14,42 +14,36 @@ TABLE = Path(__file__).parent / "released_checkpoints.csv"
 SCHEME = "released:"
 
 
-def drive_ids() -> dict[str, str]:
-    """{name: Google Drive file id}"""
+def links() -> dict[str, str]:
+    """{name: its link on Google Drive}"""
     with open(TABLE, newline="") as file:
-        return {line["name"]: line["google_drive_id"] for line in csv.DictReader(file)}
+        ids = {line["name"]: line["google_drive_id"] for line in csv.DictReader(file)}
+    return {name: f"https://drive.google.com/uc?id={ids[name]}" for name in ids}
 
 
-def link(drive_id: str) -> str:
-    return f"https://drive.google.com/uc?id={drive_id}"
+def local_path(path: str, linear: bool = False) -> str:
+    """The file that --pretrained means: `path`, the one in a run's folder, or that of a released checkpoint.
 
-
-def listing() -> str:
-    return "\n".join(f"{SCHEME}{name:28}  {link(drive_id)}" for name, drive_id in drive_ids().items())
-
-
-def local_path(path: str) -> str:
-    """`path` itself, or the local file of the released checkpoint that it names, downloaded if necessary.
-
-    gdown downloads it to PyTorch's cache folder; only a checkpoint is kept. Raises UsageError for an unknown name, if
-    gdown is missing or fails, and for a file that is no checkpoint; the message says what to do by hand.
+    linear: a run's linear checkpoint instead of its last one of pre-training. gdown downloads a released one, which is
+    none, to PyTorch's cache folder; only a checkpoint is kept. Raises UsageError for an unknown name, if gdown is
+    missing or fails, and for a file that is no checkpoint; the message says what to do by hand.
     """
-    if not path.startswith(SCHEME):
-        return path
-    name, ids = path.removeprefix(SCHEME), drive_ids()
-    if name not in ids:
-        raise UsageError(f"--pretrained {path}: no such checkpoint; there are {', '.join(ids)}")
+    if linear or not path.startswith(SCHEME):
+        return checkpoint.of_run("--pretrained", path, checkpoint.BEST if linear else checkpoint.PRETRAINING)
+    name, known = path.removeprefix(SCHEME), links()
+    if name not in known:
+        raise UsageError(f"--pretrained {path}: no such checkpoint; there are {', '.join(known)}")
     cached = os.path.join(torch.hub.get_dir(), "non-semantic-negatives", f"{name}.pth.tar")
     if os.path.exists(cached):
         return cached
-    by_hand = f"download {link(ids[name])} and save it as {cached}"
+    by_hand = f"download {known[name]} and save it as {cached}"
     try:
         import gdown
 
         os.makedirs(os.path.dirname(cached), exist_ok=True)
         with tempfile.TemporaryDirectory(dir=os.path.dirname(cached)) as folder:  # a whole checkpoint, or nothing
             partial = os.path.join(folder, os.path.basename(cached))
-            if not gdown.download(id=ids[name], output=partial):
+            if not gdown.download(known[name], output=partial):
                 raise OSError("no file came")
             checkpoint.load(partial, "downloaded")
             os.replace(partial, cached)

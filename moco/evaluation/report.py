@@ -160,10 +160,6 @@ def mean_std(runs: Sequence[float]) -> str:
     return f"{statistics.fmean(runs):.2f}" + (f"±{statistics.stdev(runs):.2f}" if len(runs) > 1 else "")
 
 
-def mean_top1(cell: Mapping, runs: Iterable[int]) -> float:
-    return statistics.fmean(cell["results"][run]["top1"] for run in runs)
-
-
 def setting(report: Mapping, runs: Iterable[int], name: str) -> str:
     """A pre-training option of a row's runs, an earlier → a later value; "–" if there is none or no file stores it."""
     texts = {}

@@ -140,8 +140,6 @@ def _read(path: str) -> dict[str, dict]:
     if not os.path.lexists(path) or os.path.isfile(path) and os.path.getsize(path) == 0:
         return {}
     with checkpoint.reading(f"--json {path}"):
-        if not os.path.isfile(path):
-            raise ValueError("not a regular file")
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
         if content["version"] != VERSION:
@@ -158,10 +156,7 @@ def _check(result: Mapping) -> None:
     """Raise an exception if a result's figures contradict each other."""
     masks = {name: scores.unpack(text, result["n"]) for name, text in result["masks"].items()}
     counts = [(each["correct"], each["n"]) for each in result["classes"].values()]
-    correct = int(masks["correct"].sum())
-    if [correct, result["n"]] != [sum(column) for column in zip(*counts)] or not isinstance(
-        result["preprocessing"], str
-    ):
-        raise ValueError(f"its counts do not add up: {correct} of {result['n']} are right")
-    if not abs(result["top1"] - 100 * correct / result["n"]) < 1e-9:
-        raise ValueError(f"top-1 {result['top1']} for {correct} of {result['n']}")
+    correct, n = masks["correct"].sum(), result["n"]
+    fits = [correct, n] == [sum(column) for column in zip(*counts)] and abs(result["top1"] - 100 * correct / n) < 1e-9
+    if not (fits and isinstance(result["preprocessing"], str)):
+        raise ValueError(f"its figures do not add up: top-1 {result['top1']} for {correct} of {n}")

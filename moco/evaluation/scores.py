@@ -17,16 +17,10 @@ from moco.evaluation.testsets import TestSet
 
 
 def score(
-    test_sets: Sequence[TestSet],
-    models: Sequence[nn.Module],
-    wnids: Sequence[str],
-    image_size: int,
-    batch_size: int,
-    workers: int,
-    ctx: DistContext,
-    on_batch: Callable[[int], object] = lambda images: None,
+    test_sets: Sequence[TestSet], models: Sequence[nn.Module], wnids: Sequence[str], image_size: int, batch_size: int,
+    workers: int, ctx: DistContext, on_batch: Callable[[int], object] = lambda images: None,
     chosen: Mapping[str, Sequence[int]] | None = None,
-) -> Iterator[tuple[TestSet, list[dict]]]:
+) -> Iterator[tuple[TestSet, list[dict]]]:  # fmt: skip
     """Score linear classifiers that share one class list: yields (test set, a result per model), set by set.
 
     models: in eval mode, on the context's device; wnids: the class of output 0, 1, …; outputs beyond them count as
@@ -69,16 +63,12 @@ def score(
 
 
 def _result(
-    decided: torch.Tensor,
-    decided_shared: torch.Tensor,
-    labels: torch.Tensor,
-    textures: torch.Tensor,
-    names: Sequence[str],
+    decided: torch.Tensor, among: torch.Tensor, labels: torch.Tensor, textures: torch.Tensor, names: Sequence[str]
 ) -> dict:
     hits, conflict = decided == labels, (textures >= 0) & (textures != labels)
     counts = labels.bincount(minlength=len(names)).tolist()
     correct = labels[hits].bincount(minlength=len(names)).tolist()
-    masks = {"correct": hits, "correct among shared": decided_shared == labels}
+    masks = {"correct": hits, "correct among shared": among == labels}
     if conflict.float().mean() >= 0.1:  # not a misfiled photo of another set
         masks |= {"conflict": conflict, "shape": hits & conflict, "texture": (decided == textures) & conflict}
     return {

@@ -4,8 +4,6 @@ ImageNet-C: Hendrycks & Dietterich, ICLR 2019. ImageNet-Sketch: Wang et al., Neu
 al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021. Any other set of images in class folders has a name of its own.
 """
 
-import functools
-import glob
 import hashlib
 import itertools
 import os
@@ -21,7 +19,6 @@ import torchvision.transforms as transforms
 from PIL import Image
 
 from moco.data import datasets, folders
-from moco.data.images import open_rgb
 from moco.errors import UsageError
 from moco.evaluation import cues
 
@@ -98,9 +95,10 @@ class TestSet(NamedTuple):
         counts = dict(zip(names, np.bincount(self.labels, minlength=len(names)).tolist()))
         missing = [name for name, n in counts.items() if not n]
         suite, told = suite_of(self.key), []
+        some = lambda names: ", ".join(names[:3]) + ", …" * (len(names) > 3)
         if missing and (len(missing) == len(names) - 1 or not suite.shared_classes):
-            others = f", and {len(self.others)} folders are none of them ({_some(self.others)})" if self.others else ""
-            told.append(f"{len(missing)} of the head's {len(names)} classes are missing ({_some(missing)}){others}")
+            others = f", and {len(self.others)} folders are none of them ({some(self.others)})" if self.others else ""
+            told.append(f"{len(missing)} of the head's {len(names)} classes are missing ({some(missing)}){others}")
         if all(re.fullmatch(r"n\d{8}", wnid) for wnid in wnids):
             told.append(suite.odd_counts({name: n for name, n in counts.items() if n}))
         return "; ".join(filter(None, told))
@@ -109,10 +107,6 @@ class TestSet(NamedTuple):
 def suite_of(key: str) -> Suite:
     """The suite of a test set's key; of a further set, one without published counts."""
     return SUITES.get(key.split("/")[0], Suite(key.removeprefix(f"{FURTHER}/"), BELOW_VAL, shared_classes=True))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + ", …" * (len(names) > 3)
 
 
 # Preprocessing: it follows from the kind of test set and from each image's own size
@@ -151,8 +145,7 @@ class PreprocessedImages(datasets.ImageList):
     """The images of a test set: item i is (the i-th image, the index of its preset)."""
 
     def __init__(self, test_set: TestSet, size: int):
-        narrowest = functools.partial(open_rgb, resizable_to=round(size * 256 / 224))
-        super().__init__(test_set.paths, test_set.labels, narrowest)
+        super().__init__(test_set.paths, test_set.labels, datasets.eval_reader(size))
         self.kind, self.size, self.presets = test_set.kind, size, [preset for _, preset in presets(size)]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
@@ -169,12 +162,7 @@ def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: 
     parts = {}
     for key, directory in directories.items():
         parts |= corruption_folders(directory) if key == "corruption" else {key: class_root(directory, key)}
-    found, keys = [list_test_set(key, folder, wnids, limit) for key, folder in parts.items()], {}
-    for each in found:
-        file = os.stat(each.paths[0])
-        if (other := keys.setdefault((file.st_dev, file.st_ino), each.key)) != each.key:
-            raise UsageError(f"{each.folder}: {each.key} would be the same images as {other}; name another folder")
-    return found
+    return [list_test_set(key, folder, wnids, limit) for key, folder in parts.items()]
 
 
 def class_root(directory: str, key: str = "val") -> str:
@@ -196,7 +184,7 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     among those that the head has classes of. limit: only the first so many of each class. Classes are matched by
     folder name, in any Unicode normalisation, never by order. Raises UsageError if none matches, or one but for case.
     """
-    folder = folders.list_images(directory)
+    folder = folders.list_images(directory).first(limit)
     by_category = set(folder.classes) <= cues.sixteen_categories().keys() and not set(folder.classes) & set(wnids)
     categories = cues.outputs_by_category(wnids) if by_category and key.startswith(f"{FURTHER}/") else None
     names = list(wnids if categories is None else categories)
@@ -205,10 +193,8 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     absent = {name.casefold(): name for name in names if name not in folder.classes}
     if other := next((name for name in others if name.casefold() in absent), None):
         raise UsageError(f"{directory}: its class folder {other} is {absent[other.casefold()]} in the head; rename it")
-    folder_labels = np.asarray(folder.labels)
-    labels = np.array([index_of.get(_normal(name), -1) for name in folder.classes])[folder_labels]
-    starts = np.searchsorted(folder_labels, folder_labels)  # images are sorted by class
-    kept = np.flatnonzero((labels >= 0) & (np.arange(len(labels)) - starts < (limit or len(labels))))
+    labels = np.array([index_of.get(_normal(name), -1) for name in folder.classes])[folder.labels]
+    kept = np.flatnonzero(labels >= 0)
     if not len(kept) or categories is not None and len(categories) < 2:
         hint = "; as cue conflicts, --set NAME=DIR, it needs a head with classes in two of them" if by_category else ""
         shown = f"{len(folder.classes)} class folders ({folder.classes[0]}, …)"
@@ -243,17 +229,8 @@ def corruption_folders(directory: str) -> dict[str, str]:
                 if not os.path.samefile(folder, other):
                     raise UsageError(f"{directory}: {folder} and {other} are the same test set; remove one")
     if not found:
-        raise UsageError(f"{directory}: no <corruption>/<severity>/<wnid> folders, for example gaussian_noise/1/")
+        raise folders.refusal(directory, "no <corruption>/<severity>/<wnid> folders, for example gaussian_noise/1/")
     return found
-
-
-def unknown_corruptions(directory: str) -> list[str]:
-    """The folders of an ImageNet-C folder that lie where corruptions do, and are none of them."""
-    known = {*CORRUPTIONS, *itertools.chain(*CORRUPTIONS.values())}
-    parents = [os.path.join(glob.escape(directory), group) for group in ("", *CORRUPTIONS)]
-    paths = (path for parent in parents for path in glob.glob(os.path.join(parent, "*", "")))
-    found = (os.path.relpath(path, directory) for path in paths)
-    return sorted(path for path in found if os.path.basename(path) not in known)
 
 
 # Classes of a head

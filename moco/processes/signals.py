@@ -24,11 +24,6 @@ def handle_stop_signals(handler: Callable | int, signals: Collection[int] = STOP
             signal.signal(signum, handler)
 
 
-def exit_at_once(signum: int, frame: object) -> None:
-    """Handler for scripts that only need to clean up: exit with 128 + signum, as shells expect."""
-    sys.exit(128 + signum)
-
-
 @contextlib.contextmanager
 def blocked() -> Iterator[None]:
     """Block STOP_SIGNALS in this thread and in processes started inside the block."""

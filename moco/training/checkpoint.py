@@ -11,8 +11,10 @@ import operator
 import os
 import pickle
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -20,8 +22,10 @@ import torch.nn as nn
 from moco.encoders import ARCHS
 from moco.errors import Finished, UsageError, first_line
 from moco.negatives import NEGATIVES
+from moco.processes.environment import is_main
 from moco.training import files
 
+PRETRAINING, BEST = r"checkpoint_(\d{4,}|latest)\.pth\.tar", r"model_best_.+\.pth\.tar"  # names of a run's files
 PREFIX = "module."
 FC_KEYS = ("fc.weight", "fc.bias")
 COUNTER = "num_batches_tracked"
@@ -56,11 +60,38 @@ def resume_path(resume: str, folder: str, pattern: str, restarted: bool = False)
 
     'auto' is the last of the folder's files whose names match `pattern`, a regular expression: a longer number counts
     as later than a shorter one, "latest" as the last. A restarted run takes that one before the file it began with.
+    Of the folder of another run, its file as of `of_run`.
     """
-    if resume != "auto" and not restarted:
-        return resume
-    names = matching(folder, pattern)
-    return os.path.join(folder, names[-1]) if names else resume.removeprefix("auto")
+    if (resume == "auto" or restarted) and (names := matching(folder, pattern)):
+        return os.path.join(folder, names[-1])
+    return "" if resume == "auto" else of_run("--resume", resume, pattern)
+
+
+def of_run(option: str, path: str, pattern: str) -> str:
+    """`path` or, of a run's folder, the checkpoint in it whose name matches `pattern`, which a line on stderr names.
+
+    Of a pre-training that is the one of the highest number, or checkpoint_latest.pth.tar if that has come further, as
+    in an unfinished run. Raises UsageError if there is none, or if there are several of BEST: of several probes.
+    """
+    if not os.path.isdir(path):
+        return path
+    names, state = matching(path, pattern), ""
+    if names and pattern == PRETRAINING and "latest" in names[-1]:
+        latest = load(os.path.join(path, names[-1]), option)
+        with reading(f"{option} {path}/{names[-1]}"):
+            epoch, step, epochs = latest["epoch"], latest["step"], latest["options"]["epochs"]
+            state = f", after {epoch} of {epochs} epochs" if epoch < epochs else ""
+            if names[1:] and (epoch, step) <= (int(re.findall(r"\d+", names[-2])[0]) + 1, 0):
+                names.pop()
+    if not names or pattern == BEST and names[1:]:
+        what = f"{'several' if names else 'no'} {'model_best' if pattern == BEST else 'checkpoint'}_*.pth.tar"
+        found = [*Path(path).glob("*.pth*"), *Path(path).glob("*/*.pth*")]
+        there = names or sorted(str(each.relative_to(path)) for each in found)
+        way = f"name one: {', '.join(there[:6])}{', …' * (len(there) > 6)}" if there else "name the folder of a run"
+        raise UsageError(f"{option} {path}: it holds {what}; {way}")
+    if is_main():
+        print(f"{option} {path}: taking {names[-1]}{state}", file=sys.stderr, flush=True)
+    return os.path.join(path, names[-1])
 
 
 def matching(folder: str, pattern: str) -> list[str]:
@@ -98,11 +129,6 @@ def add_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 def strip_prefix(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The names without the prefixes that DistributedDataParallel (even twice) and torch.compile add."""
     return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): value for name, value in state_dict.items()}
-
-
-def nonfinite(state_dict: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of the entries that hold an infinite value or NaN."""
-    return [name for name, value in state_dict.items() if not value.isfinite().all()]
 
 
 def num_outputs(saved: Mapping, source: str) -> int:
@@ -207,7 +233,7 @@ def check_exactly(
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise UsageError(f"{source}: does not fit this model: it {faults[0]}{more}; check --arch, --mlp and --moco-k")
-    if broken := nonfinite(state_dict):
+    if broken := [name for name, value in state_dict.items() if not value.isfinite().all()]:
         which = f"{len(broken)} of its tensors, {broken[0]} the first"
         raise UsageError(f"{source}: {which}, hold infinite values or NaN; use an earlier one")
 

@@ -1,6 +1,5 @@
 """Files that are written whole or not at all, and the lock on an output folder; imports nothing heavy."""
 
-import atexit
 import contextlib
 import errno
 import functools
@@ -93,10 +92,8 @@ class FolderLock:
         """
         if self.path in _held:
             return
-        folder = os.path.dirname(self.path)
-        made = not os.path.isdir(folder)
         try:
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
             locked = _lock(descriptor)
         except OSError as error:
@@ -116,7 +113,6 @@ class FolderLock:
             warning = "this file system has no locks: see that no second run writes here"
             print(f"{self.path}: {warning}", file=sys.stderr, flush=True)
         _held[self.path] = descriptor
-        atexit.register(_remove_unused, self.path, made)
         job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}{job}"
         os.ftruncate(descriptor, 0)
@@ -134,32 +130,16 @@ class FolderLock:
 
 def check_locks(path: str) -> None:
     """Raise RunError if this process locked the file's folder, and another one lies there now, as after a rename."""
-    for lock in _held:
+    for lock, descriptor in _held.items():
         folder = os.path.dirname(lock)
-        if os.path.abspath(path).startswith(os.path.join(folder, "")) and not _is_in_place(lock):
-            raise RunError(
-                f"{folder} was renamed, removed or replaced while this run wrote there: {lock} is not the lock that it"
-                " holds; nothing more is written; continue in the renamed folder"
-            )
-
-
-def _is_in_place(lock: str) -> bool:
-    try:
-        return os.path.samestat(os.stat(lock), os.fstat(_held[lock]))
-    except (OSError, KeyError):
-        return False
-
-
-def _remove_unused(path: str, made: bool) -> None:
-    """Remove a lock file whose run has written nothing, and the folder if it was made for it: nothing stays behind."""
-    folder, name = os.path.split(path)
-    guarded = name.removesuffix(".lock").removeprefix(".")  # "" if it is the whole folder
-    with contextlib.suppress(OSError):
-        unused = not os.path.lexists(os.path.join(folder, guarded)) or made and os.listdir(folder) == [name]
-        if unused and _is_in_place(path):
-            os.remove(path)
-            if made:
-                os.rmdir(folder)
+        with contextlib.suppress(OSError):
+            inside = os.path.abspath(path).startswith(os.path.join(folder, ""))
+            if not inside or os.path.samestat(os.stat(lock), os.fstat(descriptor)):
+                continue
+        raise RunError(
+            f"{folder} was renamed, removed or replaced while this run wrote there: {lock} is not the lock that it"
+            " holds; nothing more is written; continue in the renamed folder"
+        )
 
 
 def _lock(descriptor: int, wait: bool = False) -> bool | None:

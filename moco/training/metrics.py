@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -91,10 +92,9 @@ def collapsed(spread: float, highest: float, done: float) -> bool:
 
 # Progress
 
-# The figures come first and the bar takes what is left, so that 80 columns cut off the bar and not the figures.
-BAR_FORMAT = "{desc} {n_fmt}/{total_fmt} |{bar}|"
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar}|"
 SYMBOLS = {"q_k": "q·k", "q_t": "q·t", "q_queue": "q·queue"}
-WATCHED = ("q_k", "q_t", "spread")  # on the bar, where they are among the figures
+WATCHED = ("loss", "acc1", "q_k", "q_t", "spread")  # on the bar, where they are among the figures and fit
 
 
 class Progress:
@@ -115,10 +115,9 @@ class Progress:
 
     def __iter__(self) -> Iterator:
         self.start = time.perf_counter()
-        if distributed.is_main() and sys.stderr.isatty():
-            self.bar = tqdm(
-                total=len(self.batches), initial=self.done, desc=self.title, bar_format=BAR_FORMAT, dynamic_ncols=True
-            )
+        if distributed.is_main() and _columns():
+            total = len(self.batches)
+            self.bar = tqdm(None, self.title, total, initial=self.done, bar_format=BAR, dynamic_ncols=True)
         asked = time.perf_counter()
         for batch in self.batches:
             self.waited += time.perf_counter() - asked
@@ -141,8 +140,13 @@ class Progress:
         eta = f"ETA {tqdm.format_interval(steps_left * self.images_per_step / speed['images_per_s'])}"
         rate = f"{speed['images_per_s']:.0f} images/s"
         if self.bar:
-            watched = {name: means[name] for name in WATCHED if name in means} or means
-            self.bar.set_description_str(" ".join([self.title, *_figures(watched), rate, eta]))
+            first, *others = _figures({name: means[name] for name in WATCHED if name in means}, "–")
+            columns, text, counts = _columns(), f"{self.title} {first}", f" {len(self.batches)}" * 2 + " |#|"
+            text = text if len(text) <= columns else first
+            for part in eta, *others, rate:  # whole words; the bar takes what is left
+                text += f" {part}" if len(f"{text} {part}{counts}") <= columns else ""
+            self.bar.bar_format = BAR if len(text + counts) <= columns else "{desc}"
+            self.bar.set_description_str(text[:columns])
         else:
             figures = [*_figures(means), f"lr {_text(lr, '.4g')}", rate, f"data {speed['data_share']:.0%}", eta]
             print(f"{self.title} [{self.done + 1}/{len(self.batches)}]  {'  '.join(figures)}", flush=True)
@@ -154,9 +158,19 @@ class Progress:
         return {"images_per_s": steps * self.images_per_step / elapsed, "data_share": self.waited / elapsed}
 
 
-def _figures(means: Mapping[str, float | list[float]]) -> list[str]:
-    return [f"{SYMBOLS.get(name, name)} {_text(value, '.3f')}" for name, value in means.items()]
+def _columns() -> int:
+    """The width of the terminal at stderr; 0 if that is none, or does not tell."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a stream without a descriptor
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    return 0
 
 
-def _text(value: float | list[float], form: str) -> str:
-    return " ".join(format(item, form) for item in value) if isinstance(value, list) else format(value, form)
+def _figures(means: Mapping[str, float | list[float]], between: str = "") -> list[str]:
+    return [f"{SYMBOLS.get(name, name)} {_text(value, '.3f', between)}" for name, value in means.items()]
+
+
+def _text(value: float | list[float], form: str, between: str = "") -> str:
+    """The value, or those of all heads. between: only the lowest and the highest, with this between them."""
+    values = value if isinstance(value, list) else [value]
+    values = dict.fromkeys((min(values), max(values))) if between else values
+    return (between or " ").join(format(each, form) for each in values)

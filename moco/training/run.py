@@ -44,18 +44,10 @@ class Run:
     """
 
     def __init__(
-        self,
-        ctx: DistContext,
-        args: argparse.Namespace,
-        seed: int,
-        *,
-        latest: str,
-        state: Callable[[], dict],
-        sampler: GlobalBatchSampler,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None = None,
+        self, ctx: DistContext, args: argparse.Namespace, seed: int, *, latest: str, state: Callable[[], dict],
+        sampler: GlobalBatchSampler, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None,
         probe: str | None = None,
-    ):
+    ):  # fmt: skip
         self.ctx, self.args, self.seed, self.latest, self.state = ctx, args, seed, latest, state
         self.sampler, self.optimizer, self.scaler, self.probe = sampler, optimizer, scaler, probe
         self.stop = StopSignal()

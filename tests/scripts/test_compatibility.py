@@ -199,17 +199,8 @@ def test_the_published_script_resumes_a_linear_file_and_this_one_the_published_s
     assert float(best_acc1) == max(saved["best_acc1s"])
     published = {name: saved[name] for name in ("epoch", "arch", "state_dict", "best_acc1", "optimizer")}
     torch.save(published, tmp_path / "published.pth.tar")
-    settings = [
-        "--lr",
-        0.1,
-        "--epochs",
-        2,
-        "--resume",
-        tmp_path / "published.pth.tar",
-        "--ckpt_path",
-        tmp_path / "more",
-    ]
-    assert "starting at epoch 1 (" in run_script(PROBE, *SMALL_PROBE, *settings, shared_data).stdout
+    resume = ["--epochs", 2, "--resume", tmp_path / "published.pth.tar", "--ckpt_path", tmp_path / "more"]
+    assert "starting at epoch 1 (" in run_script(PROBE, *SMALL_PROBE, "--lr", 0.1, *resume, shared_data).stdout
     assert [line["epoch"] for line in log(tmp_path / "more")] == [1]
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import run_ranks
 
+from moco import distributed
 from moco.distributed import DistContext
 from moco.encoders import build_encoder
 from moco.evaluation import classifier, knn
@@ -63,7 +64,7 @@ def accuracies(ctx):
 def features_in_order(ctx):
     """Test sets of more images than ranks, and of fewer."""
     rows = [torch.arange(2.0 * n).reshape(n, 2) for n in (5, 2)]
-    return [classifier.gather_in_order(each[ctx.rank :: ctx.world_size], len(each), ctx) for each in rows]
+    return [distributed.gather_in_order(each[ctx.rank :: ctx.world_size].to(ctx.device)) for each in rows]
 
 
 def test_ranks_share_the_work_also_ranks_without_an_image(tmp_path):

@@ -7,7 +7,7 @@ import runpy
 import sys
 
 import pytest
-from helpers import EVALUATE, PRETRAIN, PROBE, REPOSITORY
+from helpers import EVALUATE, PRETRAIN, PROBE, REPOSITORY, run_script
 
 
 def help_of(script, columns, monkeypatch):
@@ -28,3 +28,6 @@ def test_help_fits_the_terminal_and_explains_every_option(script, monkeypatch):
     for entry in options:
         assert entry.count("\n") <= 1 and re.search(r"(  |\n) *[^-\s].*[a-z]{3}", entry), entry
     assert len(options) >= 15 and wide.count("(default: ") >= 3
+    bare = run_script(script, check=False)  # without arguments
+    usage, begin, _ = bare.stderr.splitlines()
+    assert bare.returncode == 2 and usage == wide.splitlines()[0] and begin.startswith(f"to begin: python {script} --")

@@ -1,13 +1,12 @@
-"""Other outputs of main_lincls.py: the file of --features, the hint at diverged heads, and the log for moco.plot."""
+"""Other outputs of main_lincls.py: the file of --features, and the hint at diverged heads."""
 
 import numpy as np
 import pytest
 import torch
-from helpers import EVALUATE, PRETRAIN, PROBE, SMALL, SMALL_PROBE, refused, run_script, write_folder
+from helpers import EVALUATE, PROBE, SMALL_PROBE, run_script, write_folder
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from moco import plot
 from moco.augment import MEAN, STD
 from moco.evaluation import classifier
 
@@ -78,29 +77,7 @@ def test_outputs_that_are_not_finite_are_no_figures(probed):
     assert not (probed / "r.json").exists()
 
 
-def test_a_file_of_features_that_cannot_be_is_refused(probed):
-    best, data = ["--pretrained", probed / "model_best_random.pth.tar"], probed / "data"
-    assert "its name must end in .npz" in refused(PROBE, *best, "--features", probed / "f.npy", data)
-    export = [*best, "--features", probed / "f.npz", "--export-backbone", probed / "b.pth"]
-    assert "--export-backbone writes the backbone and does nothing else" in refused(PROBE, *export, data)
-    assert not (probed / "b.pth").exists()
-
-
 def test_a_probe_that_diverges_says_once_which_option_to_try(shared_data, tmp_path):
     settings = [*SMALL_PROBE, "--epochs", 3, "--lr", 8000, 5000, "--ckpt_path", tmp_path, shared_data]
     (line,) = (each for each in run_script(PROBE, *settings).stdout.splitlines() if "diverged" in each)
     assert line.startswith("loss diverged for --lr 8000 5000 (") and "; chance is 0.69); try --lr 5 50 500" in line
-
-
-@pytest.mark.slow
-def test_the_log_of_a_run_can_be_drawn(data, tmp_path):
-    pytest.importorskip("matplotlib")
-    run_script(PRETRAIN, *SMALL, "--epochs", 2, "--knn", "--knn-freq", 1, "--ckpt_path", tmp_path / "run", data)
-    run_script(
-        PROBE, *SMALL_PROBE, "--lr", 0.1, 1, "--epochs", 2, "--ckpt_path", tmp_path / "run",
-        "--pretrained", tmp_path / "run/checkpoint_0001.pth.tar", data,
-    )  # fmt: skip
-    figure = plot.curves(plot.read_runs(["run/log.jsonl"]))
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert legend == ["run", "run, probe 0001, lr 0.1", "run, probe 0001, lr 1"]
-    assert len([axis for axis in figure.axes if axis.get_title()]) == 8

@@ -56,7 +56,6 @@ def test_the_tree_is_that_of_imagenet_c(photos, tmp_path, run):
     assert len(tree(out)) == 19 * 5 * 3 + 1
     test_sets = testsets.list_test_sets({"corruption": str(out)}, ["cat", "dog"])
     assert len(test_sets) == 95 and {tuple(each.labels) for each in test_sets} == {(0, 0, 1)}
-    assert testsets.unknown_corruptions(str(out)) == []
     made_with = {"val": str(photos / "val"), "size": 40, "seed": 0, "quality": 85}
     assert json.loads((out / "corruptions.json").read_text()).items() >= made_with.items()
 
@@ -105,7 +104,7 @@ def test_bad_input_is_refused(photos, tmp_path, run):
     for val, out, options, message in (
         (photos, tmp_path / "d", ("--size", 28), "images of 32 px or more; use --size 32, and train and test with"),
         (photos, tmp_path / "d", ("--seed", -1), "try --seed 0"),
-        (tmp_path / "nowhere", tmp_path / "d", (), "no such folder"),
+        (tmp_path / "nowhere", tmp_path / "d", (), "no such directory"),
         (photos, photos / "val" / "cat" / "a.png" / "c", (), "where it would be a class"),
         (photos, tmp_path / "others" / "cat" / "a.png" / "c", (), "cannot be created or locked"),
         (photos, tmp_path / "c", ("--size", 64), 'holds images made with {"val":'),

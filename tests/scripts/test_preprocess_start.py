@@ -19,5 +19,6 @@ finally:
     print(*sys.modules, file=sys.stderr)
 """
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout.startswith(f"usage: {script}.py") and "numpy" in run.stderr.split()
-    assert not {"torch", "torchvision"} & set(run.stderr.split())
+    usage, begin, *_ = run.stdout.splitlines()
+    assert usage == f"usage: {script}.py [options]" and begin.startswith(f"to begin: python preprocess/{script}.py --")
+    assert "numpy" in run.stderr.split() and not {"torch", "torchvision"} & set(run.stderr.split())

@@ -112,10 +112,12 @@ def test_plain_moco_has_no_negatives(shared_data, tmp_path):
 
 
 def test_preview_draws_labelled_columns_and_trains_nothing(shared_data, tmp_path):
+    write_folder(tmp_path / "few", classes=["n01"], train=1)
     settings = [*SMALL, "--num-nonsem", 2, "--preview", tmp_path / "grid.png", "--ckpt_path", tmp_path / "c"]
-    run = run_script(PRETRAIN, *settings, shared_data)
-    with Image.open(tmp_path / "grid.png") as grid:  # 4 columns, 8 rows of 32 px crops enlarged to 224 px
-        assert grid.width == 4 * 230 + 6 and grid.height == 34 + 8 * 230
+    for data, rows in (tmp_path / "few", 1), (shared_data, 8):
+        run = run_script(PRETRAIN, *settings, data)
+        with Image.open(tmp_path / "grid.png") as grid:  # 4 columns, 8 rows of 32 px crops enlarged to 224 px
+            assert grid.width == 4 * 230 + 6 and grid.height == 34 + rows * 230
     assert "grid.png" in run.stdout and not (tmp_path / "c").exists()
 
 
@@ -149,7 +151,7 @@ def test_what_has_no_effect_is_reported(shared_data, tmp_path):
 @pytest.mark.parametrize("options, message", [
     ("--patch-ratio 0 16", "'0' is not an integer of 1 or more"), ("--patch-ratio 72 16", "--patch-ratio 72 16"),
     ("--patch-ratio 16 500", "224 px"), ("--alpha nan", "'nan' is not a number of 0 or more"),
-    ("--robust shapes", "invalid choice"), ("--arch resnet51", "resnet51"), ("--unknown 3", "unrecognized arguments"),
+    ("--robust shapes", "invalid choice"), ("--arch vit_b_16", "a layer fc"), ("--alhpa 3", "--alpha?"),
     ("--resume nowhere.pth.tar", "no such file"), (f"--resume {REPOSITORY}/README.md", "not a checkpoint"),
     ("--robust texture", "ends in -texture"), ("--robust texture --num-nonsem 2", "--num-nonsem 2"),
     ("--gpu 99", "--gpu 99"), ("--start-epoch 5 --epochs 5", "--start-epoch 5"),

@@ -25,10 +25,6 @@ def share(x, ctx):
 # What each rank does. All these functions run in one process group of each size.
 
 
-def uneven_rows(ctx):
-    return distributed.gather_uneven(torch.full((2 * ctx.rank + 1, 3), float(ctx.rank)))
-
-
 def shuffle_rows(ctx):
     distributed.seed_everything(7, ctx.rank)  # ranks need not draw alike
     rows = torch.arange(ctx.rank * 6, ctx.rank * 6 + 6).float().view(6, 1)
@@ -80,7 +76,7 @@ def train_cases(ctx):
     return [golden_steps(case, golden_model(case), ctx=ctx) for case in CASES]
 
 
-FUNCTIONS = uneven_rows, shuffle_rows, shuffle_as_gathering, key_bytes, host_collectives, train_cases
+FUNCTIONS = shuffle_rows, shuffle_as_gathering, key_bytes, host_collectives, train_cases
 
 
 @pytest.fixture(scope="module", params=[2, 4])
@@ -90,12 +86,6 @@ def ranks(request, tmp_path_factory):
 
 
 # What must hold of their results
-
-
-def test_rows_of_uneven_length_are_joined_by_rank(ranks):
-    results = ranks["uneven_rows"]
-    expected = torch.cat([torch.full((2 * rank + 1, 3), float(rank)) for rank in range(len(results))])
-    assert all(torch.equal(result, expected) for result in results)
 
 
 def test_unshuffle_undoes_shuffle_which_sends_every_row_once(ranks):

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from helpers import fill, unit
 from oracle import GOLDEN, build, golden_model, golden_steps, oracle_steps
 
@@ -39,7 +40,7 @@ def queue_after_enqueue(q, k, t, queue, T, alpha):
 
 @pytest.mark.parametrize("target, fault", [
     ("contrastive_logits", alpha_outside), ("contrastive_logits", queue_after_enqueue),
-    ("MoCo._update_key_encoder", lambda model: None)], ids=["alpha", "queue", "no momentum update"])  # fmt: skip
+    ("get_ema_multi_avg_fn", lambda m: lambda *all: None)], ids=["alpha", "queue", "no momentum update"])  # fmt: skip
 def test_the_golden_losses_tell_a_wrong_method(target, fault, monkeypatch):
     monkeypatch.setattr(f"moco.builder.{target}", fault)
     losses = golden_steps(GOLDEN[0]["case"], golden_model(GOLDEN[0]["case"]), steps=2)["loss"]
@@ -147,3 +148,8 @@ def test_images_of_other_shapes_are_refused(shapes):
     with pytest.raises(ValueError, match="im_q.*im_k.*im_t") as refusal:
         MoCo(Flat, dim=8, K=16)(*map(torch.zeros, shapes))
     assert ", ".join(map(str, shapes)) in str(refusal.value)
+
+
+def test_an_encoder_without_fc_is_told_how_to_get_one():
+    with pytest.raises(ValueError, match="VisionTransformer has no final linear layer named fc; let it return nn.Sequ"):
+        MoCo(lambda num_classes: torchvision.models.VisionTransformer(32, 16, 1, 1, 8, 8), dim=8, K=16)

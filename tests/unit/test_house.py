@@ -1,6 +1,8 @@
 """The layout: imports run one way, tests lie where their modules do, and every file suits the oldest Python."""
 
 import ast
+import subprocess
+import sys
 
 from helpers import REPOSITORY
 
@@ -59,6 +61,9 @@ def test_imports_run_one_way_down_without_a_circle():
 
 def test_what_preprocess_builds_on_needs_no_pytorch():
     assert not {name: found for name in WITHOUT_TORCH if (found := reached(name) & {"torch", "torchvision"})}
+    light = "import sys, moco.errors; assert 'torch' not in sys.modules; assert moco.__version__"
+    names = "from moco import MoCo, contrastive_logits, patch_negatives; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", f"{light}; {names}"], cwd=REPOSITORY, check=True)
 
 
 def test_every_module_has_its_file_of_tests_and_every_file_its_module():

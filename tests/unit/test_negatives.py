@@ -73,6 +73,11 @@ def test_sizes_that_do_not_fit_and_images_that_are_no_batch_of_square_ones_are_r
         patch_negatives(torch.zeros(shape), low, high, np.random.default_rng(0))
 
 
+def test_a_generator_of_pytorch_draws_them_too():
+    one, same, other = (patch_negatives(labelled_pixels(), 4, 8, torch.Generator().manual_seed(i)) for i in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+
+
 OPTIONS = {"patch_ratio": (4, 12), "num_nonsem": 2, "image_size": SIZE}
 
 
@@ -84,16 +89,10 @@ def test_every_kind_makes_negatives_of_the_query_or_of_its_texture():
     assert torch.equal(made, texture.unsqueeze(1)) and NEGATIVES["texture"].needs_texture
 
 
-@pytest.mark.parametrize(
-    "kind, options, told",
-    [
-        ("patch", {}, ""),
-        ("patch", {"patch_ratio": (12, 4)}, "--patch-ratio 12 4: needs LO <= HI <= 40"),
-        ("patch", {"patch_ratio": (4, 41)}, "--patch-ratio 4 41"),
-        ("texture", {"num_nonsem": 1}, ""),
-        ("texture", {}, "--num-nonsem 2: there is one texture per photo"),
-    ],
-)
+@pytest.mark.parametrize("kind, options, told", [
+    ("patch", {}, ""), ("patch", {"patch_ratio": (12, 4)}, "--patch-ratio 12 4: needs LO <= HI <= 40"),
+    ("patch", {"patch_ratio": (4, 41)}, "--patch-ratio 4 41"), ("texture", {"num_nonsem": 1}, ""),
+    ("texture", {}, "--num-nonsem 2: there is one texture per photo")])  # fmt: skip
 def test_options_that_do_not_suit_a_kind_are_refused(kind, options, told):
     refused = NEGATIVES[kind].refusal(OPTIONS | options)
     assert refused.startswith(told) and bool(refused) == bool(told)

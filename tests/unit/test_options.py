@@ -7,8 +7,8 @@ from moco import options
 from moco.errors import UsageError
 
 
-def parser():
-    made = options.OptionParser("Train.")
+def parser(usage=None):
+    made = options.OptionParser("Train.", usage)
     options.add_data_options(made)
     options.add_training_options(made, epochs=5, batch_size=8, lr=0.03, schedule=[3, 4], weight_decay=0)
     options.add_precision_options(made)
@@ -66,10 +66,29 @@ def test_an_option_error_is_one_line_of_the_first_process(capsys, monkeypatch):
         assert message.count("\n") == lines == message.count("'-1' is not a number above 0")
 
 
-def test_options_are_not_guessed_from_their_beginning(capsys):
-    with pytest.raises(SystemExit):
-        parser().parse_args(["DIR", "--epoch", "3"])
-    assert "--epoch" in capsys.readouterr().err
+def test_a_hyphen_in_an_option_is_as_good_as_an_underscore():
+    args = parser().parse_args(["DIR", "--ckpt-path", "a_b", "--batch_size=3", "--strict_fp32", "-j4", "--wd", "1e-4"])
+    assert (args.ckpt_path, args.batch_size, args.strict_fp32, args.workers) == ("a_b", 3, True, 4)
+    assert "--ckpt_path" in parser().format_help() and "--batch_size" not in parser().format_help()
+
+
+@pytest.mark.parametrize("words, told", [
+    ("--epoch 3 DIR", "did you mean --epochs?"), ("--ckpt-pth=x", "did you mean --ckpt_path?"),
+    ("-lr 3 DIR", "did you mean --lr?"), ("--zzz", "--help lists the options")])  # fmt: skip
+def test_an_unknown_option_is_named_with_the_nearest(capsys, words, told):
+    with pytest.raises(SystemExit) as stop:
+        parser().parse_args(words.split())
+    told = f": error: {words.replace('=', ' ').split()[0]}: unknown; {told}\n"
+    assert stop.value.code == 2 and capsys.readouterr().err.endswith(told)
+
+
+@pytest.mark.parametrize("words, lines", [([], 3), (["--lr", "1"], 1)])
+def test_without_arguments_the_first_command_to_try_is_printed(capsys, words, lines):
+    with pytest.raises(SystemExit) as stop:
+        parser("%(prog)s [options] DIR\nto begin: %(prog)s --lr 1 DIR").parse_args(words)
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and told.count("\n") == lines
+    assert ("\nto begin: " in told) == (lines == 3) and ("arguments are required: DIR" in told) == (lines == 1)
 
 
 @pytest.mark.parametrize(

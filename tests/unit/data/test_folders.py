@@ -79,10 +79,33 @@ def test_the_first_images_of_each_class(tmp_path):
     assert listed.first(None).paths.names() == listed.paths.names()
 
 
-def test_missing_folders_are_named(tmp_path):
-    for root, told in ("nowhere", "nowhere: no such directory"), (".", "no val/ folder; DIR is the folder above val/"):
-        with pytest.raises(UsageError, match=told):
-            folders.split_path(str(tmp_path / root), "val")
+FORMS, CIFAR = "docs/own-data.md#data-in-another-form", "cifar-10-batches-py"
+
+
+@pytest.mark.parametrize("files, given, told", [
+    ("x", "nowhere", "nowhere: no such directory; DIR must hold train/"), ("x", "x", "x: a file; name a folder"),
+    ("n01/a.png", ".", "no train/ folder, only 1: n01; DIR is the"), ("a.tgz", "a.tgz", "an archive; unpack"),
+    ("a.PNG", "a.PNG", "an image; name"), ("a.pth.tar", "a.pth.tar", "a checkpoint; name a data set"),
+    ("a.parquet", "a.parquet", f"parquet files; .*{FORMS}"),
+    ("d/data/train-0.parquet", "d", "d: parquet files;"), ("d/train/0.tar", "d", f"train: archives .0.tar.; .*{FORMS}"),
+    (f"{CIFAR}/data_batch_1", ".", "raw files;.* --root . --out NEW --dataset cifar10$"),
+    (f"r/{CIFAR}/data_batch_1", f"r/{CIFAR}", "raw files;.* --root r --out NEW --dataset cifar10$"),
+    ("r/FashionMNIST/raw/t", "r/FashionMNIST/raw", "raw files;.* --root r --out NEW --dataset fashionmnist$"),
+    ("r/stl10_binary/t", "r", "raw files;.* stl10$"), ("r/t-ubyte.gz", "r", "raw files;.* --root r .* fashionmnist$"),
+    ("k/ILSVRC/Data/CLS-LOC/train/n01/a.JPEG", "k", "name k/ILSVRC/Data/CLS-LOC, sort its val/: docs/"),
+    ("train/a/1.heic train/b/2.heic", ".", ".heic is not read; convert"), ("train/1.npy", ".", "arrays; save them as"),
+    ("train/a/1.npy train/b/2.gif", ".", "train: arrays;"), ("train/1.gif", ".", "no class folders, only 1 .gif"),
+    ("train/a/1.heic train/b/2.png", ".", "train: no image in 1: a, only 1 .heic")])  # fmt: skip
+def test_what_is_no_data_set_is_named_for_what_it_is(tmp_path, files, given, told):
+    touch(tmp_path, *files.split())
+    with pytest.raises(UsageError, match=told):
+        folders.list_training_images(given)
+
+
+def test_val_that_is_a_broken_link_or_imagenets_archive_unpacked_is_refused(tmp_path):
+    touch(tmp_path, "k/val/ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(UsageError, match="k/val: ImageNet's validation images without class folders; sort them"):
+        folders.list_images(tmp_path / "k" / "val")
     (tmp_path / "val").symlink_to("gone")
     with pytest.raises(UsageError, match="val: a link that leads nowhere .gone."):
         folders.split_path(str(tmp_path), "val")
@@ -99,7 +122,7 @@ def test_images_without_class_folders_are_one_class(tmp_path):
     found = folders.list_training_images(str(tmp_path))
     assert found.photos.names() == FLAT and found.photos.root == f"{tmp_path}/train/"
     assert found.labels.tolist() == [0] * 8 and found.classes == ["all"] and found.textures is None
-    with pytest.raises(UsageError, match="no class folders, only 8 images; labels are needed here: make one folder of"):
+    with pytest.raises(UsageError, match="no class folders, only 8 images; labels are needed here: one folder of"):
         folders.list_images(tmp_path / "train")
 
 

@@ -13,7 +13,7 @@ import torch
 from moco.data import datasets, folders, loader
 from moco.data.images import BadImage
 from moco.distributed import DistContext
-from moco.errors import RunError, UsageError
+from moco.errors import RunError
 from moco.processes import signals
 
 
@@ -50,11 +50,6 @@ def test_number_of_workers_does_not_change_the_batches(data):
     )
     assert len(alone) == 4
     assert all(torch.equal(a, b) for other in others for (a, _), (b, _) in zip(alone, other, strict=True))
-
-
-def test_a_batch_larger_than_the_data_is_refused():
-    with pytest.raises(UsageError, match="10 training images do not fill one batch of 16"):
-        loader.GlobalBatchSampler(10, 8, seed=0, ctx=DistContext(world_size=2))
 
 
 def test_evaluation_sees_every_image_once_over_all_ranks(data):

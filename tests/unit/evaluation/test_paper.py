@@ -53,6 +53,10 @@ def with_fewer_images(made, key):
     classes_of(made, key)[CLASSES[0]] = {"n": 14, "correct": 7}
 
 
+def resized(made):
+    made["cells"]["corruption/snow/5"]["preprocessing"] = "Resize(256), CenterCrop(224)"
+
+
 @pytest.mark.parametrize(
     "column, message, spoil",
     [
@@ -60,11 +64,7 @@ def with_fewer_images(made, key):
         ("Sketch", "1 of 100 classes do not have 40 to 51", lambda made: with_fewer_images(made, "sketch")),
         ("Corruption", "1 of 100 classes do not have 50", lambda made: with_fewer_images(made, "corruption/fog/3")),
         ("Corruption", "1 of 75 corruptions", lambda made: made["cells"].pop("corruption/snow/5")),
-        (
-            "Corruption",
-            "images of another size than 224 px, for example in snow/5",
-            lambda made: made["cells"]["corruption/snow/5"].update(preprocessing="Resize(256), CenterCrop(224)"),
-        ),
+        ("Corruption", "images of another size than 224 px, for example in snow/5", resized),
         ("Stylized", "not tested", lambda made: made["cells"].pop("stylized")),
     ],
 )

@@ -18,8 +18,8 @@ NAME = "released:patch-k16384-a2-run1"
 def drive(tmp_path, monkeypatch):
     """A drive that serves or raises drive.data, and counts the downloads; drive.cached is where the file is kept."""
 
-    def download(id, output):
-        state.downloads.append(id)
+    def download(url, output):
+        state.downloads.append(url)
         if isinstance(state.data, Exception):
             raise state.data
         return Path(output).write_bytes(state.data) and output
@@ -38,10 +38,8 @@ def checkpoint():
 
 
 def test_all_rows_of_the_table_are_listed():
-    assert len(released.drive_ids()) == 27 and len(set(released.drive_ids().values())) == 27
-    listing = released.listing()
-    assert NAME in listing and released.drive_ids()["mocov2-k8192-run3"] in listing
-    assert {name.rsplit("-run", 1)[0] for name in released.drive_ids()} == set(paper.rows())
+    assert len(released.links()) == 27 and len(set(released.links().values())) == 27
+    assert {name.rsplit("-run", 1)[0] for name in released.links()} == set(paper.rows())
 
 
 def test_other_paths_are_left_as_they_are():
@@ -54,13 +52,13 @@ def test_without_gdown_the_link_and_the_place_are_named(drive, monkeypatch):
     monkeypatch.setitem(sys.modules, "gdown", None)
     with pytest.raises(UsageError, match="pip install gdown") as error:
         released.local_path(NAME)
-    assert released.drive_ids()["patch-k16384-a2-run1"] in str(error.value) and str(drive.cached) in str(error.value)
+    assert released.links()["patch-k16384-a2-run1"] in str(error.value) and str(drive.cached) in str(error.value)
 
 
 def test_a_download_is_kept(drive):
     for _ in range(2):
         assert released.local_path(NAME) == str(drive.cached) and drive.cached.read_bytes() == checkpoint()
-    assert drive.downloads == [released.drive_ids()["patch-k16384-a2-run1"]]
+    assert drive.downloads == [released.links()["patch-k16384-a2-run1"]]
     assert list(drive.folder.iterdir()) == [drive.cached]
 
 

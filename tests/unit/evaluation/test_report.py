@@ -8,7 +8,7 @@ from reports import report_of, result
 
 from moco.errors import UsageError
 from moco.evaluation import report, scores
-from moco.evaluation.testsets import CORRUPTIONS, STANDARD, SUITES, Suite
+from moco.evaluation.testsets import CORRUPTIONS, STANDARD
 
 CUES = [result(50.0, n=4, cues=(4, 1, 2)), result(75.0, n=4, cues=(4, 3, 0))]
 
@@ -82,16 +82,6 @@ def test_corruption_is_the_plain_mean_of_15_by_5_and_the_extra_four_have_their_o
     assert len(parts) == 95
     found = only_row(report_of({part: [number] for number, part in enumerate(parts)}))
     assert found == pytest.approx({"Corruption": 74 / 2, "Corruption, extra four": 75 + 19 / 2})
-
-
-def test_a_suite_that_is_added_is_a_column_in_its_place(monkeypatch):
-    monkeypatch.setitem(SUITES, "own", Suite("Own", shared_classes=True))
-    own = result(50.0, n=4, shared=75.0, cues=(4, 1, 2))
-    made = report_of({"own": [own], "set/a": [3.0], "val": [4.0]})
-    assert only_row(made) == pytest.approx({
-        "val": 4, "Own": 50, "Own, shared classes": 75, "Own: Shape bias": 100 / 3,
-        "Own: Shape accuracy": 25, "Own: Texture accuracy": 50, "a": 3,
-    })  # fmt: skip
 
 
 def test_shared_classes_are_a_column_only_where_they_differ():

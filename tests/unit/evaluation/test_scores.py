@@ -17,9 +17,9 @@ from moco.evaluation import scores, testsets
 WNIDS = ["n01", "n02", "n03", "n04"]
 
 
-def score(folder, model, suite="val", limit=None):
+def score(folder, model, suite="val"):
     """The result of the suite's only test set."""
-    test_sets = testsets.list_test_sets({suite: str(folder)}, WNIDS, limit)
+    test_sets = testsets.list_test_sets({suite: str(folder)}, WNIDS)
     ((_, (result,)),) = scores.score(test_sets, [model], WNIDS, 28, 3, 0, DistContext())
     return result
 
@@ -74,14 +74,6 @@ def test_masks_tell_each_image(tmp_path):
     for text in "AAAA", "A", "é":
         with pytest.raises(ValueError):
             scores.unpack(text, 10)
-
-
-def test_a_limit_takes_the_first_images_of_each_class(tmp_path):
-    for i, decision in enumerate((0, 0, 3, 3)):
-        paint(tmp_path / "n01" / f"{i}.png", decision)
-    paint(tmp_path / "n03" / "0.png", 2)
-    counts = score(tmp_path, GrayLevels(), limit=3)["classes"]
-    assert counts == {"n01": {"n": 3, "correct": 2}, "n03": {"n": 1, "correct": 1}}
 
 
 def test_scores_equal_a_plain_loop_over_imagefolder(tmp_path):

@@ -71,15 +71,6 @@ def test_files_that_were_made_again_have_another_stamp(tmp_path, change):
     assert testsets.list_test_set("val", str(tmp_path / "moved"), HEAD).files_sha256 == after.files_sha256
 
 
-def test_no_two_sets_are_the_same_images(tmp_path):
-    paint(tmp_path / "val" / "ant" / "a.png", 0)
-    paint(tmp_path / "c" / "fog" / "1" / "ant" / "a.png", 1)
-    (tmp_path / "c" / "fog" / "2").symlink_to("1")
-    for sets in {"val": "", "stylized": ""}, {"val": "", "set/x": "val"}, {"corruption": "c"}:
-        with pytest.raises(UsageError, match="would be the same images as"):
-            testsets.list_test_sets({key: str(tmp_path / name) for key, name in sets.items()}, HEAD)
-
-
 def test_only_sets_that_are_published_so_are_looked_for_below_val(tmp_path):
     for name in "val/ant", "val/bee", "ant", "bee":
         paint(tmp_path / name / "a.png", 0)
@@ -105,13 +96,6 @@ def test_training_images_are_no_validation(tmp_path, link):
     for look in testsets.class_root, lambda data: folders.split_path(data, "val"):
         with pytest.raises(UsageError, match="these are the training images"):
             look(str(tmp_path))
-
-
-def test_folders_that_are_no_corruption_are_listed(tmp_path):
-    for name in ("fog/1", "gausian_noise/1", "noise/shot_noise/2", "noise/static/3", ".cache/1", "notes"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "README.md").write_text("")
-    assert testsets.unknown_corruptions(str(tmp_path)) == ["gausian_noise", "noise/static", "notes"]
 
 
 def test_both_layouts_of_corruptions_are_found_but_not_of_one(tmp_path):

@@ -16,7 +16,15 @@ def threads(monkeypatch):
 
 def test_results_come_in_the_order_of_the_jobs(threads, capsys):
     assert list(pool.in_processes(str, range(100), 3, "job")) == [str(job) for job in range(100)]
-    assert "100/100" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("100/100 jobs, ")
+
+
+def test_a_log_gets_a_line_every_half_minute_and_at_the_end(monkeypatch, capsys):
+    seconds = iter(range(0, 1000, 8))
+    monkeypatch.setattr(pool.time, "monotonic", lambda: next(seconds))
+    assert list(pool.progress("abcdefghij", 10, "photo", "out")) == list("abcdefghij")
+    lines = [f"out: {done}/10 photos, 0.125 a second, {left} left" for done, left in ((4, "00:48"), (8, "00:16"))]
+    assert capsys.readouterr().err.splitlines() == [*lines, "out: 10/10 photos, 0.125 a second, 00:00 left"]
 
 
 def test_few_jobs_are_shared_by_all_workers(threads):

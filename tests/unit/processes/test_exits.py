@@ -32,11 +32,7 @@ def ended(error):
     "error, code, wanted",
     [
         (UsageError("--lr 0:\n  too small"), 2, "--lr 0: too small"),
-        (
-            RunError("Caught RunError in worker 0.\nTraceback …\nmoco.errors.RunError: a.png is gone"),
-            1,
-            "a.png is gone",
-        ),
+        (RunError("Caught RunError in worker 0.\nTrace…\nmoco.errors.RunError: a.png is gone"), 1, "a.png is gone"),
         (KeyboardInterrupt(), 130, "interrupted; continue with --resume auto"),
     ],
 )

@@ -151,11 +151,8 @@ def test_equal_ranks_agree_and_a_difference_names_values_ranks_and_hosts(monkeyp
     one, other = {"--alpha": 2, "--lr": 0.03}, {"--alpha": 2, "--lr": 0.06}
     assert compared(monkeypatch, one, one, one) == ""
     assert "--lr is 0.03 on rank 0 (n0), but 0.06 on rank 2 (n2); start all" in compared(monkeypatch, one, one, other)
-
-
-def test_of_long_values_the_difference_is_printed(monkeypatch):
-    one = [f"n{number:08}" for number in range(1000)]
-    message = compared(monkeypatch, {"the class list": one}, {"the class list": [*one[:-1], "other"]})
+    long = [f"n{number:08}" for number in range(1000)]
+    message = compared(monkeypatch, {"the class list": long}, {"the class list": [*long[:-1], "other"]})
     assert "'n00000999'" in message and "'other'" in message and len(message) < 400
 
 

@@ -76,14 +76,6 @@ def test_a_blocked_signal_arrives_after_the_block():
     assert stop.signum == signal.SIGUSR1
 
 
-def test_a_script_that_only_cleans_up_exits_with_the_signals_code():
-    signals.handle_stop_signals(signals.exit_at_once, (signal.SIGTERM, signal.SIGHUP))
-    with pytest.raises(SystemExit) as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        time.sleep(5)
-    assert stop.value.code == 128 + signal.SIGHUP
-
-
 def test_loading_processes_ignore_stop_signals(monkeypatch):
     monkeypatch.setattr(signals.sys, "excepthook", None)
     signals.leave_signals_to_trainer()

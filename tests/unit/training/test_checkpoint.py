@@ -98,6 +98,36 @@ def test_auto_resume_takes_the_last_epoch_and_pruning_keeps_it(tmp_path):
     assert checkpoint.resume_path("a/file", tmp_path, pattern) == "a/file"
 
 
+@pytest.mark.parametrize("latest, names, taken", [
+    (None, ["0009", "0199"], "0199"), ((200, 0), ["0199"], "0199"), ((4, 3), [], "latest, after 4 of 200 epochs"),
+    ((200, 1), ["0199"], "latest"), ((150, 0), ["0099"], "latest, after 150 of 200 epochs"),
+    ((100, 0), ["0099"], "0099, after 100 of 200 epochs")])  # fmt: skip
+def test_the_folder_of_a_run_stands_for_its_last_checkpoint(tmp_path, capsys, latest, names, taken):
+    for name in names:
+        (tmp_path / f"checkpoint_{name}.pth.tar").touch()
+    if latest:
+        saved = dict(zip(("epoch", "step"), latest)) | {"options": {"epochs": 200}}
+        torch.save(saved, tmp_path / "checkpoint_latest.pth.tar")
+    number, _, state = taken.partition(",")
+    found = checkpoint.of_run("--pretrained", str(tmp_path), checkpoint.PRETRAINING)
+    assert found == f"{tmp_path}/checkpoint_{number}.pth.tar"
+    told = f"--pretrained {tmp_path}: taking checkpoint_{number}.pth.tar" + (state and f",{state}") + "\n"
+    assert capsys.readouterr().err == told
+
+
+def test_a_folder_of_no_or_of_several_checkpoints_is_refused_with_their_names(tmp_path):
+    for name in ("a/model_best_0001.pth.tar", "a/model_best_0199.pth.tar", "b/checkpoint_0199.pth.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for folder, pattern, told in (
+        ("", checkpoint.PRETRAINING, "no checkpoint_.*; name one: a/model_best_0001.pth.tar, a/model_best_0199.pth"),
+        ("a", checkpoint.BEST, "several model_best_.*; name one: model_best_0001.pth.tar, model_best_0199.pth.tar$"),
+        ("b", checkpoint.BEST, "no model_best_.*; name one: checkpoint_0199.pth.tar$"),
+    ):
+        with pytest.raises(UsageError, match=f"--pretrained {tmp_path / folder}: it holds {told}"):
+            checkpoint.of_run("--pretrained", str(tmp_path / folder), pattern)
+
+
 # Whose backbone it is
 
 
@@ -161,7 +191,6 @@ def test_another_network_is_not_taken_for_a_resnet18():
 def test_a_backbone_that_is_not_finite_or_not_there_is_refused():
     state = copy.deepcopy(resnet().state_dict())
     state["layer1.0.bn1.weight"][3] = NAN
-    assert checkpoint.nonfinite(state) == ["layer1.0.bn1.weight"]
     with pytest.raises(UsageError, match="file: 1 of its tensors, layer1.0.bn1.weight the first, hold infinite"):
         checkpoint.find_backbone({"state_dict": state}, "file", on_meta())
     for saved in {"state_dict": {"fc.weight": torch.ones(2)}}, {"epoch": 3}:

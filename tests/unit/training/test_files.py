@@ -1,11 +1,8 @@
 import fcntl
 import os
 import re
-import subprocess
-import sys
 
 import pytest
-from helpers import REPOSITORY
 
 from moco.errors import UsageError
 from moco.training import files
@@ -76,26 +73,6 @@ def test_a_busy_lock_is_refused_or_waited_for(tmp_path):
     told = []
     lock.acquire(on_busy=lambda owner: (told.append(owner), busy.file.close()))
     assert told == ["process 1 on a"] and path.read_text().startswith(f"process {os.getpid()}")
-
-
-@pytest.mark.parametrize(
-    "path, written, left",
-    [
-        (".r.json.lock", None, ["mine"]),
-        (".r.json.lock", "r.json", [".r.json.lock", "mine", "r.json"]),
-        (".lock", None, [".lock", "mine"]),  # of a folder in which there is something
-        ("new/.lock", None, ["mine"]),
-        ("new/.lock", "new/x", ["mine", "new", "new/.lock", "new/x"]),
-    ],
-)
-def test_a_lock_under_which_nothing_was_written_leaves_nothing(tmp_path, path, written, left):
-    (tmp_path / "mine").touch()
-    code = f"from moco.training import files; files.FolderLock('', {path!r}).acquire()"
-    code += f"; open({written!r}, 'w').close()" if written else ""
-    subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, check=True
-    )
-    assert sorted(str(each.relative_to(tmp_path)) for each in tmp_path.rglob("*")) == left
 
 
 def test_a_lock_that_cannot_be_created_is_refused(tmp_path):

@@ -59,15 +59,11 @@ def test_a_resumed_run_replaces_the_log_lines_it_repeats(tmp_path):
     path = tmp_path / "log.jsonl"
     for epoch in (0, 1, 2, 3, 1):
         metrics.log_epoch(path, {"epoch": epoch, "loss": math.pi, "by_head": [math.pi, 1]})
+        if epoch == 0:
+            os.link(path, tmp_path / "copy.jsonl")
+    assert (tmp_path / "copy.jsonl").read_text().count("\n") == 1  # a copy by hard links keeps its own log
     expected = [{"epoch": epoch, "loss": 3.14159, "by_head": [3.14159, 1]} for epoch in (0, 1)]
     assert [json.loads(line) for line in path.read_text().splitlines()] == expected
-
-
-def test_a_copy_by_hard_links_keeps_its_own_log(tmp_path):
-    metrics.log_epoch(tmp_path / "log.jsonl", {"epoch": 0})
-    os.link(tmp_path / "log.jsonl", tmp_path / "copy.jsonl")
-    metrics.log_epoch(tmp_path / "log.jsonl", {"epoch": 1})
-    assert len((tmp_path / "copy.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -142,16 +138,18 @@ def test_a_resumed_epoch_starts_at_its_step_and_heads_are_reported_side_by_side(
     assert epoch.speed()["images_per_s"] == 8  # of the steps that it did itself
 
 
-@pytest.mark.parametrize(
-    "means, figures",
-    [
-        (MEANS, ["q·k 0.812", "q·t -0.123", "spread 0.974"]),
-        ({"loss": 1.25, "acc1": 70.5}, ["loss 1.250", "acc1 70.500"]),  # the probe
-    ],
-)
-def test_80_columns_show_the_figures_and_then_the_bar(capsys, monkeypatch, means, figures):
+HEADS = {"loss": [1.25, 0.5, 900.0], "acc1": [70.5, 80.0, 1.0]}
+
+
+@pytest.mark.parametrize("columns, means, shown, left_out", [
+    (40, MEANS, "epoch 100 loss 8.123 ", "ETA"), (46, MEANS, "epoch 100 loss 8.123 ETA #", "q·k"),
+    (80, MEANS, "epoch 100 loss 8.123 ETA # q·k 0.812 q·t -0.123 spread 0.974 ", "images/s"),
+    (200, MEANS, "epoch 100 loss 8.123 ETA # q·k 0.812 q·t -0.123 spread 0.974 128 images/s ", "acc"),
+    (80, HEADS, "epoch 100 loss 0.500–900.000 ETA # acc1 1.000–80.000 ", "1.25"),
+    (25, {"loss": [1.25]}, "epoch 100 loss 1.250", "/"), (0, MEANS, None, None)])  # fmt: skip
+def test_a_terminal_shows_the_loss_and_what_fits_or_gets_lines(capsys, monkeypatch, columns, means, shown, left_out):
     terminal, (_, descriptor) = io.StringIO(), pty.openpty()
-    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     terminal.isatty, terminal.fileno = lambda: True, lambda: descriptor  # its size is what tqdm asks for
     monkeypatch.setattr(sys, "stderr", terminal)
     batches = Batches(monkeypatch, 990, seconds=1)
@@ -159,11 +157,11 @@ def test_80_columns_show_the_figures_and_then_the_bar(capsys, monkeypatch, means
     for _ in epoch:
         if epoch.due():
             epoch.report(means, 0.03)
-    lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", terminal.getvalue()) if "ETA" in line]
-    assert len(lines) > 90
-    for line in lines:
-        assert len(line) <= 80
-        assert all(text in line for text in ["epoch 100 ", *figures, " 128 images/s"])
-        assert re.search(r"ETA \d+:\d\d:\d\d ", line)
-    assert lines[-1].count("/990 |") == 1
+    if not columns:  # it does not tell its width
+        assert terminal.getvalue() == "" and capsys.readouterr().out.count("\n") == 99
+        return
+    lines = [line for line in re.split(r"[\r\n]+|\x1b\[A", terminal.getvalue()) if "loss" in line]
+    assert len(lines) > 90 and max(map(len, lines)) <= columns and not any(left_out in line for line in lines)
+    assert all(re.sub(r"ETA [\d:]+", "ETA #", line).startswith(shown) for line in lines)
+    assert "/990 |" in lines[-1] or columns < 40
     assert capsys.readouterr().out == ""  # no lines beside the bar
