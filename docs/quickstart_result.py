@@ -125,15 +125,15 @@ class Pen:
         return large.height / SCALE
 
 
-def draw(table: Table, views: Sequence[Image.Image], path: Path) -> None:
+def draw(table: Table, differences: Differences, views: Sequence[Image.Image], path: Path) -> None:
     """Save the picture: a group of dots for each column of the table, and beside them the views in one column."""
     pen, runs = Pen(WIDTH, HEIGHT), max_runs(table)
     plot_width = WIDTH - 60 - (430 if views else 0)
     pen.text(50, 36, "Negatives that keep the texture and lose the shape", 34)
-    counted = f"means and single runs of {runs} seeds" if runs > 1 else "one seed"
+    counted = f"means and single runs of {runs} seeds" if runs > 1 else "one seed, ± error of the difference"
     pen.text(50, 84, f"linear probe, top-1 in percent, {counted}", 20, GREY)
     draw_legend(pen, list(table), 50, 126, plot_width)
-    draw_dots(pen, table, left=90, top=220, right=plot_width, bottom=HEIGHT - 70)
+    draw_dots(pen, table, differences, left=90, top=220, right=plot_width, bottom=HEIGHT - 70)
     if views:
         pen.text(plot_width + 40, 84, "queries, keys, negatives (NS) as trained on", 20, GREY)
     y, height = 130.0, (HEIGHT - 130 - 30 * len(views)) / max(1, len(views))
@@ -154,10 +154,21 @@ def draw_legend(pen: Pen, rows: Sequence[str], x: float, y: float, right: float)
         x += length + 66
 
 
-def draw_dots(pen: Pen, table: Table, left: float, top: float, right: float, bottom: float) -> None:
-    """A labelled axis, and for each column the rows side by side: a dot for the mean, a line over the runs' range."""
+def draw_dots(
+    pen: Pen, table: Table, differences: Differences, left: float, top: float, right: float, bottom: float
+) -> None:
+    """A labelled axis, and for each column the rows side by side: a dot for the mean, a line over the runs' range.
+
+    Of a single run the line is the standard error of its difference from the first row.
+    """
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    figures = [figure for row in table.values() for runs in row.values() for figure in runs]
+    spans = {
+        (row, column): [runs[0] - error, runs[0] + error] if len(runs) == 1 else runs
+        for row, own in table.items()
+        for column, runs in own.items()
+        for error in [differences.get(row, {}).get(column, Difference(0, 0)).error]
+    }
+    figures = [figure for span in spans.values() for figure in span]
     low, high = 10 * int(min(figures) / 10 - 0.2), min(100, 10 * int(max(figures) / 10 + 1.2))
 
     def height(figure: float) -> float:
@@ -172,10 +183,10 @@ def draw_dots(pen: Pen, table: Table, left: float, top: float, right: float, bot
         pen.text(start + group / 2, bottom + 24, column, 22, anchor="ma")
         if column == "Shape bias":  # not an accuracy
             pen.line((start, top), (start, bottom), "#999999")
-        for number, (row, colour) in enumerate(zip(table.values(), itertools.cycle(COLOURS))):
-            if runs := row.get(column):
+        for number, ((row, own), colour) in enumerate(zip(table.items(), itertools.cycle(COLOURS))):
+            if runs := own.get(column):
                 x = start + group / 2 + (number - (len(table) - 1) / 2) * group / (len(table) + 0.6)
-                mean, heights = statistics.fmean(runs), [height(figure) for figure in runs]
+                mean, heights = statistics.fmean(runs), [height(figure) for figure in spans[row, column]]
                 pen.line((x, min(heights)), (x, max(heights)), colour, 2)
                 for y in heights:
                     pen.line((x - 7, y), (x + 7, y), colour, 2)
@@ -193,7 +204,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         table, differences = read_table(args.table)
-        draw(table, [Image.open(path).convert("RGB") for path in args.views], args.out)
+        draw(table, differences, [Image.open(path).convert("RGB") for path in args.views], args.out)
     except (OSError, ValueError) as error:  # also an --out of a suffix that PIL does not know
         parser.exit(2, f"{parser.prog}: error: {args.table} → {args.out}: {error}\n")
     told = (textwrap.fill(each, 80) for each in sentences(table, differences))

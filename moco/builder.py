@@ -61,9 +61,8 @@ class MoCo(nn.Module):
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
         if not hasattr(self.encoder_q, "fc"):
-            wrapped = "nn.Sequential(OrderedDict(body=network without its head, fc=nn.Linear(width, num_classes)))"
-            name = type(self.encoder_q).__name__
-            raise ValueError(f"base_encoder: {name} has no final linear layer named fc; let it return {wrapped}")
+            way = "return nn.Sequential(OrderedDict(body=network without its head, fc=nn.Linear(width, num_classes)))"
+            raise ValueError(f"base_encoder: {type(self.encoder_q).__name__} has no last linear layer named fc; {way}")
         for encoder in (self.encoder_q, self.encoder_k):
             layers = [encoder.fc]
             if mlp:

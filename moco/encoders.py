@@ -27,11 +27,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def arch_name(text: str) -> str:
     """A value of --arch. argparse.ArgumentTypeError unless it is one of ARCHS."""
-    if text in ARCHS:
-        return text
-    known = f"{', '.join(WIDTHS)} and torchvision's {', '.join(f'{name}*' for name in FAMILIES)}"
-    way = "to add another, such as a ViT or ConvNeXt: docs/own-loop.md#in-this-project"
-    raise argparse.ArgumentTypeError(f"{text}: not among {known}, which end in a layer fc; {way}")
+    if text not in ARCHS:
+        known = f"{', '.join(WIDTHS)}, torchvision's {', '.join(f'{name}*' for name in FAMILIES)}, which end in fc"
+        raise argparse.ArgumentTypeError(f"{text}: not among {known}; for others: docs/own-loop.md#in-this-project")
+    return text
 
 
 def build_encoder(arch: str, num_classes: int) -> nn.Module:

@@ -85,8 +85,7 @@ def of_run(option: str, path: str, pattern: str) -> str:
                 names.pop()
     if not names or pattern == BEST and names[1:]:
         what = f"{'several' if names else 'no'} {'model_best' if pattern == BEST else 'checkpoint'}_*.pth.tar"
-        found = [*Path(path).glob("*.pth*"), *Path(path).glob("*/*.pth*")]
-        there = names or sorted(str(each.relative_to(path)) for each in found)
+        there = names or sorted(str(each.relative_to(path)) for each in Path(path).rglob("*.pth*"))
         way = f"name one: {', '.join(there[:6])}{', …' * (len(there) > 6)}" if there else "name the folder of a run"
         raise UsageError(f"{option} {path}: it holds {what}; {way}")
     if is_main():

@@ -15,10 +15,8 @@ from docs import quickstart_result as result
 from docs import quickstart_settings
 
 FIGURES = {"val": 50, "Corruption": 40, "Sketch": 45, "Stylized": 35, "Rendition": 60, "Shape bias": 80}
-TWO_ROWS = {
-    "table": {"MoCo v2": {"val": [50.0]}, "+ Patch": {"val": [54.0]}},
-    "differences": {"+ Patch": {"val": [4.0, 1.0]}},
-}
+TWO_ROWS = {"MoCo v2": {"val": [50.0]}, "+ Patch": {"val": [54.0]}}
+TWO_ROWS = {"table": TWO_ROWS, "differences": {"+ Patch": {"val": [4.0, 1.0]}}}
 PYTHON = f"""#!{sys.executable}
 '''Instead of python: records the command, and leaves the files that the real scripts would leave.'''
 import os, pathlib, subprocess, sys
@@ -83,8 +81,8 @@ def test_every_row_is_trained_and_probed_with_every_seed(tmp_path):
     for options in ("--robust none", "--robust patch --alpha 2", "--robust texture --alpha 2"):
         assert sorted(command.split("--seed ")[1][0] for command in training if options in command) == ["0", "1"]
     assert sum(command.endswith("shapes-texture") for command in training) == 2
-    (evaluation,) = of(commands, "eval_robustness.py")
-    assert f"MoCo v2={out}/plain-0/model_best_0199.pth.tar,{out}/plain-1/model_best_0199" in evaluation
+    rows = f"MoCo v2={out}/plain-0/model_best_0199.pth.tar,{out}/plain-1/model_best_0199"
+    assert rows in of(commands, "eval_robustness.py")[0]
     assert (out / "table.md").read_text() == "| model | val |\n|---|---|\n"
     assert "+ Patch against MoCo v2: better in 1 of 1 columns" in run.stdout
     assert "Terminated" not in run.stderr and (out / "plain-1" / "pretraining.log").read_text()
@@ -147,11 +145,9 @@ def test_the_share_that_is_done_counts_steps(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "pretraining.log").write_text("epoch 4 [1/62]  loss\nepoch 5 [31/62]  loss 1\nsaved\n")
     (tmp_path / "run" / "probe.log").write_text("epoch 0 [2/4]  loss 3\nval: epoch 0 [1/2]\n")
-    script = "eval \"$(sed -n '/^share()/,/^}/p' quickstart.sh)\"; jobs=(1 2) epochs=10 probe_epochs=20; share"
-    run = subprocess.run(
-        ["bash", "-c", script], cwd=REPOSITORY, env={**os.environ, "out": tmp_path}, capture_output=True
-    )
-    assert float(run.stdout) == pytest.approx((2 * 5.5 + 0.5) / 2 / 40)
+    share = (REPOSITORY / "quickstart.sh").read_text().split("share() {")[1].split("\n}\n")[0]
+    script = f"out={tmp_path} jobs=(1 2) epochs=10 probe_epochs=20; {share}"
+    assert float(subprocess.check_output(["bash", "-c", script])) == pytest.approx((2 * 5.5 + 0.5) / 2 / 40)
 
 
 def test_the_sentences_say_better_worse_and_within_noise():
@@ -171,7 +167,8 @@ def test_the_sentences_say_better_worse_and_within_noise():
 
 @pytest.mark.parametrize("rows", [([0],), ([0, 3], [1, 2]), ([0],) * 9])
 def test_the_picture_shows_every_row_in_its_colour(tmp_path, rows):
-    result.draw(table(*rows), [Image.new("RGB", (216, 200), "#123456")] * 2, tmp_path / "result.png")
+    found = {"row 1": {"val": result.Difference(1.0, 3.0)}}
+    result.draw(table(*rows), found, [Image.new("RGB", (216, 200), "#123456")] * 2, tmp_path / "result.png")
     pixels = np.asarray(Image.open(tmp_path / "result.png"))
     for colour in [*result.COLOURS[: len(rows)], "#123456"]:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
