@@ -47,6 +47,14 @@ def run_loop(block, model, **more):
     return names["loss"].item()
 
 
+def test_the_lines_in_the_readme_give_the_paper_s_loss():
+    block = (REPOSITORY / "README.md").read_text().split("earlier keys (C, K):\n\n")[1].split("\n\n")[0]
+    names = {"queries": torch.rand(3, 3, 224, 224), "keys": torch.rand(3, 3, 224, 224), "queue": unit(5, 8).T}
+    exec(textwrap.dedent(block), names | {"encode": lambda x: F.normalize(x[:, 0, 0, :8])}, names)
+    logits = contrastive_logits(*(names[each] for each in ("q", "k", "t", "queue")), 0.2, 2)
+    assert names["loss"].isclose(F.cross_entropy(logits, torch.zeros(3, dtype=torch.long)))
+
+
 @pytest.fixture(scope="module")
 def reference():
     """The loss of the second of two steps of MoCo itself, in the loop as printed."""

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import REPOSITORY
+from helpers import REPOSITORY, write_folder
 from PIL import Image
 
 from docs import quickstart_result as result
@@ -49,10 +49,8 @@ elif arguments[0].startswith("docs/"):
 
 def table(*runs):
     """The --json file's table: a row per argument, whose figures are FIGURES plus each of the numbers in it."""
-    return {
-        f"row {row}": {column: [figure + more for more in numbers] for column, figure in FIGURES.items()}
-        for row, numbers in enumerate(runs)
-    }
+    add = lambda numbers: {column: [figure + more for more in numbers] for column, figure in FIGURES.items()}
+    return {f"row {row}": add(numbers) for row, numbers in enumerate(runs)}
 
 
 def run_quickstart(folder, *arguments, **settings):
@@ -93,10 +91,7 @@ def test_every_row_is_trained_and_probed_with_every_seed(tmp_path):
 
 @pytest.mark.parametrize("library", [False, True])
 def test_ones_own_images_with_ones_own_options_on_two_gpus(tmp_path, library):
-    for split in "train", "val":
-        for label in range(2):
-            (tmp_path / "my data" / split / f"{label}").mkdir(parents=True)
-            Image.new("RGB", (300, 500)).save(tmp_path / "my data" / split / f"{label}" / "1.png")
+    write_folder(tmp_path / "my data", classes="01", train=1, val=1)
     no_library = {} if library else {"FAILS": "import imagecorruptions"}
     options = ["my data", "--epochs", "3", "--image-size", "48", "--moco-t", "0.1"]
     run, commands = run_quickstart(tmp_path, *options, GPUS="2", **no_library)
@@ -151,10 +146,8 @@ def test_the_share_that_is_done_counts_steps(tmp_path):
 
 
 def test_the_sentences_say_better_worse_and_within_noise():
-    found = {
-        name: dict.fromkeys(FIGURES, result.Difference(mean, 1.0))
-        for name, mean in (("row 1", 5.0), ("row 2", -2.5), ("row 3", 1.9))
-    }
+    means = {"row 1": 5.0, "row 2": -2.5, "row 3": 1.9}
+    found = {name: dict.fromkeys(FIGURES, result.Difference(mean, 1.0)) for name, mean in means.items()}
     better, worse, noisy, trust = result.sentences(table([0, 1], [5, 6], [-2, -1], [2, 3]), found)
     assert better == "row 1 against row 0: better in 6 of 6 columns."
     assert "better in 0 of 6 columns, worse in 6 (val, Corruption," in worse
