@@ -9,10 +9,10 @@
 # One run on each GPU at a time, or as many side by side as the CPU has cores, and one more. Run it again to resume.
 set -euo pipefail
 shopt -s nullglob
-own=${1:+$(realpath -m -- "$1")}
+case ${1-} in "" | /*) own=${1-} ;; *) own=$PWD/$1 ;; esac
 [ $# = 0 ] || shift
 cd "$(dirname "$0")"
-export OMP_NUM_THREADS=1    # one thread per run: a seed gives the same run anywhere
+export OMP_NUM_THREADS=1    # one thread per run: the same figures with any number of cores
 export out=${QUICKSTART_OUT:-quickstart_out${own:+/$(basename "$own")}}
 mkdir -p "$out"
 export data=${own:-$out/shapes} settings probe epochs probe_epochs last gpus
@@ -106,13 +106,19 @@ for name in $rows; do
   table+=("$title=${heads#,}")
 done
 
-trap 'echo; echo "interrupted: run the same command again to resume" >&2; exit 130' INT
+interrupted() {             # when all runs have saved their state
+  printf '\ninterrupted: saving\n' >&2
+  while [ "$(ps -eo args= | grep -F -e "--ckpt_path $out/" | grep -v grep)" ]; do sleep 1; done
+  echo "run the same command again to resume" >&2
+  exit 130
+}
+trap interrupted INT
 echo "${#jobs[@]} runs of pre-training and probe, $parallel at a time; their output: $out/*/*.log" >&2
 progress >&2 &
 watcher=$!
 trap 'kill $watcher 2> /dev/null || true' EXIT
-if ! printf '%s\0' "${jobs[@]}" | xargs -0 -P "$parallel" $([ "$gpus" = 0 ] || echo --process-slot-var=GPU) -I{} \
-  bash -c 'IFS=";" read -r name seed data_of_row options <<< "$1"; train "$name" "$seed" "$data_of_row" $options' - {}; then
+if ! printf '%s\0' "${jobs[@]}" | xargs -0 -n 1 -P "$parallel" $([ "$gpus" = 0 ] || echo --process-slot-var=GPU) \
+  bash -c 'IFS=";" read -r name seed data_of_row options <<< "$1"; train "$name" "$seed" "$data_of_row" $options' -; then
   echo "a run failed; how each run's output ends:" >&2
   tail -n 3 "$out"/*/*.log >&2
   exit 1
@@ -122,7 +128,7 @@ echo >&2
 
 python eval_robustness.py -j 1 --pretrained "${table[@]}" "${sets[@]}" --json "$out/table.json" > "$out/evaluation.txt"
 grep '^|' "$out/evaluation.txt" > "$out/table.md"
-python docs/quickstart_result.py "$out/table.json" --views "${views[@]}" --out "$out/result.png"
+python docs/quickstart_result.py "$out/table.json" --views ${views[@]+"${views[@]}"} --out "$out/result.png"
 echo "
 $out/result.png       the table as a picture, beside queries with their negatives
 $out/table.md         the table in full
