@@ -3,6 +3,7 @@
 python docs/negatives.py
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from moco import augment, distributed, plot, views  # noqa: E402
 from moco.data import datasets, folders  # noqa: E402
 from moco.negatives import patch_negatives  # noqa: E402
 
-SIZE, PATCHES = 56, (8, 18)  # px: the quick start's crops, without its smallest patches
+SIZE, PATCHES = 56, (8, 18)  # px: larger than the quick start's, to be seen
 RECIPE = augment.V2._replace(gray_p=0, blur_p=0)  # a reader is to recognise the images
 IMAGES = {"heart": 0, "plus": 1, "ring": 0}  # class: number
 
@@ -29,6 +30,7 @@ def preprocess(script: str, *arguments: object) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description="Draw docs/negatives.png.").parse_args()
     with tempfile.TemporaryDirectory() as folder:
         photos, textures = Path(folder, "shapes"), Path(folder, "shapes-texture")
         preprocess("shapes.py", "--out", photos, "--train", 80, "--test", 10, "--cell", 10)
