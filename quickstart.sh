@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Pre-train MoCo v2 without and with non-semantic negatives, probe the backbones, and print the robustness table.
+# Train MoCo v2 without and with non-semantic negatives, then a linear classifier on each, and print a table of accuracies.
 #   bash quickstart.sh                  on generated images: see the paper's effect on a CPU
 #   bash quickstart.sh DIR [OPTIONS]    on your own, DIR/{train,val}/<class>/*; options are those of moco-non-sem-neg.py
-#   QUICKSTART_SEEDS=3                  runs per row (default 1)
+#   QUICKSTART_SEEDS=3                  runs of each row, with seeds 0, 1, 2 (default 1)
 #   QUICKSTART_ROWS="plain patch2"      which rows, of plain patch2 patch3 texture2 (default: these two; texture2, too,
 #                                       on generated images)
 #   QUICKSTART_OUT=FOLDER               default: quickstart_out, for DIR quickstart_out/<name of DIR>
-# One run on each GPU at a time, or as many side by side as the CPU has cores, and one more. Run it again to resume.
+# One run per GPU at a time; on a CPU, cores + 1 at once. Run it again to resume.
 set -euo pipefail
 shopt -s nullglob
 case ${1-} in "" | /*) own=${1-} ;; *) own=$PWD/$1 ;; esac

@@ -48,9 +48,10 @@ def run_loop(block, model, **more):
 
 
 def test_the_lines_in_the_readme_give_the_paper_s_loss():
-    block = (REPOSITORY / "README.md").read_text().split("earlier keys (C, K):\n\n")[1].split("\n\n")[0]
+    block = (REPOSITORY / "README.md").read_text().split("16 to 72 px:\n\n")[1].split("\n\n")[0]
     names = {"queries": torch.rand(3, 3, 224, 224), "keys": torch.rand(3, 3, 224, 224), "queue": unit(5, 8).T}
-    exec(textwrap.dedent(block), names | {"encode": lambda x: F.normalize(x[:, 0, 0, :8])}, names)
+    encoders = dict.fromkeys(("encode_q", "encode_k"), lambda x: F.normalize(x[:, 0, 0, :8]))
+    exec(textwrap.dedent(block), names | encoders, names)
     logits = contrastive_logits(*(names[each] for each in ("q", "k", "t", "queue")), 0.2, 2)
     assert names["loss"].isclose(F.cross_entropy(logits, torch.zeros(3, dtype=torch.long)))
 
