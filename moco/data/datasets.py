@@ -1,6 +1,7 @@
 """Transforms of image files, and the data sets of random crops and of labelled images."""
 
 import functools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -42,7 +43,7 @@ def eval_transform(size: int) -> Callable[[str], torch.Tensor]:
 
 
 class TwoCrops(Dataset):
-    """Two random crops of a photo and, with `textures`, the first crop's box of its texture.
+    """Two random crops of a photo and, with `textures`, the crop of its texture that belongs to the first one.
 
     An item is uint8 (2 or 3, 3, size, size): query, key[, texture].
     """
@@ -59,7 +60,7 @@ class TwoCrops(Dataset):
         crops = [self._crop(photo, *box) for box in boxes]
         if self.textures is not None:
             texture = read_rgb(self.textures[index])
-            crops.append(self._crop(texture, *_rescale(boxes[0], photo.shape[1:], texture.shape[1:])))
+            crops.append(self._crop(texture, *texture_box(boxes[0], photo.shape[1:], texture.shape[1:])))
         return torch.stack(crops)
 
     def _crop(self, image: torch.Tensor, top: int, left: int, height: int, width: int) -> torch.Tensor:
@@ -67,11 +68,15 @@ class TwoCrops(Dataset):
         return v2.functional.resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
 
 
-def _rescale(box: tuple[int, ...], old: Sequence[int], new: Sequence[int]) -> tuple[int, int, int, int]:
-    """The box (top, left, height, width) of an `old` (H, W) image at the same relative place of a `new` (H, W) one."""
-    top, left, height, width = (round(value * new[i % 2] / old[i % 2]) for i, value in enumerate(box))
-    height, width = max(height, 1), max(width, 1)
-    return min(top, new[0] - height), min(left, new[1] - width), height, width
+def texture_box(box: Sequence[int], photo: Sequence[int], texture: Sequence[int]) -> tuple[int, ...]:
+    """The crop (top, left, height, width) of a texture (H, W) that belongs to the crop `box` of its photo (H, W).
+
+    It has the same aspect and share of the area, or less where that does not fit, and the same place in the room left.
+    """
+    scale = min((math.prod(texture) / math.prod(photo)) ** 0.5, texture[0] / box[2], texture[1] / box[3])
+    sizes = [max(1, round(scale * size)) for size in box[2:]]
+    shares = [at / room if (room := whole - size) else 0.5 for at, size, whole in zip(box, box[2:], photo)]
+    return *(round(share * (whole - size)) for share, size, whole in zip(shares, sizes, texture)), *sizes
 
 
 class ImageList(Dataset):

@@ -302,7 +302,8 @@ def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> tuple
     a part of a larger one, or if a weight has another shape or is not finite.
     """
     containers = {name: checkpoint.get(name) for name in CONTAINERS} | {"": checkpoint}
-    container, state = next(((name, each) for name, each in containers.items() if _are_tensors(each)), ("", {}))
+    is_state = lambda each: isinstance(each, Mapping) and each and all(map(torch.is_tensor, each.values()))
+    container, state = next(((name, each) for name, each in containers.items() if is_state(each)), ("", {}))
     own = {name: value for name, value in network.state_dict().items() if not name.startswith("fc.")}
     numbers = {name: str(number) for number, (name, _) in enumerate(network.named_children())}
     numbered = {numbers[name.partition(".")[0]] + "." + name.partition(".")[2]: name for name in own}
@@ -321,7 +322,3 @@ def find_backbone(checkpoint: Mapping, source: str, network: nn.Module) -> tuple
         where = f"{container + ': ' if container else ''}{prefix}*"
         return weights, f"{len(weights)} tensors from {where}, {len(state) - len(weights)} others left out"
     raise UsageError(f"{source}: it holds no weights of this --arch ({', '.join(list(state)[:2])}, …); check --arch")
-
-
-def _are_tensors(state: object) -> bool:
-    return isinstance(state, Mapping) and len(state) > 0 and all(isinstance(v, torch.Tensor) for v in state.values())

@@ -93,10 +93,8 @@ class Run:
             loader, epoch, self.sampler.global_batch_size, self.args.print_freq, epochs_left, first_step
         )
 
-        def prepare_step(batch, step):
-            return prepare(batch, distributed.derive_rng(self.seed, epoch, step, self.ctx.rank))
-
-        batches = prefetch(self.progress, prepare_step, self.ctx.device, first_step)
+        ready = lambda batch, step: prepare(batch, distributed.derive_rng(self.seed, epoch, step, self.ctx.rank))
+        batches = prefetch(self.progress, ready, self.ctx.device, first_step)
         while self.step < len(self.sampler):
             batch, self._unreadable_now = self._next(batches)
             self.step += 1

@@ -39,14 +39,10 @@ def test_crops_equal_torchvisions_random_resized_crop(tmp_path):
 
 
 def test_texture_is_cropped_at_the_querys_relative_place(tmp_path):
-    """A texture that is the photo at another size gives the query's crop."""
-    ramp = np.linspace(0, 255, 160)
-    photo = np.stack(
-        [np.broadcast_to(ramp, (120, 160)), np.broadcast_to(ramp[:120, None], (120, 160)), np.full((120, 160), 99)],
-        axis=2,
-    ).astype(np.uint8)
-    Image.fromarray(photo).save(tmp_path / "photo.png")
-    Image.fromarray(photo).resize((224, 224), Image.BICUBIC).save(tmp_path / "texture.png")
+    rows, columns = np.indices((120, 160))
+    photo = Image.fromarray(np.dstack([columns * 1.6, rows * 1.6, 0 * rows + 99]).astype(np.uint8))
+    photo.save(tmp_path / "photo.png")
+    photo.resize((320, 240), Image.BICUBIC).save(tmp_path / "texture.png")
     views = datasets.RetryDataset(datasets.TwoCrops([tmp_path / "photo.png"], 32, [tmp_path / "texture.png"]), [0])
     for seed in range(20):
         query, key, texture = views[0, seed][0].int()
@@ -54,12 +50,16 @@ def test_texture_is_cropped_at_the_querys_relative_place(tmp_path):
     assert (query - key).abs().max() > 20
 
 
-def test_a_texture_of_one_pixel_gives_crops_of_its_colour(tmp_path):
-    write_photo(tmp_path / "photo.png", size=(50, 37))
-    Image.new("RGB", (1, 1), (10, 20, 30)).save(tmp_path / "texture.png")
-    views = datasets.RetryDataset(datasets.TwoCrops([tmp_path / "photo.png"], 8, [tmp_path / "texture.png"]), [0])
-    for seed in range(20):
-        assert views[0, seed][0][2].flatten(1).unique(dim=1).flatten().tolist() == [10, 20, 30]
+@pytest.mark.parametrize("size", [1, 64, 224])
+def test_crops_of_square_textures_have_the_area_and_aspect_of_those_of_photos(size):
+    for seed in range(300):
+        torch.manual_seed(seed)
+        box = transforms.RandomResizedCrop.get_params(torch.empty(3, 375, 500), (0.2, 1.0), (3 / 4, 4 / 3))
+        top, left, height, width = datasets.texture_box(box, (375, 500), (size, size))
+        assert 0 <= top <= size - height and 0 <= left <= size - width
+        assert size == 1 or width / height == pytest.approx(box[3] / box[2], rel=0.08)
+        share, wanted = height * width / size**2, box[2] * box[3] / (375 * 500)
+        assert share == pytest.approx(wanted, rel=0.06) or size in (height, width) and share <= wanted or size == 1
 
 
 def test_tiny_and_huge_images_give_crops(tmp_path):
