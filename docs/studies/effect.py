@@ -14,6 +14,7 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import os
 import shlex
 import statistics
@@ -71,7 +72,7 @@ def changed(**settings: float) -> tuple:
     return tuple((name, value) for name, value in named.items() if DEFAULTS[name] != value)
 
 
-MAIN = f"shapes-{DATA_SEED}"
+MAIN, SECOND = f"shapes-{DATA_SEED}", f"shapes-{SECOND_DATA_SEED}"
 GRID = [
     changed(lr=lr, moco_k=k, moco_t=t) for lr, k, t in itertools.product((0.06, 0.03, 0.12), (512, 2048), (0.2, 0.1))
 ]
@@ -89,9 +90,7 @@ def stages(results: dict[str, dict]) -> dict[str, list[Run]]:
     queue["best"] = [Run(MAIN, None, seed, best) for seed in SEEDS] if best is not None else []
     queue["fashion"] = [Run("fashion", alpha, seed) for seed in SEEDS[:3] for alpha in (None, 2)]
     queue["best, alpha 2"] = [Run(MAIN, 2, seed, best) for seed in SEEDS] if best is not None else []
-    queue["second data seed"] = [
-        Run(f"shapes-{SECOND_DATA_SEED}", alpha, seed) for seed in SECOND_SEEDS for alpha in (None, 2)
-    ]
+    queue["second data seed"] = [Run(SECOND, alpha, seed) for seed in SECOND_SEEDS for alpha in (None, 2)]
     queue["alpha 0"] = [Run(MAIN, 0, seed) for seed in SEEDS[:3]]
     return queue
 
@@ -260,8 +259,9 @@ class Arm(NamedTuple):
     data: str = MAIN
 
     def figures(self, results: dict[str, dict], seeds: tuple = SEEDS) -> Figures:
-        """Those seeds' figures that are there."""
-        names = {seed: Run(self.data, self.alpha, seed, self.settings).name for seed in seeds}
+        """Those seeds' figures that are there. data "both": each data seed with its own training seeds."""
+        data = {seed: MAIN if seed in SEEDS else SECOND for seed in seeds} if self.data == "both" else {}
+        names = {seed: Run(data.get(seed, self.data), self.alpha, seed, self.settings).name for seed in seeds}
         return {seed: results[name]["figures"] for seed, name in names.items() if name in results}
 
 
@@ -286,6 +286,30 @@ def difference(values: list[float]) -> str:
     return f"{mean:+.{digits}f}±{error:.{digits}f}" + (f" (t {mean / error:.1f})" if error else "")
 
 
+def p_value(values: list[float]) -> float:
+    """Two-sided p of Student's t-test that the mean of these paired differences is 0."""
+    df, error = len(values) - 1, statistics.stdev(values) / len(values) ** 0.5
+    if not error:
+        return 1.0
+    t, steps = abs(statistics.fmean(values) / error), 2000
+    density = [(1 + (t * (i + 0.5) / steps) ** 2 / df) ** (-(df + 1) / 2) for i in range(steps)]  # midpoint rule
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    return 1 - 2 * scale * t / steps * math.fsum(density)
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979)."""
+    order, corrected, highest = sorted(range(len(p_values)), key=p_values.__getitem__), {}, 0.0
+    for place, index in enumerate(order):
+        highest = corrected[index] = max(highest, min(1.0, (len(order) - place) * p_values[index]))
+    return [corrected[index] for index in range(len(order))]
+
+
+def p_row(pairs: list[list[float]]) -> list[str]:
+    """The cells below a row of paired differences, those of a column in each list."""
+    return [f"{p:.3f}" if p >= 0.001 else "<0.001" for p in holm(list(map(p_value, pairs)))]
+
+
 def arm_rows(results: dict[str, dict], arms: list[Arm], seeds: tuple, columns: list[str]) -> list[list[str]]:
     """A row of mean±sd for each arm that has runs."""
     rows = []
@@ -305,18 +329,14 @@ def arm_rows(results: dict[str, dict], arms: list[Arm], seeds: tuple, columns: l
 def difference_row(
     results: dict[str, dict], title: str, arm: Arm, base: Arm, seeds: tuple, columns: list[str]
 ) -> list[list[str]]:
-    """[the row of arm - base over the seeds that both have], or []"""
+    """[the row of arm - base over the seeds that both have, with five its p-values], or []"""
     ours, theirs = arm.figures(results, seeds), base.figures(results, seeds)
     both = [seed for seed in ours if seed in theirs]
     if not both:
         return []
-    return [
-        [
-            title,
-            str(len(both)),
-            *(difference([ours[seed][column] - theirs[seed][column] for seed in both]) for column in columns),
-        ]
-    ]
+    pairs = [[ours[seed][column] - theirs[seed][column] for seed in both] for column in columns]
+    row = [title, str(len(both)), *map(difference, pairs)]
+    return [row, ["p (Holm)", "", *p_row(pairs)]] if len(both) >= 5 else [row]
 
 
 def comparison(
@@ -400,7 +420,7 @@ def quickstart_table(path: Path) -> str:
     rows = [[title, *(mean_sd(own[column]) for column in COLUMNS)] for title, own in ((baseline, base), *others)]
     for title, own in others:
         pairs = [[here - there for here, there in zip(own[column], base[column])] for column in COLUMNS]
-        rows.append([f"{title} − {baseline}", *map(difference, pairs)])
+        rows += [[f"{title} − {baseline}", *map(difference, pairs)], ["p (Holm)", *p_row(pairs)]]
     return markdown(["", *COLUMNS], rows)
 
 
@@ -409,10 +429,11 @@ def tables(results: dict[str, dict], measured: dict[str, dict]) -> dict[str, str
     sweep = [PLAIN, *(Arm(f"alpha {alpha:g}", alpha) for alpha in (0, 1, 1.5, 2, 2.5, 3))]
     longer = Arm("plain, 24 epochs", None, changed(epochs=24))
     grid = [Arm(setting_title(settings), None, settings) for settings in GRID]
-    second = [arm._replace(data=f"shapes-{SECOND_DATA_SEED}") for arm in (PLAIN, PATCH)]
+    second, both = ([arm._replace(data=data) for arm in (PLAIN, PATCH)] for data in (SECOND, "both"))
     fashion = [arm._replace(data="fashion") for arm in (PLAIN, PATCH)]
     best = best_settings(results)
     found = {
+        "pooled": comparison(results, both, [("alpha 2 − plain", both[1], both[0])], SEEDS + SECOND_SEEDS),
         "paired": comparison(results, [PLAIN, PATCH], [("alpha 2 − plain", PATCH, PLAIN)]),
         "runs": single_runs(results, [PLAIN, PATCH]),
         "sweep": comparison(results, sweep, [(f"{arm.title} − plain", arm, PLAIN) for arm in sweep[1:]], SEEDS[:3]),
@@ -432,12 +453,12 @@ def tables(results: dict[str, dict], measured: dict[str, dict]) -> dict[str, str
     if best is None:
         found["best"] = "The grid is not complete."
     else:
-        tuned, both = Arm(f"plain, {setting_title(best)}", None, best), Arm(f"alpha 2, {setting_title(best)}", 2, best)
+        tuned, same = Arm(f"plain, {setting_title(best)}", None, best), Arm(f"alpha 2, {setting_title(best)}", 2, best)
         found["best"] = comparison(
             results,
-            [tuned, both, PATCH],
+            [tuned, same, PATCH],
             [
-                ("alpha 2 − plain, both at plain's best", both, tuned),
+                ("alpha 2 − plain, both at plain's best", same, tuned),
                 ("alpha 2 at the defaults − plain at its best", PATCH, tuned),
             ],
         )

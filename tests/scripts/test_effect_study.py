@@ -1,6 +1,6 @@
-"""docs/studies: which runs the study of docs/effect.md makes, and its tables, from made-up results."""
+"""docs/studies: which runs the study of docs/effect.md makes, and its tables."""
 
-import json
+import re
 
 import pytest
 from helpers import REPOSITORY
@@ -26,15 +26,17 @@ def test_no_two_runs_share_a_name_and_the_best_of_the_grid_are_repeated():
     assert "--robust=none" in effect.Run(effect.MAIN, None, 7).pretraining_options()
 
 
-def test_the_report_fills_every_mark_of_the_pages(tmp_path):
+def test_the_pages_hold_what_the_report_makes_of_the_results(tmp_path):
     pytest.importorskip("matplotlib")
-    for name in effect.PAGES:
-        (tmp_path / name).write_text((REPOSITORY / "docs" / name).read_text())
-    lines = results([run for stage in effect.stages({}).values() for run in stage]).values()
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    effect.write_report(tmp_path / "results.jsonl", tmp_path / "none.jsonl", tmp_path)
-    written = [(tmp_path / name).read_text() for name in effect.PAGES]
-    assert "| alpha 2 − plain | 5 |" in written[0] and "plain, 24 epochs" in written[1]
+    pages = {name: (REPOSITORY / "docs" / name).read_text() for name in effect.PAGES}
+    for name, text in pages.items():
+        (tmp_path / name).write_text(re.sub(r"(?s)(<!-- (\w+) -->\n).*?(\n<!-- /\2 -->)", r"\1\3", text))
+    studies = REPOSITORY / "docs" / "studies"
+    effect.write_report(studies / "effect.jsonl", studies / "effect_mechanism.jsonl", tmp_path)
+    assert {name: (tmp_path / name).read_text() for name in pages} == pages
     assert (tmp_path / "effect_alpha.png").stat().st_size < 100_000
-    effect.write_report(tmp_path / "results.jsonl", tmp_path / "none.jsonl", tmp_path)
-    assert [(tmp_path / name).read_text() for name in effect.PAGES] == written
+
+
+def test_p_values_are_those_of_scipy():
+    assert effect.p_value([1, -1, 2, 0.5, 0.1, 0.3]) == pytest.approx(0.2874337, abs=1e-6)
+    assert effect.holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]

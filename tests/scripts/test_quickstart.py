@@ -22,8 +22,7 @@ PYTHON = f"""#!{sys.executable}
 import os, pathlib, subprocess, sys
 from PIL import Image
 arguments = sys.argv[1:]
-with open(os.environ["RECORD"], "a") as file:
-    file.write(" ".join(arguments) + chr(10))
+print(*arguments, file=open(os.environ["RECORD"], "a"))
 def option(name):
     return pathlib.Path(arguments[arguments.index(name) + 1])
 if os.environ.get("FAILS", "nothing fails") in " ".join(arguments):
@@ -102,9 +101,8 @@ def test_ones_own_images_with_ones_own_options_on_two_gpus(tmp_path, library):
         assert "--image-size 48 --epochs 3" in command and "--moco-t 0.1" in command
         assert command.endswith(f" {tmp_path}/my data")
     assert all("/checkpoint_0002.pth.tar" in command for command in of(commands, "main_lincls.py"))
-    assert len(of(commands, "preprocess/corruptions.py")) == library
     assert library == ("--corruption" in of(commands, "eval_robustness.py")[0])
-    assert library != ("pip install imagecorruptions-imaug" in run.stderr)
+    assert len(of(commands, "preprocess/corruptions.py")) == library != ("pip install imagecor" in run.stderr)
 
 
 def test_what_goes_wrong_ends_the_quick_start_with_its_words(tmp_path):
