@@ -18,20 +18,24 @@ NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume I
 FLAT = "all"  # the class of images that lie in no class folder
 FORMS, SORTED = "docs/own-data.md#data-in-another-form", "docs/data-sets.md#imagenet"
 RAW = "torchvision's raw files; to images: python preprocess/torchvision_folders.py --root {root} --out NEW --dataset"
+_anywhere = lambda suffixes: " ".join(f"*{suffix} ./*{suffix} ./*/*{suffix}" for suffix in suffixes.split())
 INSTEAD = {  # of class folders: {patterns of the path itself or, after ./, below it: what that is, and what to do}
     "*.pth.tar *.pth *.pt": "a checkpoint; name a data set, the folder that holds train/",
-    "*.tar *.tar.* *.tgz *.zip *.7z": "an archive; unpack it (tar xf, unzip -q) and name the folder that holds train/",
+    "*.tar *.tar.* *.tgz *.zip *.7z *.rar": "an archive; unpack it (tar xf, unzip), name the folder that holds train/",
     " ".join(f"*{suffix}" for suffix in IMG_EXTENSIONS): "an image; name a folder: docs/own-data.md#folder-layout",
-    "*.parquet ./*.parquet ./*/*.parquet": f"parquet files; write their images into class folders: {FORMS}",
+    _anywhere(".parquet"): f"parquet files; write their images into class folders: {FORMS}",
+    _anywhere(".arrow .tfrecord .lmdb .mdb .beton .rec .h5 .hdf5 .mat"): "a data file of another kind ({found.name});"
+    f" write its images into class folders: {FORMS}",
+    _anywhere(".npy .npz"): "arrays; save them as images: PIL.Image.fromarray(numpy.load(FILE)).save('NAME.png')",
+    _anywhere(".heic .avif"): "{found.suffix} is not read; convert: magick mogrify -format jpg FILES",
     "cifar-10-batches-py ./cifar-10-batches-py": f"{RAW} cifar10",
     "cifar-100-python ./cifar-100-python": f"{RAW} cifar100",
     "stl10_binary ./stl10_binary": f"{RAW} stl10",
     "FashionMNIST FashionMNIST/raw ./FashionMNIST ./*-ubyte.gz": f"{RAW} fashionmnist",
     "./ILSVRC/Data/CLS-LOC ./Data/CLS-LOC ./CLS-LOC": f"Kaggle's ImageNet; name {{found}}, sort its val/: {SORTED}",
     "./ILSVRC2012_val_*": f"ImageNet's validation images without class folders; sort them: {SORTED}",
-    "./*.heic ./*/*.heic ./*.avif ./*/*.avif": "{found.suffix} is not read; convert: magick mogrify -format jpg FILES",
-    "./*.npy ./*/*.npy": "arrays; save them as images: PIL.Image.fromarray(numpy.load(FILE)).save('NAME.png')",
-    "./*.tar ./*/*.tar ./*.tar.gz ./*.zip": f"archives ({{found.name}}); unpack them, WebDataset shards as in {FORMS}",
+    "./*.tar ./*/*.tar ./*.tgz ./*.tar.gz ./*/*.tar.gz ./*.zip ./*/*.zip": "archives ({found.name}); unpack them, "
+    f"WebDataset shards as in {FORMS}",
 }
 
 
@@ -114,8 +118,7 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
     if beside and flat:
         return ImageFolder(PathArray(root, beside), np.zeros(len(beside), np.int32), [FLAT], count_text(others))
     if not classes:
-        unsorted = f"{len(beside)} images; labels are needed here: one folder of images per class"
-        found = unsorted if beside else count_text(others)
+        found = f"{len(beside)} images; labels need one folder of images per class" if beside else count_text(others)
         raise refusal(directory, f"it has no class folders{found and f', only {found}'}")
     listed = {}
     _list_once(directory, os.path.realpath(directory), listed)
@@ -231,9 +234,8 @@ def _unreadable(path: str | Path, error: Exception) -> UsageError:
 
 
 def _count_and_first(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    text = f"{len(names)}: {', '.join(names[:5])}{more}"
-    return text.encode(errors="backslashreplace").decode()  # names need not be UTF-8, what is printed must
+    text = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"{len(names)}: {text}".encode(errors="backslashreplace").decode()  # names need not be UTF-8, output must
 
 
 # Training sets
@@ -245,8 +247,13 @@ def split_path(data: str, split: str) -> str:
         raise refusal(data, f"no such directory; DIR must hold {split}/ with one folder of images per class")
     path = os.path.join(data, split)
     if not is_folder(path):
-        others = f", only {_count_and_first(found)}" if (found := class_folders(data)) else ""
-        raise refusal(data, f"it has no {split}/ folder{others}; DIR is the folder above {split}/, not {split}/ itself")
+        names, images = scan_folder(data, others := Counter())
+        there = [*(f"{name}/" for name in sorted(names)[:5]), "images" * bool(images), count_text(others)]
+        inner = next((name for name in sorted(names) if os.path.isdir(os.path.join(data, name, split))), None)
+        way = f"name {data}/{inner}" if inner else f"DIR is the folder above {split}/, not {split}/ itself"
+        raise refusal(
+            data, f"it has no {split}/ folder, only {', '.join(filter(None, there)) or 'hidden entries or none'}; {way}"
+        )
     if split == "val":
         check_not_training(path)
     return path

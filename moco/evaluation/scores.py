@@ -55,7 +55,8 @@ def score(
             done += len(used)
             on_batch(len(used) * ctx.world_size)
         *decisions, used = distributed.all_reduce(rows).cpu()
-        preprocessing = testsets.describe_preprocessing(used.bincount().tolist(), image_size)
+        counts = [(name, n) for (name, _), n in zip(testsets.presets(image_size), used.bincount().tolist()) if n]
+        preprocessing = counts[0][0] if len(counts) == 1 else "; ".join(f"{name} of {n} images" for name, n in counts)
         names, pairs = list(test_set.categories or wnids), zip(decisions[::2], decisions[1::2])
         textures = labels if test_set.textures is None else torch.as_tensor(test_set.textures)
         results = [_result(*pair, labels, textures, names) for pair in pairs]

@@ -135,12 +135,6 @@ def preset_index(kind: str, side: int, size: int) -> int:
     return 2 if kind == "corrupted" and side < size else 1
 
 
-def describe_preprocessing(counts: Sequence[int], size: int) -> str:
-    """The preprocessing of a set as text. counts: how many images got each preset."""
-    used = [(name, count) for (name, _), count in zip(presets(size), counts) if count]
-    return used[0][0] if len(used) == 1 else "; ".join(f"{name} of {count} images" for name, count in used)
-
-
 class PreprocessedImages(datasets.ImageList):
     """The images of a test set: item i is (the i-th image, the index of its preset)."""
 

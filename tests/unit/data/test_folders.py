@@ -84,7 +84,7 @@ FORMS, CIFAR = "docs/own-data.md#data-in-another-form", "cifar-10-batches-py"
 
 @pytest.mark.parametrize("files, given, told", [
     ("x", "nowhere", "nowhere: no such directory; DIR must hold train/"), ("x", "x", "x: a file; name a folder"),
-    ("n01/a.png", ".", "no train/ folder, only 1: n01; DIR is the"), ("a.tgz", "a.tgz", "an archive; unpack"),
+    ("n01/a.png", ".", "no train/ folder, only n01/; DIR is the"), ("a.tgz", "a.tgz", "an archive; unpack"),
     ("a.PNG", "a.PNG", "an image; name"), ("a.pth.tar", "a.pth.tar", "a checkpoint; name a data set"),
     ("a.parquet", "a.parquet", f"parquet files; .*{FORMS}"),
     ("d/data/train-0.parquet", "d", "d: parquet files;"), ("d/train/0.tar", "d", f"train: archives .0.tar.; .*{FORMS}"),
@@ -122,7 +122,7 @@ def test_images_without_class_folders_are_one_class(tmp_path):
     found = folders.list_training_images(str(tmp_path))
     assert found.photos.names() == FLAT and found.photos.root == f"{tmp_path}/train/"
     assert found.labels.tolist() == [0] * 8 and found.classes == ["all"] and found.textures is None
-    with pytest.raises(UsageError, match="no class folders, only 8 images; labels are needed here: one folder of"):
+    with pytest.raises(UsageError, match="no class folders, only 8 images; labels need one folder of"):
         folders.list_images(tmp_path / "train")
 
 
