@@ -9,20 +9,25 @@
 # One run per GPU at a time; on a CPU, cores + 1 at once. Run it again to resume.
 set -euo pipefail
 shopt -s nullglob
-case ${1-} in "" | /*) own=${1-} ;; *) own=$PWD/$1 ;; esac
+case ${1-} in
+  "" | /*) own=${1-} ;;
+  -*) sed -n '2,/^# One run/s/^# //p' "$0"; exit 2 ;;    # such as --help
+  *) own=$PWD/$1 ;;
+esac
 [ $# = 0 ] || shift
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS=1    # one thread per run: the same figures with any number of cores
 export out=${QUICKSTART_OUT:-quickstart_out${own:+/$(basename "$own")}}
-mkdir -p "$out"
 export data=${own:-$out/shapes} settings probe epochs probe_epochs last gpus
 rows=${QUICKSTART_ROWS:-plain patch2}
 if [ -z "$own" ]; then
   rows=${QUICKSTART_ROWS:-plain patch2 texture2}
+  mkdir -p "$out"
   python preprocess/shapes.py --out "$data" --preview "$out/shapes.png"
 fi
 found=$(python docs/quickstart_settings.py "$data" "$@")    # crop, epochs, batch and so on, for these images
 eval "$found"
+mkdir -p "$out"
 echo "$images
 pre-training  $settings
 probe         $probe" >&2

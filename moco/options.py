@@ -44,7 +44,7 @@ class OptionParser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             if name not in known and re.match("--|-[^-.0-9]", name) and name[:2] not in known:
                 if name.replace("_", "-") not in spelling:
-                    near = difflib.get_close_matches(f"-{name}".replace("---", "--"), known, 1, cutoff=0.5)
+                    near = difflib.get_close_matches(f"-{name}".replace("---", "--"), known, 1)
                     way = f"did you mean {near[0]}?" if near else "--help lists the options"
                     self.error(f"{name}: unknown; {way}")
                 words[place] = spelling[name.replace("_", "-")] + equals + value
