@@ -3,8 +3,8 @@
 #   bash quickstart.sh                  on generated images: see the paper's effect on a CPU
 #   bash quickstart.sh DIR [OPTIONS]    on your own, DIR/{train,val}/<class>/*; options are those of moco-non-sem-neg.py
 #   QUICKSTART_SEEDS=3                  runs of each row, with seeds 0, 1, 2 (default 1)
-#   QUICKSTART_ROWS="plain patch2"      which rows, of plain patch2 patch3 texture2 (default: these two; texture2, too,
-#                                       on generated images)
+#   QUICKSTART_ROWS="plain patch1.5"    which rows: plain, patch or texture with their alpha (default: plain patch2, on
+#                                       generated images texture2, too)
 #   QUICKSTART_OUT=FOLDER               default: quickstart_out, for DIR quickstart_out/<name of DIR>
 # One run per GPU at a time; on a CPU, cores + 1 at once. Run it again to resume.
 set -euo pipefail
@@ -16,7 +16,7 @@ case ${1-} in
 esac
 [ $# = 0 ] || shift
 cd "$(dirname "$0")"
-export OMP_NUM_THREADS=1    # one thread per run: the same figures with any number of cores
+export LC_NUMERIC=C OMP_NUM_THREADS=1   # one thread per run: the same figures with any number of cores
 export out=${QUICKSTART_OUT:-quickstart_out${own:+/$(basename "$own")}}
 export data=${own:-$out/shapes} settings probe epochs probe_epochs last gpus
 rows=${QUICKSTART_ROWS:-plain patch2}
@@ -35,11 +35,11 @@ probe         $probe" >&2
 row() {                     # NAME: set title, options and negatives of a row
   case $1 in
     plain) title="MoCo v2" options="--robust none" negatives= ;;
-    patch2) title="+ Patch, alpha 2" options="--robust patch --alpha 2" negatives=patch ;;
-    patch3) title="+ Patch, alpha 3" options="--robust patch --alpha 3" negatives=patch ;;
-    texture2) title="+ Texture, alpha 2" options="--robust texture --alpha 2" negatives=texture ;;
-    *) echo "QUICKSTART_ROWS: no row $1; there are plain patch2 patch3 texture2" >&2; exit 2 ;;
+    patch[0-9]*) title="+ Patch, alpha ${1#patch}" negatives=patch ;;
+    texture[0-9]*) title="+ Texture, alpha ${1#texture}" negatives=texture ;;
+    *) echo "QUICKSTART_ROWS: no row $1; there are plain, patch or texture with an alpha: patch2" >&2; exit 2 ;;
   esac
+  [ -z "$negatives" ] || options="--robust $negatives --alpha ${1#$negatives}"
 }
 
 pretrain() {                # OPTIONS
@@ -103,12 +103,14 @@ for name in $rows; do
   if [ "$negatives" ] && [ ! -e "$out/$negatives.png" ]; then
     pretrain $options --batch-size 3 --seed 0 --preview "$out/$negatives.png" "$data_of_row"
   fi
-  [ -z "$negatives" ] || views+=("$out/$negatives.png")
   for seed in $(seq 0 $((${QUICKSTART_SEEDS:-1} - 1))); do
     jobs+=("$name;$seed;$data_of_row;$options")
     heads+=,$out/$name-$seed/model_best_$last.pth.tar
   done
   table+=("$title=${heads#,}")
+done
+for negatives in patch texture; do
+  [[ $rows != *$negatives* ]] || views+=("$out/$negatives.png")
 done
 
 interrupted() {             # when all runs have saved their state

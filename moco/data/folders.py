@@ -251,9 +251,7 @@ def split_path(data: str, split: str) -> str:
         there = [*(f"{name}/" for name in sorted(names)[:5]), "images" * bool(images), count_text(others)]
         inner = next((name for name in sorted(names) if os.path.isdir(os.path.join(data, name, split))), None)
         way = f"name {data}/{inner}" if inner else f"DIR is the folder above {split}/, not {split}/ itself"
-        raise refusal(
-            data, f"it has no {split}/ folder, only {', '.join(filter(None, there)) or 'hidden entries or none'}; {way}"
-        )
+        raise refusal(data, f"it has no {split}/ folder and holds {', '.join(filter(None, there)) or 'nothing'}; {way}")
     if split == "val":
         check_not_training(path)
     return path

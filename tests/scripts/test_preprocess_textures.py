@@ -123,7 +123,7 @@ canvas.save(sys.argv[4])""",
 @pytest.mark.parametrize(
     "options, told",
     [
-        (["--splits", "test"], "no test/ folder, only train/, val/; DIR is the folder above test/"),
+        (["--splits", "test"], "no test/ folder and holds train/, val/; DIR is the folder above test/"),
         (["--shard", "0/4"], "'0/4' is not a part I/N"),
         (["--shard", "5/4"], "'5/4'"),
         (["--workers", "0"], "'0' is not an integer of 1 or more"),

@@ -108,10 +108,10 @@ def test_ones_own_images_with_ones_own_options_on_two_gpus(tmp_path, library):
 def test_what_goes_wrong_ends_the_quick_start_with_its_words(tmp_path):
     run, commands = run_quickstart(tmp_path, FAILS="main_lincls.py")
     assert run.returncode == 1 and "it broke" in run.stderr and not of(commands, "eval_robustness.py")
-    run, commands = run_quickstart(tmp_path, "nowhere")
-    assert run.returncode == 2 and "nowhere: no such directory" in run.stderr and len(commands) == 1
-    run, _ = run_quickstart(tmp_path, QUICKSTART_ROWS="plain patch9")
-    assert run.returncode == 2 and "no row patch9; there are plain patch2 patch3 texture2" in run.stderr
+    for arguments, told in (["nowhere"], "nowhere: no such directory"), ([REPOSITORY, "--ckpt_path=x"], "for each run"):
+        run, commands = run_quickstart(tmp_path, *arguments)
+        assert run.returncode == 2 and told in run.stderr and len(commands) == 1
+    assert "no row patch; there are plain, patch" in run_quickstart(tmp_path, QUICKSTART_ROWS="plain patch")[0].stderr
 
 
 @pytest.mark.parametrize("images, side, gpus, shown", [

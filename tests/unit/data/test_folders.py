@@ -84,7 +84,7 @@ FORMS, CIFAR = "docs/own-data.md#data-in-another-form", "cifar-10-batches-py"
 
 @pytest.mark.parametrize("files, given, told", [
     ("x", "nowhere", "nowhere: no such directory; DIR must hold train/"), ("x", "x", "x: a file; name a folder"),
-    ("n01/a.png", ".", "no train/ folder, only n01/; DIR is the"), ("a.tgz", "a.tgz", "an archive; unpack"),
+    ("n01/a.png", ".", "no train/ folder and holds n01/; DIR is the"), ("a.tgz", "a.tgz", "an archive; unpack"),
     ("a.PNG", "a.PNG", "an image; name"), ("a.pth.tar", "a.pth.tar", "a checkpoint; name a data set"),
     ("a.parquet", "a.parquet", f"parquet files; .*{FORMS}"),
     ("d/data/train-0.parquet", "d", "d: parquet files;"), ("d/train/0.tar", "d", f"train: archives .0.tar.; .*{FORMS}"),
