@@ -69,11 +69,8 @@ class TwoCrops(Dataset):
 
 
 def texture_box(box: Sequence[int], photo: Sequence[int], texture: Sequence[int]) -> tuple[int, ...]:
-    """The crop (top, left, height, width) of a texture (H, W) that belongs to the crop `box` of its photo (H, W).
-
-    It has the same aspect and share of the area, or less where that does not fit, and the same place in the room left.
-    """
-    scale = min((math.prod(texture) / math.prod(photo)) ** 0.5, texture[0] / box[2], texture[1] / box[3])
+    """The crop (top, left, height, width) of a texture for its photo's: the same aspect, share of area and place."""
+    scale = min((math.prod(texture) / math.prod(photo)) ** 0.5, texture[0] / box[2], texture[1] / box[3])  # fits
     sizes = [max(1, round(scale * size)) for size in box[2:]]
     shares = [at / room if (room := whole - size) else 0.5 for at, size, whole in zip(box, box[2:], photo)]
     return *(round(share * (whole - size)) for share, size, whole in zip(shares, sizes, texture)), *sizes

@@ -3,6 +3,7 @@
 import functools
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
 from moco.processes import signals
 
+FORK_SECONDS = 0.3  # in which other threads leave Python and rest
 DATA_SECONDS = 600  # limit for one batch, then the run is saved and ends; below the limit for collectives
 
 
@@ -48,9 +50,8 @@ class GlobalBatchSampler(Sampler):
 class WorkerLoader(DataLoader):
     """A DataLoader whose worker processes leave stop signals to the trainer and end with it, however it ends.
 
-    They are forked, whatever Python's default, to share the memory of the lists of files, and persist over all passes:
-    CPython can deadlock in a process that is forked while a thread of the last pass's workers is ending. Raises
-    RunError if there is no batch for DATA_SECONDS.
+    They are forked, whatever Python's default, to share the memory of the lists of files, and persist over all passes.
+    Raises RunError if there is no batch for DATA_SECONDS.
     """
 
     def __init__(self, dataset: Dataset, workers: int, device: torch.device, **settings):
@@ -64,6 +65,8 @@ class WorkerLoader(DataLoader):
         super().__init__(dataset, num_workers=workers, pin_memory=device.type == "cuda", **settings)
 
     def _get_iterator(self) -> Iterator:
+        # CPython < 3.12 deadlocks in a process forked while a thread enters Python, as gloo's do after a collective.
+        time.sleep(FORK_SECONDS)
         with signals.blocked():  # in the workers until they are ready; and PyTorch cannot clean up half an iterator
             return super()._get_iterator()
 
