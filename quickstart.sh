@@ -9,38 +9,49 @@
 # One run per GPU at a time; on a CPU, cores + 1 at once. Run it again to resume.
 set -euo pipefail
 shopt -s nullglob
-case ${1-} in
-  "" | /*) own=${1-} ;;
-  -*) sed -n '2,/^# One run/s/^# //p' "$0"; exit 2 ;;    # such as --help
-  *) own=$PWD/$1 ;;
-esac
+refuse() { echo "quickstart.sh: error: $1" >&2; exit 2; }
+case " ${1-} $* " in "  "*) ;; " -"* | *" -h "* | *" --help "*) sed -n '2,/^# One run/s/^# //p' "$0"; exit 2 ;; esac
+own=${1-} here=$PWD
 [ $# = 0 ] || shift
+case $own in "" | /*) ;; *) own=$here/$own ;; esac
+[ ! -d "$own" ] || own=$(cd -- "$own" && pwd)
 cd "$(dirname "$0")"
 export LC_NUMERIC=C OMP_NUM_THREADS=1   # one thread per run: the same figures with any number of cores
-export out=${QUICKSTART_OUT:-quickstart_out${own:+/$(basename "$own")}}
-export data=${own:-$out/shapes} settings probe epochs probe_epochs last gpus
-rows=${QUICKSTART_ROWS:-plain patch2}
+out=${QUICKSTART_OUT:-$PWD/quickstart_out${own:+/$(basename "$own")}}
+case $out in /*) ;; *) out=$here/$out ;; esac
+export out data=${own:-$out/shapes} settings probe epochs probe_epochs last gpus
+
+row() {                     # NAME: set title, options and negatives of a row
+  negatives= options="--robust none" title="MoCo v2"
+  [ "$1" != plain ] || return 0
+  [[ $1 =~ ^(patch|texture)([0-9]+([.][0-9]+)?)$ ]] ||
+    refuse "QUICKSTART_ROWS: no row $1; there are plain, patch or texture with an alpha, such as patch2"
+  negatives=${BASH_REMATCH[1]} options="--robust ${BASH_REMATCH[1]} --alpha ${BASH_REMATCH[2]}"
+  title="+ Patch, alpha ${BASH_REMATCH[2]}"
+  [ "$negatives" = patch ] || title="+ Texture, alpha ${BASH_REMATCH[2]}"
+}
+
+rows="plain patch2"
+[ "$own" ] || rows+=" texture2"
+rows=$(printf '%s\n' ${QUICKSTART_ROWS:-$rows} | awk '!seen[$0]++')
+[ "$rows" ] || refuse "QUICKSTART_ROWS is empty"
+for name in $rows; do row "$name"; done
+[[ ${QUICKSTART_SEEDS:-1} =~ ^[1-9][0-9]*$ ]] || refuse "QUICKSTART_SEEDS: $QUICKSTART_SEEDS is no number of runs"
+[[ $data$out != *\;* && $out != *,* ]] || refuse "a ; or , in a path: $data, $out"
+[ "$out" != "$data" ] || refuse "$out is the data set; name another place: QUICKSTART_OUT=FOLDER"
 if [ -z "$own" ]; then
-  rows=${QUICKSTART_ROWS:-plain patch2 texture2}
   mkdir -p "$out"
   python preprocess/shapes.py --out "$data" --preview "$out/shapes.png"
 fi
 found=$(python docs/quickstart_settings.py "$data" "$@")    # crop, epochs, batch and so on, for these images
 eval "$found"
+[ "$(cat "$out/data" 2> /dev/null || echo "$data")" = "$data" ] ||
+  refuse "$out holds runs on $(cat "$out/data"); name another place: QUICKSTART_OUT=FOLDER"
 mkdir -p "$out"
+echo "$data" > "$out/data"
 echo "$images
 pre-training  $settings
 probe         $probe" >&2
-
-row() {                     # NAME: set title, options and negatives of a row
-  case $1 in
-    plain) title="MoCo v2" options="--robust none" negatives= ;;
-    patch[0-9]*) title="+ Patch, alpha ${1#patch}" negatives=patch ;;
-    texture[0-9]*) title="+ Texture, alpha ${1#texture}" negatives=texture ;;
-    *) echo "QUICKSTART_ROWS: no row $1; there are plain, patch or texture with an alpha: patch2" >&2; exit 2 ;;
-  esac
-  [ -z "$negatives" ] || options="--robust $negatives --alpha ${1#$negatives}"
-}
 
 pretrain() {                # OPTIONS
   eval "python moco-non-sem-neg.py $settings \"\$@\""

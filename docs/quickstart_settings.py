@@ -28,7 +28,8 @@ sys.path.insert(0, str(REPOSITORY))
 from moco.data import folders  # noqa: E402
 from moco.errors import UsageError  # noqa: E402
 
-TAKEN = ("--robust", "--alpha", "--seed", "--ckpt-path", "--resume")  # options that differ from run to run
+# what quickstart.sh says itself
+TAKEN = ("--robust", "--alpha", "--seed", "--ckpt-path", "--resume", "--preview", "--dry-run")
 # network, learning rate, largest crop, batch; images that pre-training and probe see; learning rates of the probe
 DEVICES = {
     "cpu": ("resnet10_x0_5", 0.06, 40, 64, 44_000, 24_000, "0.03 0.1 0.3 1"),
@@ -56,18 +57,18 @@ def shorter_side(paths: folders.PathArray) -> float:
 
 def settings(data: str, own: list[str]) -> dict[str, object]:
     """{shell variable: value}. own: options of the pre-training that were given, which count."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser = argparse.ArgumentParser("quickstart.sh", usage="bash quickstart.sh DIR [OPTIONS]", allow_abbrev=False)
     for name, kind in {"--image-size": int, "--epochs": int, "--precision": str}.items():
         parser.add_argument(name, type=kind)
     parser.add_argument("-b", "--batch-size", type=int)
     for name in TAKEN:
-        parser.add_argument(name)
+        parser.add_argument(name, nargs="?", const="given")
     given, _ = parser.parse_known_args(
         [re.sub("^--[a-z_]+", lambda name: name[0].replace("_", "-"), one) for one in own]
     )
     if taken := [name for name in TAKEN if getattr(given, name.strip("-").replace("-", "_"))]:
         raise UsageError(
-            f"{taken[0]} is set for each run; rows and seeds: QUICKSTART_ROWS='plain patch1.5', QUICKSTART_SEEDS=3"
+            f"{taken[0]} is set by quickstart.sh; rows and seeds: QUICKSTART_ROWS='plain patch1.5', QUICKSTART_SEEDS=3"
         )
     train, val = (folders.list_images(folders.split_path(data, split)) for split in ("train", "val"))
     images, gpus = len(train.paths), torch.cuda.device_count()

@@ -7,6 +7,7 @@ import importlib
 
 __version__ = "0"  # pyproject.toml reads it here, without importing
 _MODULES = {"MoCo": "builder", "contrastive_logits": "builder", "patch_negatives": "negatives"}
+__all__ = ["MoCo", "contrastive_logits", "patch_negatives"]
 
 
 def __getattr__(name: str):

@@ -60,9 +60,9 @@ class MoCo(nn.Module):
         self.K, self.m, self.T, self.alpha, self.dtype = K, m, T, alpha, dtype
         self.encoder_q = base_encoder(num_classes=dim)
         self.encoder_k = base_encoder(num_classes=dim)
-        if not hasattr(self.encoder_q, "fc"):
-            way = "return nn.Sequential(OrderedDict(body=network without its head, fc=nn.Linear(width, num_classes)))"
-            raise ValueError(f"base_encoder: {type(self.encoder_q).__name__} has no last linear layer named fc; {way}")
+        if not isinstance(getattr(self.encoder_q, "fc", None), nn.Linear):
+            name = type(self.encoder_q).__name__
+            raise ValueError(f"base_encoder: {name} has no last linear layer fc: docs/own-loop.md#in-this-project")
         for encoder in (self.encoder_q, self.encoder_k):
             layers = [encoder.fc]
             if mlp:

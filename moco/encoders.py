@@ -18,9 +18,7 @@ from moco.errors import UsageError, first_line
 
 FAMILIES = ("resnet", "resnext", "wide_resnet", "regnet", "shufflenet")  # all end in one linear layer named fc
 WIDTHS = {"resnet10": (32, 64, 128, 256), "resnet10_x0_5": (16, 32, 64, 128)}  # of ResNet10's four stages
-ARCHS = [*WIDTHS] + [
-    name for name in torchvision.models.list_models(module=torchvision.models) if name.startswith(FAMILIES)
-]
+ARCHS = [*WIDTHS, *(name for name in torchvision.models.list_models(torchvision.models) if name.startswith(FAMILIES))]
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

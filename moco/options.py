@@ -42,7 +42,7 @@ class OptionParser(argparse.ArgumentParser):
         spelling = {name.replace("_", "-"): name for name in known}
         for place, word in enumerate(words[: words.index("--")] if "--" in words else words):
             name, equals, value = word.partition("=")
-            if name not in known and re.match("--|-[^-.0-9]", name) and name[:2] not in known:
+            if name not in known and re.match("--|-[^-.0-9]", name) and (name[:2] not in known or f"-{name}" in known):
                 if name.replace("_", "-") not in spelling:
                     near = difflib.get_close_matches(f"-{name}".replace("---", "--"), known, 1)
                     way = f"did you mean {near[0]}?" if near else "--help lists the options"

@@ -225,7 +225,7 @@ def save_views(
 
 def parse_args() -> argparse.Namespace:
     parser = options.OptionParser("Draw training logs, or the classes that a row of an evaluation helps and harms.")
-    parser.prog = "plot.py"  # as errors begin
+    parser.prog, parser.usage = "plot.py", "%(prog)s FILE…\nto begin: python -m moco.plot RUN/log.jsonl --out log.png"
     # fmt: off
     parser.add_argument("files", nargs="+", metavar="FILE",
                         help=f"{LOG_NAME} of runs, or one JSON file of eval_robustness.py")

@@ -20,18 +20,18 @@ FORMS, SORTED = "docs/own-data.md#data-in-another-form", "docs/data-sets.md#imag
 RAW = "torchvision's raw files; to images: python preprocess/torchvision_folders.py --root {root} --out NEW --dataset"
 _anywhere = lambda suffixes: " ".join(f"*{suffix} ./*{suffix} ./*/*{suffix}" for suffix in suffixes.split())
 INSTEAD = {  # of class folders: {patterns of the path itself or, after ./, below it: what that is, and what to do}
-    "*.pth.tar *.pth *.pt": "a checkpoint; name a data set, the folder that holds train/",
+    "*.pth.tar *.pth *.pt ./*.pth.tar ./*/*.pth.tar": "a checkpoint; name a data set, the folder that holds train/",
     "*.tar *.tar.* *.tgz *.zip *.7z *.rar": "an archive; unpack it (tar xf, unzip), name the folder that holds train/",
     " ".join(f"*{suffix}" for suffix in IMG_EXTENSIONS): "an image; name a folder: docs/own-data.md#folder-layout",
-    _anywhere(".parquet"): f"parquet files; write their images into class folders: {FORMS}",
+    _anywhere(".parquet .PARQUET"): f"parquet files; write their images into class folders: {FORMS}",
     _anywhere(".arrow .tfrecord .lmdb .mdb .beton .rec .h5 .hdf5 .mat"): "a data file of another kind ({found.name});"
     f" write its images into class folders: {FORMS}",
     _anywhere(".npy .npz"): "arrays; save them as images: PIL.Image.fromarray(numpy.load(FILE)).save('NAME.png')",
-    _anywhere(".heic .avif"): "{found.suffix} is not read; convert: magick mogrify -format jpg FILES",
+    _anywhere(".heic .HEIC .avif"): "{found.suffix} is not read; convert: magick mogrify -format jpg FILES",
     "cifar-10-batches-py ./cifar-10-batches-py": f"{RAW} cifar10",
     "cifar-100-python ./cifar-100-python": f"{RAW} cifar100",
     "stl10_binary ./stl10_binary": f"{RAW} stl10",
-    "FashionMNIST FashionMNIST/raw ./FashionMNIST ./*-ubyte.gz": f"{RAW} fashionmnist",
+    "FashionMNIST/raw ./FashionMNIST/raw": f"{RAW} fashionmnist",
     "./ILSVRC/Data/CLS-LOC ./Data/CLS-LOC ./CLS-LOC": f"Kaggle's ImageNet; name {{found}}, sort its val/: {SORTED}",
     "./ILSVRC2012_val_*": f"ImageNet's validation images without class folders; sort them: {SORTED}",
     "./*.tar ./*/*.tar ./*.tgz ./*.tar.gz ./*/*.tar.gz ./*.zip ./*/*.zip": "archives ({found.name}); unpack them, "
@@ -204,11 +204,12 @@ def is_folder(path: str | Path) -> bool:
 
 def refusal(path: str | Path, told: str) -> UsageError:
     """The error on a path without class folders: what it is instead and what to do, of INSTEAD, or else `told`."""
-    own = Path(os.path.normpath(path))
+    own = Path(os.path.normpath(path or os.devnull))
     for patterns, text in INSTEAD.items():
         for pattern in patterns.split():
-            below, itself = pattern.startswith("./"), Path(str(own).lower()).match(pattern.lower())
-            if found := next(own.glob(pattern[2:]), None) if below else itself and own.exists() and own:
+            below, there = pattern[0] == ".", own.is_file() or pattern[0] != "*" and own.exists()
+            itself = there and Path(str(own).lower()).match(pattern.lower()) and own
+            if found := next(own.glob(pattern[2:]), None) if below else itself:
                 root = own if below else own.parents[pattern.count("/")]
                 return UsageError(f"{path}: {text.format(found=found, root=root)}")
     return UsageError(f"{path}: {'a file; name a folder' if os.path.isfile(path) else told}")
@@ -248,10 +249,12 @@ def split_path(data: str, split: str) -> str:
     path = os.path.join(data, split)
     if not is_folder(path):
         names, images = scan_folder(data, others := Counter())
-        there = [*(f"{name}/" for name in sorted(names)[:5]), "images" * bool(images), count_text(others)]
+        there = [*(f"{name}/" for name in sorted(names)[:5]), count_text(others + Counter(images=len(images)))]
         inner = next((name for name in sorted(names) if os.path.isdir(os.path.join(data, name, split))), None)
         way = f"name {data}/{inner}" if inner else f"DIR is the folder above {split}/, not {split}/ itself"
-        raise refusal(data, f"it has no {split}/ folder and holds {', '.join(filter(None, there)) or 'nothing'}; {way}")
+        told = f"it has no {split}/ folder and holds {', '.join(filter(None, there)) or 'nothing'}; {way}"
+        is_data = inner or {"train", "val"} & {*names} or any(scan_folder(f"{data}/{name}")[1] for name in names)
+        raise UsageError(f"{data}: {told}") if is_data else refusal(data, told)
     if split == "val":
         check_not_training(path)
     return path

@@ -14,7 +14,6 @@ from moco.distributed import DistContext
 from moco.errors import RunError, UsageError
 from moco.processes import signals
 
-FORK_SECONDS = 0.3  # in which other threads leave Python and rest
 DATA_SECONDS = 600  # limit for one batch, then the run is saved and ends; below the limit for collectives
 
 
@@ -66,7 +65,7 @@ class WorkerLoader(DataLoader):
 
     def _get_iterator(self) -> Iterator:
         # CPython < 3.12 deadlocks in a process forked while a thread enters Python, as gloo's do after a collective.
-        time.sleep(FORK_SECONDS)
+        time.sleep(0.3)  # in which such threads come to rest
         with signals.blocked():  # in the workers until they are ready; and PyTorch cannot clean up half an iterator
             return super()._get_iterator()
 

@@ -85,7 +85,7 @@ def of_run(option: str, path: str, pattern: str) -> str:
                 names.pop()
     if not names or pattern == BEST and names[1:]:
         what = f"{'several' if names else 'no'} {'model_best' if pattern == BEST else 'checkpoint'}_*.pth.tar"
-        there = names or sorted(str(each.relative_to(path)) for each in Path(path).rglob("*.pth*"))
+        there = names or sorted(str(each) for each in Path(path).rglob("*.pth*") if re.fullmatch(pattern, each.name))
         way = f"name one: {', '.join(there[:6])}{', …' * (len(there) > 6)}" if there else "name the folder of a run"
         raise UsageError(f"{option} {path}: it holds {what}; {way}")
     if is_main():

@@ -55,6 +55,7 @@ def table(*runs):
 def run_quickstart(folder, *arguments, **settings):
     """(finished process, the commands it gave) of quickstart.sh with PYTHON in the place of python."""
     (folder / "bin").mkdir(exist_ok=True)
+    (folder / "record").write_text("")
     (folder / "bin" / "python").write_text(PYTHON)
     (folder / "bin" / "python").chmod(0o755)
     settings |= {"PATH": f"{folder}/bin:{os.environ['PATH']}", "RECORD": f"{folder}/record"}
@@ -62,7 +63,6 @@ def run_quickstart(folder, *arguments, **settings):
     environment = {**os.environ, "QUICKSTART_OUT": f"{folder}/out", **settings}
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     commands = (folder / "record").read_text().splitlines()
-    (folder / "record").unlink()
     return run, commands
 
 
@@ -108,7 +108,7 @@ def test_ones_own_images_with_ones_own_options_on_two_gpus(tmp_path, library):
 def test_what_goes_wrong_ends_the_quick_start_with_its_words(tmp_path):
     run, commands = run_quickstart(tmp_path, FAILS="main_lincls.py")
     assert run.returncode == 1 and "it broke" in run.stderr and not of(commands, "eval_robustness.py")
-    for arguments, told in (["nowhere"], "nowhere: no such directory"), ([REPOSITORY, "--ckpt_path=x"], "for each run"):
+    for arguments, told in (["nowhere"], "nowhere: no such directory"), ([REPOSITORY, "--ckpt_path=x"], "set by quick"):
         run, commands = run_quickstart(tmp_path, *arguments)
         assert run.returncode == 2 and told in run.stderr and len(commands) == 1
     assert "no row patch; there are plain, patch" in run_quickstart(tmp_path, QUICKSTART_ROWS="plain patch")[0].stderr

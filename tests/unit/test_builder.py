@@ -151,5 +151,5 @@ def test_images_of_other_shapes_are_refused(shapes):
 
 
 def test_an_encoder_without_fc_is_told_how_to_get_one():
-    with pytest.raises(ValueError, match="VisionTransformer has no last linear layer named fc; return nn.Sequ"):
+    with pytest.raises(ValueError, match="VisionTransformer has no last linear layer fc: docs/own-loop.md"):
         MoCo(lambda num_classes: torchvision.models.VisionTransformer(32, 16, 1, 1, 8, 8), dim=8, K=16)

@@ -91,7 +91,7 @@ FORMS, CIFAR = "docs/own-data.md#data-in-another-form", "cifar-10-batches-py"
     (f"{CIFAR}/data_batch_1", ".", "raw files;.* --root . --out NEW --dataset cifar10$"),
     (f"r/{CIFAR}/data_batch_1", f"r/{CIFAR}", "raw files;.* --root r --out NEW --dataset cifar10$"),
     ("r/FashionMNIST/raw/t", "r/FashionMNIST/raw", "raw files;.* --root r --out NEW --dataset fashionmnist$"),
-    ("r/stl10_binary/t", "r", "raw files;.* stl10$"), ("r/t-ubyte.gz", "r", "raw files;.* --root r .* fashionmnist$"),
+    ("r/stl10_binary/t", "r", "raw files;.* stl10$"),
     ("k/ILSVRC/Data/CLS-LOC/train/n01/a.JPEG", "k", "name k/ILSVRC/Data/CLS-LOC, sort its val/: docs/"),
     ("train/a/1.heic train/b/2.heic", ".", ".heic is not read; convert"), ("train/1.npy", ".", "arrays; save them as"),
     ("train/a/1.npy train/b/2.gif", ".", "train: arrays;"), ("train/1.gif", ".", "no class folders, only 1 .gif"),

@@ -120,9 +120,9 @@ def test_a_folder_of_no_or_of_several_checkpoints_is_refused_with_their_names(tm
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     for folder, pattern, told in (
-        ("", checkpoint.PRETRAINING, "no checkpoint_.*; name one: a/model_best_0001.pth.tar, a/model_best_0199.pth"),
+        ("", checkpoint.PRETRAINING, "no checkpoint_.*; name one: .*/b/checkpoint_0199.pth.tar$"),
         ("a", checkpoint.BEST, "several model_best_.*; name one: model_best_0001.pth.tar, model_best_0199.pth.tar$"),
-        ("b", checkpoint.BEST, "no model_best_.*; name one: checkpoint_0199.pth.tar$"),
+        ("b", checkpoint.BEST, "no model_best_.*; name the folder of a run$"),
     ):
         with pytest.raises(UsageError, match=f"--pretrained {tmp_path / folder}: it holds {told}"):
             checkpoint.of_run("--pretrained", str(tmp_path / folder), pattern)
