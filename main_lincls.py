@@ -29,9 +29,6 @@ import torch.nn.functional as F
 
 from moco import distributed, options
 from moco.data import datasets, folders, loader
-from moco.data.datasets import ImageList, RetryDataset
-from moco.data.folders import ImageFolder
-from moco.data.loader import GlobalBatchSampler
 from moco.distributed import DistContext
 from moco.encoders import DTYPES, arch_name, build_encoder, check_input, configure_device
 from moco.errors import UsageError
@@ -51,8 +48,8 @@ PROBE_OPTIONS = (
 class Inputs(NamedTuple):
     """The data, the checkpoints, and what follows from them, as validation found them."""
 
-    train: ImageFolder | None  # None with --evaluate and --features
-    val: ImageFolder
+    train: folders.ImageFolder | None  # None with --evaluate and --features
+    val: folders.ImageFolder
     backbone: dict  # of --pretrained; {}: random weights, or those of --resume
     pretraining: dict | None  # the options of the pre-training, where known
     saved: dict  # of --resume; {} for a fresh start
@@ -125,7 +122,9 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         derived["formats left out"] = left_out
     sampler = None
     if train:
-        sampler = GlobalBatchSampler(len(train.paths), batch_size, seed=0, ctx=DistContext(world_size=world_size))
+        sampler = loader.GlobalBatchSampler(
+            len(train.paths), batch_size, seed=0, ctx=DistContext(world_size=world_size)
+        )
         derived |= {
             "training images": sampler.num_images,
             "images per step": sampler.global_batch_size,
@@ -155,7 +154,7 @@ def trains(args: argparse.Namespace) -> bool:
 
 
 def check_resume(
-    args: argparse.Namespace, saved: dict, classes: list[str], sampler: GlobalBatchSampler | None, backbone: dict
+    args: argparse.Namespace, saved: dict, classes: list[str], sampler: loader.GlobalBatchSampler | None, backbone: dict
 ) -> None:
     """Refuse the linear checkpoint of --resume if it cannot be tested on these classes or its training continued."""
     source = f"--resume {args.resume}"
@@ -217,8 +216,8 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     train, name = inputs.train, run_name(args.pretrained)
     transform = datasets.train_transform(args.image_size)
-    dataset = RetryDataset(ImageList(train.paths, train.labels, transform), train.labels)
-    sampler = GlobalBatchSampler(len(dataset), batch_size, seed, ctx)
+    dataset = datasets.RetryDataset(datasets.ImageList(train.paths, train.labels, transform), train.labels)
+    sampler = loader.GlobalBatchSampler(len(dataset), batch_size, seed, ctx)
     train_loader = loader.train_loader(dataset, sampler, workers, ctx.device)
     val_loader = build_val_loader(ctx, args, inputs)
 
@@ -327,7 +326,7 @@ def build_optimizer(heads: LinearHeads, args: argparse.Namespace) -> torch.optim
 def build_val_loader(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> Iterable:
     batch_size = options.per_rank(args.batch_size, ctx.local_world_size)
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
-    dataset = ImageList(inputs.val.paths, inputs.val.labels, datasets.eval_transform(args.image_size))
+    dataset = datasets.ImageList(inputs.val.paths, inputs.val.labels, datasets.eval_transform(args.image_size))
     return loader.eval_loader(dataset, batch_size, workers, ctx)
 
 

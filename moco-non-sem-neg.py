@@ -25,10 +25,7 @@ import torch.nn.functional as F
 
 from moco import augment, distributed, options, plot, views
 from moco.builder import MoCo
-from moco.data import folders, loader
-from moco.data.datasets import RetryDataset, TwoCrops
-from moco.data.folders import ImageFolder, TrainingImages
-from moco.data.loader import GlobalBatchSampler
+from moco.data import datasets, folders, loader
 from moco.distributed import DistContext
 from moco.encoders import DTYPES, arch_name, build_encoder, check_input, configure_device
 from moco.errors import UsageError
@@ -49,8 +46,8 @@ SAVED_OPTIONS = (
 class Inputs(NamedTuple):
     """The data and the checkpoint of --resume, as validation found them."""
 
-    train: TrainingImages
-    knn: tuple[ImageFolder, ...]  # train/ and val/ with --knn; empty if there is no val/ with the same classes
+    train: folders.TrainingImages
+    knn: tuple[folders.ImageFolder, ...]  # train/ and val/ with --knn; empty if there is no val/ with the same classes
     saved: dict  # {} for a fresh start
     lock: object  # on --ckpt_path: held while an input of a process
 
@@ -131,7 +128,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
         return Inputs(data, (), {}, None), {}
     knn_folders = list_knn_folders(args, data) if args.knn else ()
     batch_size = options.per_rank(args.batch_size, local_world_size)
-    sampler = GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
+    sampler = loader.GlobalBatchSampler(len(data.photos), batch_size, seed=0, ctx=DistContext(world_size=world_size))
     lock, saved = open_folder(args, checkpoint.PRETRAINING, writes=not args.preview)
     args.arch = args.arch or checkpoint.arch_of(saved, f"--resume {args.resume}") or "resnet50"
     with torch.device("meta"):
@@ -180,7 +177,7 @@ def notes(args: argparse.Namespace, inputs: Inputs) -> dict[str, str]:
 
 
 def check_resume(
-    args: argparse.Namespace, saved: dict, model: MoCo, data: TrainingImages, sampler: GlobalBatchSampler
+    args: argparse.Namespace, saved: dict, model: MoCo, data: folders.TrainingImages, sampler: loader.GlobalBatchSampler
 ) -> None:
     """Refuse the checkpoint of --resume if this run cannot continue it. model: on the meta device."""
     source = f"--resume {args.resume}"
@@ -190,7 +187,7 @@ def check_resume(
     check_resumable(args, saved, sampler, list(model.parameters()), "options", settings)
 
 
-def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[ImageFolder, ...]:
+def list_knn_folders(args: argparse.Namespace, data: folders.TrainingImages) -> tuple[folders.ImageFolder, ...]:
     """The photos of train/ and val/; () if there is no val/ with the same classes. UsageError for a single class."""
     if len(data.classes) < 2:
         raise UsageError(f"--knn needs labels: {args.data}/train is one class; leave out --knn, or make folders")
@@ -198,7 +195,7 @@ def list_knn_folders(args: argparse.Namespace, data: TrainingImages) -> tuple[Im
     val = folders.list_images(folders.split_path(root, "val")) if os.path.isdir(f"{root}/val") else None
     if val is None or val.classes != data.classes:
         return ()
-    return ImageFolder(data.photos, data.labels, data.classes), val
+    return folders.ImageFolder(data.photos, data.labels, data.classes), val
 
 
 def needs_texture(args: argparse.Namespace) -> bool:
@@ -217,8 +214,8 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
     data, saved = inputs.train, inputs.saved
     batch_size = options.per_rank(args.batch_size, ctx.local_world_size)  # this process's; the option is the node's
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
-    dataset = RetryDataset(TwoCrops(data.photos, args.image_size, data.textures), data.labels)
-    sampler = GlobalBatchSampler(len(dataset), batch_size, seed, ctx)
+    dataset = datasets.RetryDataset(datasets.TwoCrops(data.photos, args.image_size, data.textures), data.labels)
+    sampler = loader.GlobalBatchSampler(len(dataset), batch_size, seed, ctx)
     train_loader = loader.train_loader(dataset, sampler, workers, ctx.device)
     prepare = functools.partial(make_views, args=args, device=ctx.device)  # crops → query, key, negatives
     knn_loaders = knn.loaders(inputs.knn, args.image_size, batch_size, workers, ctx)
@@ -323,12 +320,12 @@ def checkpoint_state(args: argparse.Namespace, model: MoCo, classes: list[str]) 
     }
 
 
-def save_preview(args: argparse.Namespace, data: TrainingImages) -> None:
+def save_preview(args: argparse.Namespace, data: folders.TrainingImages) -> None:
     """Draw the views of up to eight training images."""
     cpu = torch.device("cpu")
     seed = distributed.resolve_seed(args.seed, {})
-    dataset = RetryDataset(TwoCrops(data.photos, args.image_size, data.textures), data.labels)
-    sampler = GlobalBatchSampler(len(dataset), min(8, args.batch_size, len(dataset)), seed, DistContext())
+    dataset = datasets.RetryDataset(datasets.TwoCrops(data.photos, args.image_size, data.textures), data.labels)
+    sampler = loader.GlobalBatchSampler(len(dataset), min(8, args.batch_size, len(dataset)), seed, DistContext())
     crops, _ = next(iter(loader.train_loader(dataset, sampler, 0, cpu)))
     drawn = make_views(crops, distributed.derive_rng(seed, 0, 0, 0), args, cpu)
     plot.save_views(args.preview, *drawn, [f"{args.robust} negative {i + 1}" for i in range(args.num_nonsem)])

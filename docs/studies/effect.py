@@ -73,6 +73,7 @@ def changed(**settings: float) -> tuple:
 
 
 MAIN, SECOND = f"shapes-{DATA_SEED}", f"shapes-{SECOND_DATA_SEED}"
+DATA_OF = dict.fromkeys(SEEDS, MAIN) | dict.fromkeys(SECOND_SEEDS, SECOND)  # training seed → its generated data
 GRID = [
     changed(lr=lr, moco_k=k, moco_t=t) for lr, k, t in itertools.product((0.06, 0.03, 0.12), (512, 2048), (0.2, 0.1))
 ]
@@ -256,12 +257,11 @@ class Arm(NamedTuple):
     title: str
     alpha: float | None
     settings: tuple = ()
-    data: str = MAIN
+    data: str | None = None  # None: DATA_OF each seed
 
     def figures(self, results: dict[str, dict], seeds: tuple = SEEDS) -> Figures:
-        """Those seeds' figures that are there. data "both": each data seed with its own training seeds."""
-        data = {seed: MAIN if seed in SEEDS else SECOND for seed in seeds} if self.data == "both" else {}
-        names = {seed: Run(data.get(seed, self.data), self.alpha, seed, self.settings).name for seed in seeds}
+        """Those seeds' figures that are there."""
+        names = {seed: Run(self.data or DATA_OF[seed], self.alpha, seed, self.settings).name for seed in seeds}
         return {seed: results[name]["figures"] for seed, name in names.items() if name in results}
 
 
@@ -426,22 +426,22 @@ def quickstart_table(path: Path) -> str:
 
 def tables(results: dict[str, dict], measured: dict[str, dict]) -> dict[str, str]:
     """{mark in one of PAGES: the table that stands there}"""
+    pair = [PLAIN, PATCH], [("alpha 2 − plain", PATCH, PLAIN)]
     sweep = [PLAIN, *(Arm(f"alpha {alpha:g}", alpha) for alpha in (0, 1, 1.5, 2, 2.5, 3))]
     longer = Arm("plain, 24 epochs", None, changed(epochs=24))
     grid = [Arm(setting_title(settings), None, settings) for settings in GRID]
-    second, both = ([arm._replace(data=data) for arm in (PLAIN, PATCH)] for data in (SECOND, "both"))
     fashion = [arm._replace(data="fashion") for arm in (PLAIN, PATCH)]
     best = best_settings(results)
     found = {
-        "pooled": comparison(results, both, [("alpha 2 − plain", both[1], both[0])], SEEDS + SECOND_SEEDS),
-        "paired": comparison(results, [PLAIN, PATCH], [("alpha 2 − plain", PATCH, PLAIN)]),
+        "pooled": comparison(results, *pair, SEEDS + SECOND_SEEDS),
+        "paired": comparison(results, *pair),
         "runs": single_runs(results, [PLAIN, PATCH]),
         "sweep": comparison(results, sweep, [(f"{arm.title} − plain", arm, PLAIN) for arm in sweep[1:]], SEEDS[:3]),
         "grid": markdown(
             ["seed 101", *COLUMNS], [[row[0], *row[2:]] for row in arm_rows(results, grid, SEEDS[:1], COLUMNS)]
         ),
         "time": comparison(results, [longer, PATCH], [("alpha 2 − plain, 24 epochs", PATCH, longer)]),
-        "second": comparison(results, second, [("alpha 2 − plain", second[1], second[0])], SECOND_SEEDS),
+        "second": comparison(results, *pair, SECOND_SEEDS),
         "fashion": comparison(
             results, fashion, [("alpha 2 − plain", fashion[1], fashion[0])], SEEDS[:3], ("val", "Corruption")
         ),

@@ -18,16 +18,16 @@ NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume I
 FLAT = "all"  # the class of images that lie in no class folder
 FORMS, SORTED = "docs/own-data.md#data-in-another-form", "docs/data-sets.md#imagenet"
 RAW = "torchvision's raw files; to images: python preprocess/torchvision_folders.py --root {root} --out NEW --dataset"
-_anywhere = lambda suffixes: " ".join(f"*{suffix} ./*{suffix} ./*/*{suffix}" for suffix in suffixes.split())
+_anywhere = lambda text: " ".join(f"*{each} ./*{each} ./*/*{each}" for each in f"{text} {text.upper()}".split())
 INSTEAD = {  # of class folders: {patterns of the path itself or, after ./, below it: what that is, and what to do}
     "*.pth.tar *.pth *.pt ./*.pth.tar ./*/*.pth.tar": "a checkpoint; name a data set, the folder that holds train/",
     "*.tar *.tar.* *.tgz *.zip *.7z *.rar": "an archive; unpack it (tar xf, unzip), name the folder that holds train/",
     " ".join(f"*{suffix}" for suffix in IMG_EXTENSIONS): "an image; name a folder: docs/own-data.md#folder-layout",
-    _anywhere(".parquet .PARQUET"): f"parquet files; write their images into class folders: {FORMS}",
+    _anywhere(".parquet"): f"parquet files; write their images into class folders: {FORMS}",
     _anywhere(".arrow .tfrecord .lmdb .mdb .beton .rec .h5 .hdf5 .mat"): "a data file of another kind ({found.name});"
     f" write its images into class folders: {FORMS}",
     _anywhere(".npy .npz"): "arrays; save them as images: PIL.Image.fromarray(numpy.load(FILE)).save('NAME.png')",
-    _anywhere(".heic .HEIC .avif"): "{found.suffix} is not read; convert: magick mogrify -format jpg FILES",
+    _anywhere(".heic .avif"): "{found.suffix} is not read; convert: magick mogrify -format jpg FILES",
     "cifar-10-batches-py ./cifar-10-batches-py": f"{RAW} cifar10",
     "cifar-100-python ./cifar-100-python": f"{RAW} cifar100",
     "stl10_binary ./stl10_binary": f"{RAW} stl10",
