@@ -64,8 +64,8 @@ class WorkerLoader(DataLoader):
         super().__init__(dataset, num_workers=workers, pin_memory=device.type == "cuda", **settings)
 
     def _get_iterator(self) -> Iterator:
-        # CPython < 3.12 deadlocks in a process forked while a thread enters Python, as gloo's do after a collective.
-        time.sleep(0.3 * (sys.version_info < (3, 12)))  # in which such threads come to rest
+        # CPython 3.11 deadlocks in a process forked while a thread enters Python, as gloo's do after a collective.
+        time.sleep(0.3)  # in which such threads come to rest
         with signals.blocked():  # in the workers until they are ready; and PyTorch cannot clean up half an iterator
             return super()._get_iterator()
 

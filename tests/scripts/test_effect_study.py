@@ -27,6 +27,8 @@ def test_no_two_runs_share_a_name_and_the_best_of_the_grid_are_repeated():
 
 
 def test_the_pages_hold_what_the_report_makes_of_the_results(tmp_path):
+    assert effect.p_value([1, -1, 2, 0.5, 0.1, 0.3]) == pytest.approx(0.2874337, abs=1e-6)  # of scipy
+    assert effect.holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]
     pytest.importorskip("matplotlib")
     pages = {name: (REPOSITORY / "docs" / name).read_text() for name in effect.PAGES}
     for name, text in pages.items():
@@ -34,9 +36,3 @@ def test_the_pages_hold_what_the_report_makes_of_the_results(tmp_path):
     studies = REPOSITORY / "docs" / "studies"
     effect.write_report(studies / "effect.jsonl", studies / "effect_mechanism.jsonl", tmp_path)
     assert {name: (tmp_path / name).read_text() for name in pages} == pages
-    assert (tmp_path / "effect_alpha.png").stat().st_size < 100_000
-
-
-def test_p_values_are_those_of_scipy():
-    assert effect.p_value([1, -1, 2, 0.5, 0.1, 0.3]) == pytest.approx(0.2874337, abs=1e-6)
-    assert effect.holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]

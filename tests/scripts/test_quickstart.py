@@ -108,10 +108,14 @@ def test_ones_own_images_with_ones_own_options_on_two_gpus(tmp_path, library):
 def test_what_goes_wrong_ends_the_quick_start_with_its_words(tmp_path):
     run, commands = run_quickstart(tmp_path, FAILS="main_lincls.py")
     assert run.returncode == 1 and "it broke" in run.stderr and not of(commands, "eval_robustness.py")
-    for arguments, told in (["nowhere"], "nowhere: no such directory"), ([REPOSITORY, "--ckpt_path=x"], "set by quick"):
-        run, commands = run_quickstart(tmp_path, *arguments)
-        assert run.returncode == 2 and told in run.stderr and len(commands) == 1
-    assert "no row patch; there are plain, patch" in run_quickstart(tmp_path, QUICKSTART_ROWS="plain patch")[0].stderr
+    write_folder(tmp_path / "data", classes="01", train=1, val=1)
+    for arguments, settings, told in (
+        (["nowhere"], {}, "nowhere: no such directory"), (["data", "--ckpt_path=x"], {}, "set by quickstart.sh"),
+        (["data"], {}, "holds runs on"), ([], {"QUICKSTART_ROWS": "plain patch"}, "no row patch; there are plain"),
+        ([], {"QUICKSTART_SEEDS": "x"}, "x is no number of runs"), ([], {"QUICKSTART_OUT": "a,b"}, "a ; or , in a"),
+    ):  # fmt: skip
+        run, _ = run_quickstart(tmp_path, *arguments, **settings)
+        assert run.returncode == 2 and told in run.stderr, run.stderr
 
 
 @pytest.mark.parametrize("images, side, gpus, shown", [
