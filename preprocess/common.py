@@ -4,12 +4,15 @@ Import it before numpy. The rest, class folders, conversion to RGB and atomic fi
 """
 
 import argparse
+import io
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
@@ -19,7 +22,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
 from moco.data import folders  # noqa: E402
 from moco.data.rgb import check_resizable, to_rgb  # noqa: E402, F401
 from moco.errors import RunError, UsageError, one_line  # noqa: E402, F401
-from moco.options import OptionParser, positive_int  # noqa: E402
+from moco.options import OptionParser, positive_int, seed_int  # noqa: E402, F401
 from moco.processes import signals  # noqa: E402
 from moco.processes.exits import cli_main  # noqa: E402
 from moco.training.files import PARTIAL, FolderLock, atomic_write  # noqa: E402
@@ -99,23 +102,19 @@ def _write_unless_there(path: Path, text: str) -> None:
                 os.replace(whole, path)
 
 
-def check_stems(option: str, photos: Sequence[str]) -> None:
-    """Raise UsageError if photos have the same path but for the suffix: what is made of them would share a file."""
-    twins = len(photos) - len({os.path.splitext(photo)[0] for photo in photos})
-    if twins:
-        raise UsageError(
-            f"{option}: {twins} photos have the name of another but for the suffix (a.jpg, a.png), and would share one"
-            " file; rename them"
-        )
+def list_photos(folder: Path, limit: int | None, flat: bool = False) -> list[str]:
+    """The paths below `folder` of the first `limit` photos of each class. Prints which other files lie there.
 
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that, even after a crash, there is either nothing or all of it. Raises OSError.
-
-    It is not flushed to the disk one by one: what a power cut takes can be made again.
+    flat: as of folders.list_images. Raises UsageError, too, if photos differ in the suffix alone: what is made of them
+    would share a file.
     """
-    with atomic_write(path, "wb", durable=False) as file:
-        file.write(data)
+    listed = folders.list_images(folder, flat)
+    report_left_out(folder, listed.left_out)
+    photos = listed.first(limit).paths.names()
+    if twins := len(photos) - len({os.path.splitext(photo)[0] for photo in photos}):
+        told = "photos have the name of another but for the suffix (a.jpg, a.png), and would share one file"
+        raise UsageError(f"{folder}: {twins} {told}; rename them")
+    return photos
 
 
 def report_left_out(folder: Path, left_out: str) -> None:
@@ -124,10 +123,18 @@ def report_left_out(folder: Path, left_out: str) -> None:
         print(f"{folder}: left out, as these formats are not read: {left_out}", flush=True)
 
 
-def report_broken(broken: Sequence[tuple[object, str]]) -> int:
-    """List the broken images, (path, reason), on stderr. Returns the exit code: 1 if there are any."""
-    if broken:
-        print(f"{len(broken)} broken images were left out:", file=sys.stderr)
-        for path, reason in broken:
-            print(f"  {path}: {reason}", file=sys.stderr)
-    return int(bool(broken))
+def encode(image: Image.Image, kind: str, **options: int) -> bytes:
+    """The content of an image file. kind, options: as of PIL's save()."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file, and its folder, so that even after a crash there is either nothing or all of it. Raises OSError.
+
+    It is not flushed to the disk one by one: what a power cut takes can be made again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path, "wb", durable=False) as file:
+        file.write(data)

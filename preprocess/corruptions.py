@@ -17,16 +17,14 @@ import argparse
 import functools
 import hashlib
 import importlib.metadata
-import io
 import os
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import common  # before numpy
 import numpy as np
 import pool
-from common import UsageError, check_resizable, folders, to_rgb
+from common import UsageError, check_resizable, to_rgb
 from PIL import Image
 
 os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # per worker process; read when the library loads OpenCV
@@ -47,27 +45,13 @@ MARK = "corruptions.json"  # in OUT: how its images were made
 PACKAGE = "imagecorruptions-imaug"
 
 
-class Recipe(NamedTuple):
-    """The settings that corrupted images are made with."""
-
-    source: Path  # the folder of class folders
-    out: Path
-    size: int  # px, the side of the images
-    seed: int
-
-
 def library() -> ModuleType:
     """The module that corrupts. UsageError if it, or what it needs, is not installed."""
     try:
         import imagecorruptions
     except ImportError as error:
-        raise UsageError(
-            f"the corruptions are those of the package {PACKAGE}, which cannot be imported ({error}): pip install"
-            f" {PACKAGE}"
-        ) from error
-    missing = set(CORRUPTIONS) - set(imagecorruptions.get_corruption_names("all"))
-    if missing:
-        raise UsageError(f"the installed imagecorruptions has no {', '.join(sorted(missing))}; pip install {PACKAGE}")
+        told = f"the corruptions are those of the package {PACKAGE}, which cannot be imported ({error})"
+        raise UsageError(f"{told}: pip install {PACKAGE}") from error
     return imagecorruptions
 
 
@@ -118,50 +102,27 @@ def images_of(photo: str, out: Path) -> dict[tuple[str, int], Path]:
     return {(each, severity): out / each / str(severity) / name for each in CORRUPTIONS for severity in SEVERITIES}
 
 
-def write_images(photo: str, recipe: Recipe) -> tuple[str, bool, str | None]:
-    """Write what is missing of a photo: (photo, whether it was enlarged, why it was left out or None)."""
-    missing = {key: path for key, path in images_of(photo, recipe.out).items() if not path.exists()}
-    made, enlarged = {}, False
-    try:
-        image, enlarged = crop(recipe.source / photo, recipe.size)
-        for (name, severity), path in missing.items():
-            corrupted = corrupt(image, name, severity, seed_of(recipe.seed, photo, name, severity))
-            data = io.BytesIO()
-            Image.fromarray(corrupted).save(data, "JPEG", quality=QUALITY)
-            made[path] = data.getvalue()
-    except Exception as error:  # a decoder may raise anything on a broken file; the other photos go on
-        return photo, enlarged, f"{type(error).__name__}: {error}"
-    for path, data in made.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        common.write_atomically(path, data)
-    return photo, enlarged, None
-
-
-def list_photos(source: Path, limit: int | None) -> list[str]:
-    """The paths below `source` of the first `limit` photos of each class. UsageError if two would share a file.
-
-    Prints which other files lie there.
-    """
-    listed = folders.list_images(source)
-    common.report_left_out(source, listed.left_out)
-    photos = listed.first(limit).paths.names()
-    common.check_stems(f"--val {source}", photos)
-    return photos
+def make_images(photo: str, args: argparse.Namespace) -> tuple[dict[Path, bytes], bool]:
+    """What is missing of a photo, as pool.write_files takes it."""
+    image, enlarged = crop(args.val / photo, args.size)
+    made = {}
+    for (name, severity), path in images_of(photo, args.out).items():
+        if not path.exists():
+            corrupted = corrupt(image, name, severity, seed_of(args.seed, photo, name, severity))
+            made[path] = common.encode(Image.fromarray(corrupted), "JPEG", quality=QUALITY)
+    return made, enlarged
 
 
 def parse_args() -> argparse.Namespace:
     """The options. Ends the script with exit code 2 where they are wrong."""
     begin = "--val DIR --out DIR-c"
     parser = common.Parser("Corrupt photos as ImageNet-C was made, for eval_robustness.py --corruption.", begin)
-    parser.add_argument("--val", type=Path, required=True, metavar="DIR", help="photos, <class>/* or val/<class>/*")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="OUT", help="images, OUT/<corruption>/<severity>/<class>/*.JPEG"
-    )
-    parser.add_argument(
-        "--size", type=common.positive_int, default=224, metavar="PX", help="side of the images: the tested crop size"
-    )
-    parser.add_argument("--limit", type=common.positive_int, metavar="N", help="only the first N photos of each class")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same images")
+    add = parser.add_argument
+    add("--val", type=Path, required=True, metavar="DIR", help="photos, <class>/* or val/<class>/*")
+    add("--out", type=Path, required=True, metavar="OUT", help="images, OUT/<corruption>/<severity>/<class>/*.JPEG")
+    add("--size", type=common.positive_int, default=224, metavar="PX", help="side of the images: the tested crop size")
+    add("--limit", type=common.positive_int, metavar="N", help="only the first N photos of each class")
+    add("--seed", type=common.seed_int, default=0, metavar="N", help="same seed, same images")
     parser.add_workers()
     args = parser.parse_args()
     if args.size < LEAST_SIZE:
@@ -171,8 +132,6 @@ def parse_args() -> argparse.Namespace:
         )
     if (args.val / "val").is_dir():
         args.val = args.val / "val"
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"--seed {args.seed} is not from 0 to 2**63 - 1; try --seed 0")
     if args.out.resolve() == args.val.resolve() or args.val.resolve() in args.out.resolve().parents:
         parser.error(f"--out {args.out} lies in the photos' folder, where it would be a class; name another")
     return args
@@ -181,26 +140,16 @@ def parse_args() -> argparse.Namespace:
 def main() -> int:
     args = parse_args()
     library()
-    photos = list_photos(args.val, args.limit)
-    recipe = Recipe(args.val, args.out, args.size, args.seed)
+    photos = common.list_photos(args.val, args.limit)
     made_with = {"size": args.size, "seed": args.seed, "quality": QUALITY, PACKAGE: version()}
     common.lock("--out", args.out)
     common.claim("--out", args.out, MARK, {"val": os.path.realpath(args.val), **made_with})
-    jobs = [photo for photo in photos if not all(path.exists() for path in images_of(photo, args.out).values())]
-    per_photo = len(CORRUPTIONS) * len(SEVERITIES)
-    print(
-        f"{len(photos)} photos, {len(photos) - len(jobs)} of them done; {per_photo} images each, {args.workers}"
-        " processes",
-        flush=True,
-    )
-    small, broken = 0, []
-    write = functools.partial(write_images, recipe=recipe)
-    for photo, enlarged, reason in pool.in_processes(write, jobs, args.workers, "photo"):
-        small += enlarged
-        broken += [(photo, reason)] if reason else []
+    make = functools.partial(make_images, args=args)
+    done = lambda photo: all(path.exists() for path in images_of(photo, args.out).values())
+    made, small, broken = pool.write_files(make, photos, done, args.workers)
     enlarged = f"; {small} photos below {round(args.size * 256 / 224)} px were enlarged first" if small else ""
-    print(f"wrote the corruptions of {len(jobs) - len(broken)} photos, {args.size} px{enlarged}")
-    return common.report_broken(broken)
+    print(f"wrote the corruptions of {made} photos, {args.size} px{enlarged}")
+    return int(broken > 0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A pool of worker processes with a progress bar; the workers end with the script, however it ends."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -9,9 +10,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
-from common import RESUME, RunError, signals
+from common import RESUME, RunError, signals, write_atomically
 from tqdm import tqdm
 
 LINE_SECONDS = 30  # between lines in a log
@@ -56,6 +58,38 @@ def progress(results: Iterable, total: int, unit: str, title: str = "") -> Itera
             speed = f"{float(f'{rate:.3g}'):g} a second"
             text = f"{title}{': ' * bool(title)}{done}/{total} {unit}s, {speed}, {left} left"
             print(text, file=sys.stderr, flush=True)
+
+
+def write_files(
+    make: Callable[[str], tuple[dict[Path, bytes], bool]],
+    photos: Sequence[str],
+    done: Callable[[str], bool],
+    workers: int,
+) -> tuple[int, int, int]:
+    """Write the files that are made of each photo that is not done, and list the broken photos on stderr.
+
+    make: photo → ({path: content}, whether the photo was enlarged). Returns the numbers of photos whose files were
+    written, of enlarged ones among them, and of broken ones.
+    """
+    jobs, small, broken = [photo for photo in photos if not done(photo)], 0, []
+    print(f"{len(photos)} photos, {len(photos) - len(jobs)} of them done; {workers} processes", flush=True)
+    for enlarged, reason in in_processes(functools.partial(_write, make), jobs, workers, "photo"):
+        small += enlarged
+        broken += filter(None, [reason])
+    if broken:
+        print(f"{len(broken)} broken images were left out:", *broken, sep="\n  ", file=sys.stderr)
+    return len(jobs) - len(broken), small, len(broken)
+
+
+def _write(make: Callable[[str], tuple[dict[Path, bytes], bool]], photo: str) -> tuple[bool, str | None]:
+    """Write the files of one photo: (whether it was enlarged, None), or (False, why it was left out)."""
+    try:
+        files, enlarged = make(photo)
+    except Exception as error:  # a decoder may raise anything on a broken file; the other photos go on
+        return False, f"{photo}: {type(error).__name__}: {error}"
+    for path, data in files.items():
+        write_atomically(path, data)
+    return enlarged, None
 
 
 def _call_each(function: Callable[[Any], Any], jobs: Sequence) -> list:

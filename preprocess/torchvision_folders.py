@@ -8,8 +8,8 @@ missing ones are downloaded to RAW. The script can be stopped and run again; ano
 """
 
 import argparse
+import functools
 import gzip
-import io
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,10 +34,9 @@ def parse_args() -> tuple[common.Parser, argparse.Namespace]:
     begin = "--dataset cifar10 --root raw --out cifar10"
     parser = common.Parser("Write one of torchvision's small data sets as folders of images.", begin)
     parser.add_argument("--dataset", choices=DATASETS, required=True, help="which one")
-    parser.add_argument(
-        "--root", type=Path, required=True, metavar="RAW", help="folder of the raw files; downloads go there"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    add = functools.partial(parser.add_argument, type=Path, required=True)
+    add("--root", metavar="RAW", help="folder of the raw files; downloads go there")
+    add("--out", metavar="DIR", help="folder to create")
     return parser, parser.parse_args()
 
 
@@ -81,10 +80,7 @@ def write_images(dataset: "Dataset", folder: Path) -> None:
         image, label = dataset[index]
         path = folder / class_name(dataset, label) / f"{index:06}.png"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data = io.BytesIO()
-            image.convert("RGB").save(data, "PNG", compress_level=1)
-            common.write_atomically(path, data.getvalue())
+            common.write_atomically(path, common.encode(image.convert("RGB"), "PNG", compress_level=1))
 
 
 def main() -> None:

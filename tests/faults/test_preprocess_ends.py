@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from helpers import ENVIRONMENT, REPOSITORY, alive, run_script, started, write_photo
+from helpers import ENVIRONMENT, REPOSITORY, alive, children, run_script, started, write_photo
 from preprocessing import SHAPES, subset_command, texture_command, tree
 
 pytestmark = pytest.mark.slow
@@ -85,20 +85,15 @@ def test_no_worker_outlives_the_script(working, send, signum):
 
 
 def test_a_worker_that_is_killed_is_one_line(working):
-    children = f"/proc/{working.pid}/task/{working.pid}/children"
-    with open(children) as file:
-        worker = min(map(int, file.read().split()))
-    os.kill(worker, signal.SIGKILL)
+    os.kill(min(children(working.pid)), signal.SIGKILL)
     assert working.wait(15) == 1
     stderr = working.stderr.read()
     assert "a worker process was killed" in stderr and "Traceback" not in stderr
 
 
 COMMANDS = {
-    "subset": lambda imagenet: subset_command(imagenet, "--mode", "copy"),
-    "subset, resized": lambda imagenet: subset_command(imagenet, "--resize", 64),
+    "subset": lambda imagenet: subset_command(imagenet, "--resize", 64),
     "textures": texture_command,
-    "preview": lambda imagenet: texture_command(imagenet, "--preview", imagenet.parent / "sheet.png"),
     "shapes": lambda imagenet: [SHAPES, "--out", imagenet.parent / "s", *SHAPES_OPTIONS],
 }
 

@@ -51,54 +51,32 @@ def test_textures_depend_on_the_seed_and_the_path_alone(imagenet):
     assert one.keys() == other.keys() and all(one[name] != other[name] for name in one)
 
 
-def test_what_is_there_is_kept_unless_asked_for_anew(imagenet):
-    command = texture_command(imagenet, "--limit", 1)  # the first photo of each class
-    run_script(*command)
-    texture = imagenet.parent / "t" / "train" / "n02" / "part0" / "n02_0.png"
-    right = texture.read_bytes()
-    assert len(tree(imagenet.parent / "t")) == 2 + 1
-    texture.write_bytes(b"mine")
-    assert "2 of them done" in run_script(*command).stdout and texture.read_bytes() == b"mine"
-    run_script(*command, "--overwrite")
-    assert texture.read_bytes() == right
-
-
-def test_a_preview_writes_nothing_else(imagenet, tmp_path):
-    run_script(*texture_command(imagenet, "--splits", "val", "--preview", tmp_path / "sheet.png"))
-    assert Image.open(tmp_path / "sheet.png").width > 2 * (32 + 24 + 32) and not (tmp_path / "t").exists()
-
-
 def test_a_folder_holds_textures_of_one_recipe(imagenet, tmp_path):
     other, made = write_imagenet(tmp_path / "elsewhere" / "imagenet"), tmp_path / "t"
-    program, sheet = external_program(tmp_path / "program", ""), tmp_path / "sheet.png"
-    (imagenet / "train" / "n01" / "a.avif").touch()
-    stdout = run_script(*texture_command(imagenet, "--shard", "1/2")).stdout
-    assert "train: left out, as these formats are not read: " in stdout and "1 .avif" in stdout
+    program = external_program(tmp_path / "program", "")
+    run_script(*texture_command(imagenet, "--shard", "1/2"))
     half = tree(made)
     for options in (
-        ("--patch", 16), ("--size", 48), ("--seed", 1, "--overwrite"), ("--texture-synthesis", program),
+        ("--patch", 16), ("--size", 48), ("--seed", 1), ("--texture-synthesis", program),
         ("--imagenet_path", other),
     ):  # fmt: skip
         line = refusal(run_script(*texture_command(imagenet, *options), check=False))
         assert "t holds images made with {" in line and line.endswith("; name a new folder, or remove this one\n")
-    run_script(*texture_command(imagenet, "--patch", 16, "--preview", sheet))
     assert tree(made) == half
-    mark = (made / "textures.json").read_text()
-    (made / "textures.json").unlink()
-    assert mark in refusal(run_script(*texture_command(imagenet), check=False))
-    (made / "textures.json").write_text(mark)
     imagenet.with_name("link").symlink_to(imagenet)
-    run_script(*texture_command(imagenet.with_name("link"), "--shard", "2/2", "--time-limit", 9))
+    (made / "train" / "n01" / "part0" / "n01_0.png").unlink()
+    command = texture_command(imagenet.with_name("link"))
+    assert "6 photos, 2 of them done" in run_script(*command).stdout
     assert len(tree(made)) == 6 + 1 and tree(made).items() > half.items()
 
 
 def external_program(path, body):
-    path.write_text(f"#!{sys.executable}\nimport sys, time\nfrom PIL import Image\n{body}\n")
+    path.write_text(f"#!{sys.executable}\nimport sys\nfrom PIL import Image\n{body}\n")
     path.chmod(0o755)
     return path
 
 
-def test_the_authors_program_gets_the_patches_and_a_time_limit(imagenet, tmp_path):
+def test_the_authors_program_gets_the_patches(imagenet, tmp_path):
     # As texture-synthesis is called; it pastes the patches instead.
     paste = external_program(
         tmp_path / "my program",
@@ -112,12 +90,10 @@ canvas.save(sys.argv[4])""",
     texture = np.asarray(Image.open(tmp_path / "t" / "val" / "n01" / "part0" / "n01_0.png"))
     photo = np.asarray(Image.open(imagenet / "val" / "n01" / "part0" / "n01_0.JPEG"))
     assert np.array_equal(texture[:24, :24], photo[20:44, 28:52])  # the centre of 80×64 px
-    for body, told in ("time.sleep(60)", "took more than 1 s"), ("sys.exit('out of ideas')", "out of ideas"):
-        program = external_program(tmp_path / "program", body)
-        shutil.rmtree(tmp_path / "t")
-        options = ("--texture-synthesis", program, "--time-limit", 1, "--limit", 1)
-        run = run_script(*texture_command(imagenet, *options), check=False)
-        assert run.returncode == 1 and run.stderr.count(told) == 2 and not tree(tmp_path / "t" / "train")
+    shutil.rmtree(tmp_path / "t")
+    program = external_program(tmp_path / "program", "sys.exit('out of ideas')")
+    run = run_script(*texture_command(imagenet, "--texture-synthesis", program, "--limit", 1), check=False)
+    assert run.returncode == 1 and run.stderr.count("out of ideas") == 2 and not (tmp_path / "t" / "train").exists()
 
 
 @pytest.mark.parametrize(
@@ -125,11 +101,8 @@ canvas.save(sys.argv[4])""",
     [
         (["--splits", "test"], "no test/ folder and holds train/, val/; DIR is the folder above test/"),
         (["--shard", "0/4"], "'0/4' is not a part I/N"),
-        (["--shard", "5/4"], "'5/4'"),
-        (["--workers", "0"], "'0' is not an integer of 1 or more"),
         (["--patch", "4"], "--patch 4: too small"),
         (["--texture-synthesis", "no-such-program"], "no such program"),
-        (["--preview", "sheet.jpg"], "sheet.jpg does not end in .png; try sheet.png"),
     ],
 )
 def test_bad_options_end_in_one_line(imagenet, tmp_path, options, told):

@@ -57,18 +57,16 @@ def test_a_file_system_without_hard_links_will_do(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "new" / "folder" / "made.json").read_text()) == {"seed": 0}
 
 
-def test_photos_that_differ_in_the_suffix_only_are_refused():
-    common.check_stems("--val x", ["n01/a.jpg", "n02/a.jpg"])
-    with pytest.raises(UsageError, match="--val x: 1 photos have the name of another"):
-        common.check_stems("--val x", ["n01/a.jpg", "n01/a.png"])
+def test_photos_that_differ_in_the_suffix_only_are_refused(tmp_path):
+    for name in ("n01/a.jpg", "n02/a.jpg"):
+        write_photo(tmp_path / name)
+    assert common.list_photos(tmp_path, None) == ["n01/a.jpg", "n02/a.jpg"]
+    write_photo(tmp_path / "n01" / "a.png")
+    with pytest.raises(UsageError, match="1 photos have the name of another"):
+        common.list_photos(tmp_path, None)
 
 
-@pytest.mark.parametrize(
-    "convert, good, result, bad",
-    [(common.positive_int, "12", 12, ("0", "-1", "1.5", "²")), (common.png_path, "a.png", Path("a.png"), ("a.jpg",))],
-)
-def test_values_of_options(convert, good, result, bad):
-    assert convert(good) == result
-    for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError, match=text):
-            convert(text)
+def test_a_picture_is_a_png():
+    assert common.png_path("a.png") == Path("a.png")
+    with pytest.raises(argparse.ArgumentTypeError, match="a.jpg does not end in .png; try a.png"):
+        common.png_path("a.jpg")

@@ -39,7 +39,7 @@ def test_random_numbers_of_no_use_are_drawn_again(monkeypatch):
         drawn.append(np.random.randint(1000))
         return np.uint8(image * (np.float64(0) / (len(drawn) > 2)))
 
-    library = SimpleNamespace(get_corruption_names=lambda subset: corruptions.CORRUPTIONS, corrupt=spatter)
+    library = SimpleNamespace(corrupt=spatter)
     monkeypatch.setitem(sys.modules, "imagecorruptions", library)
     image = Image.new("RGB", (32, 32), "white")
     assert corruptions.corrupt(image, "spatter", 1, 2**32 - 1).shape == (32, 32, 3)

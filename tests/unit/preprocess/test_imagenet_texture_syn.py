@@ -28,3 +28,12 @@ def test_the_random_place_follows_from_the_bytes_of_the_name():
     digest = hashlib.blake2b("3 train/n01/\u00fc.JPEG".encode(), digest_size=16).digest()
     assert rng.integers(1 << 40) == np.random.default_rng(list(digest)).integers(1 << 40)
     imagenet_texture_syn.generator(3, "train/n01/\udcff.JPEG")  # names need not be UTF-8
+
+
+def test_a_program_that_hangs_is_stopped(monkeypatch, tmp_path):
+    monkeypatch.setattr(imagenet_texture_syn, "TIME_LIMIT", 0.1)
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nexec sleep 30\n")
+    program.chmod(0o755)
+    with pytest.raises(RuntimeError, match="took more than 0.1 s"):
+        imagenet_texture_syn.external_texture(str(program), np.zeros((2, 24, 24, 3), np.uint8), 32)
