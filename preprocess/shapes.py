@@ -40,12 +40,14 @@ VERSION = 2  # of the images: to be raised when the same seed gives others
 DONE, BEGUN = "shapes.json", "shapes.json.begun"  # written last, so that a folder with DONE is complete; and first
 
 
-def arc(
-    start: float, stop: float, radius: float | np.ndarray = 1.0, centre: float = 0.0, points: int = 48
-) -> np.ndarray:
+def arc(start: float, stop: float, radius: float | np.ndarray = 1, centre: float = 0, points: int = 48) -> np.ndarray:
     """Points×2 from angle `start` to `stop` (radians) around (centre, 0); y points down, as in images."""
     angle = np.linspace(start, stop, points)
     return np.stack([centre + radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def part(x: np.ndarray) -> np.ndarray:
+    return x - np.floor(x)
 
 
 # fmt: off
@@ -64,14 +66,6 @@ SHAPES = {                  # closed contours around the unit circle; a second o
 }
 
 
-# fmt: on
-
-
-def part(x: np.ndarray) -> np.ndarray:
-    return x - np.floor(x)
-
-
-# fmt: off
 TEXTURES = {                # random generator, coordinates in periods → bool
     "stripes": lambda rng, u, v: part(u) < .5,
     "checker": lambda rng, u, v: (part(u) < .5) ^ (part(v) < .5),
@@ -296,7 +290,7 @@ def parse_args() -> argparse.Namespace:
     begin = "--out shapes --preview shapes.png"
     parser = common.Parser("Generate a small data set of textured shapes with four robustness test sets.", begin)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same images")
+    parser.add_argument("--seed", type=common.seed_int, default=0, metavar="N", help="same seed, same images")
     parser.add_argument("--train", type=int, default=4000, metavar="N", help="training images")
     parser.add_argument("--test", type=int, default=1500, metavar="N", help="images in each test set")
     parser.add_argument("--cell", type=int, default=40, metavar="N", help="images for each corruption and severity")
@@ -306,8 +300,6 @@ def parse_args() -> argparse.Namespace:
     for name, count in ("train", args.train), ("test", args.test), ("cell", args.cell):
         if count < 10 or count % 10:
             parser.error(f"--{name} {count} is not a positive multiple of 10; try {max(10, count // 10 * 10)}")
-    if args.seed < 0:
-        parser.error(f"--seed {args.seed} is below 0; try --seed 0")
     return args
 
 
