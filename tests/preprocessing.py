@@ -1,7 +1,9 @@
 """Miniature ImageNets and commands for the tests of preprocess/."""
 
+import itertools
 import os
 
+import numpy as np
 from helpers import write_photo
 
 SCRIPTS = ("corruptions", "imagenet_100_subset", "imagenet_texture_syn", "shapes", "torchvision_folders")
@@ -46,3 +48,23 @@ def refusal(result):
     """The one line with which a script refused its input. result: as of run_script."""
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and ".py: error: " in result.stderr, result.stderr
     return result.stderr
+
+
+def mean_steps(texture, sources, width):
+    """The mean steps between a texture's neighbouring pixels: across cuts, within blocks. width: of the patches."""
+    across, within = [], []
+    for axis, stride in enumerate((width, 1)):
+        steps, cut = np.abs(np.diff(texture.astype(int), axis=axis)).mean(2), np.diff(sources, axis=axis) != stride
+        across.append(steps[cut])
+        within.append(steps[~cut])
+    return np.concatenate(across).mean(), np.concatenate(within).mean()
+
+
+def largest_verbatim_square(sources, width):
+    """The side of the largest square of a texture that is a copy of a patch. width: of the patches."""
+    size = len(sources)
+    offset = sources - width * np.arange(size)[:, None] - np.arange(size)
+    for side in itertools.count(2):
+        windows = np.lib.stride_tricks.sliding_window_view(offset, (side, side))
+        if not (windows == windows[..., :1, :1]).all((2, 3)).any():
+            return side - 1

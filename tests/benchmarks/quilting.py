@@ -1,4 +1,4 @@
-"""Texture synthesis: time against quilting written out in loops, throughput of two processes, and measures of quality.
+"""Texture synthesis: time, throughput of two processes, and measures of quality.
 
     python tests/benchmarks/quilting.py PHOTOS
 
@@ -6,7 +6,6 @@ PHOTOS: a folder of images. One thread. Prints medians over all photos.
 """
 
 import functools
-import itertools
 import statistics
 import sys
 import time
@@ -14,11 +13,13 @@ import timeit
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "preprocess"))
 import common  # noqa: F401 - one thread; before numpy
 import numpy as np
 import quilting
 from imagenet_texture_syn import cut_patches, read_photo
+from preprocessing import largest_verbatim_square, mean_steps
 
 from moco.data import folders
 
@@ -26,72 +27,16 @@ PATCH, SIZE = 96, 224  # px
 seconds = functools.partial(timeit.timeit, number=1)
 
 
-def plain_quilting(patches, size, rng, block=40, overlap=8):
-    """Efros & Freeman, written in the obvious way: block by block, all positions in turn, no balance, no correction."""
-    step = block - overlap
-    blocks = -(-(size - overlap) // step)
-    canvas = np.zeros((blocks * step + overlap,) * 2 + (3,), np.float32)
-    patches = patches.astype(np.float32)
-    positions = list(np.ndindex(len(patches), patches.shape[1] - block + 1, patches.shape[2] - block + 1))
-    for row in range(blocks):
-        for column in range(blocks):
-            there = canvas[row * step : row * step + block, column * step : column * step + block]
-            mask = np.zeros((block, block, 1), np.float32)
-            mask[:, :overlap] = column > 0
-            mask[:overlap] = np.maximum(mask[:overlap], row > 0)
-            errors = np.array(
-                [np.sum(mask * (patches[p, y : y + block, x : x + block] - there) ** 2) for p, y, x in positions]
-            )
-            good = np.flatnonzero(errors <= 1.1 * errors.min())
-            patch, y, x = positions[rng.choice(good)]
-            new = patches[patch, y : y + block, x : x + block]
-            difference = np.square(new - there).sum(2)
-            keep = np.zeros((block, block), bool)
-            for exists, strip, part in (
-                (column, difference[:, :overlap], keep[:, :overlap]),
-                (row, difference[:overlap].T, keep[:overlap].T),
-            ):
-                if exists:
-                    part |= plain_cut(strip)
-            there[:] = np.where(keep[..., None], there, new)
-    return canvas[:size, :size].astype(np.uint8)
-
-
-def plain_cut(difference):
-    length, width = difference.shape
-    total = difference.copy()
-    for i in range(1, length):
-        for j in range(width):
-            total[i, j] += total[i - 1, max(j - 1, 0) : j + 2].min()
-    keep = np.zeros((length, width), bool)
-    j = int(total[-1].argmin())
-    for i in range(length - 1, -1, -1):
-        if i < length - 1:
-            first = max(j - 1, 0)
-            j = first + int(total[i, first : j + 2].argmin())
-        keep[i, :j] = True
-    return keep
-
-
 def measures(patches, sources, texture):
     """Figures that show the known faults of quilting in a texture."""
     width, pixels = patches.shape[2], patches[0].size // 3
-    across, within = [], []
-    for axis, stride in enumerate((width, 1)):
-        steps, cut = np.abs(np.diff(texture.astype(int), axis=axis)).mean(2), np.diff(sources, axis=axis) != stride
-        across.append(steps[cut])
-        within.append(steps[~cut])
-    offset = sources - width * np.arange(SIZE)[:, None] - np.arange(SIZE)
-    for side in itertools.count(1):
-        windows = np.lib.stride_tricks.sliding_window_view(offset, (side + 1, side + 1))[::2, ::2]
-        if not (windows == windows[..., :1, :1]).all((2, 3)).any():
-            break
+    across, within = mean_steps(texture, sources, width)
     return {
-        "step across cuts": np.concatenate(across).mean(),
-        "step within blocks": np.concatenate(within).mean(),
+        "step across cuts": across,
+        "step within blocks": within,
         "share of the first patch": np.mean(sources < pixels),
         "share of pixels used": len(np.unique(sources)) / (2 * pixels),
-        "largest verbatim square": side,
+        "largest verbatim square": largest_verbatim_square(sources, width),
     }
 
 
@@ -124,11 +69,8 @@ def main():
         parts.setdefault("closing cuts", []).append(time.perf_counter() - middle)
         for name, value in measures(patches, sources, texture).items():
             parts.setdefault(name, []).append(value)
-    rng = np.random.default_rng(0)
-    plain = [seconds(lambda patches=patches: plain_quilting(patches, SIZE, rng)) for _, patches in jobs[::9]]
     print(f"{len(jobs)} photos, two {PATCH}×{PATCH} patches to one {SIZE}×{SIZE} texture, one thread")
-    ours, plain = statistics.median(ours), statistics.median(plain)
-    print(f"ours {ours:.4f} s, in loops {plain:.2f} s: {plain / ours:.0f} times faster (medians)")
+    print(f"{statistics.median(ours):.4f} s a texture (median)")
     ratios = [throughput(8 * jobs, 2) / throughput(4 * jobs, 1) for _ in range(3)]
     print(f"two processes against one: {statistics.median(ratios):.2f} times the throughput")
     ratio = sum(parts["step across cuts"]) / sum(parts["step within blocks"])

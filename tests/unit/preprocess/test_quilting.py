@@ -7,12 +7,9 @@ import pytest
 import quilting
 from helpers import write_photo
 from PIL import Image
+from preprocessing import largest_verbatim_square, mean_steps
 
 SIZE = 224
-
-
-def noise():
-    return np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8)
 
 
 def smooth(tmp_path, seed=1):
@@ -31,19 +28,11 @@ def flat_and_detailed():
 @pytest.fixture(params=["noise", "smooth", "flat and detailed", "one colour"])
 def patches(request, tmp_path):
     return {
-        "noise": noise(),
+        "noise": np.random.default_rng(0).integers(0, 256, (2, 96, 96, 3), dtype=np.uint8),
         "smooth": smooth(tmp_path),
         "flat and detailed": flat_and_detailed(),
         "one colour": np.full((2, 96, 96, 3), 77, np.uint8),
     }[request.param]
-
-
-def largest_verbatim_square(sources, width):
-    offset = sources - width * np.arange(SIZE)[:, None] - np.arange(SIZE)
-    for side in itertools.count(2):
-        windows = np.lib.stride_tricks.sliding_window_view(offset, (side, side))
-        if not (windows == windows[..., :1, :1]).all((2, 3)).any():
-            return side - 1
 
 
 def test_both_patches_and_all_their_regions_are_used(patches):
@@ -97,12 +86,6 @@ def test_the_cut_is_the_cheapest_of_all():
         assert all(abs(np.diff(cut)) <= 1)
 
 
-def test_an_uncut_texture_is_left_as_it_is():
-    patches = noise()[:, :, :90]
-    sources = 96 * 90 + np.arange(40)[:, None] * 90 + np.arange(40) + 7
-    assert np.array_equal(quilting.close_cuts(patches, sources), patches.reshape(-1, 3)[sources])
-
-
 def test_the_correction_solves_its_equation():
     """Against a dense solve of the least squares problem: |∇e − m|² + |e|²/REACH² least, m only across cuts."""
     rng = np.random.default_rng(0)
@@ -130,14 +113,7 @@ def test_the_correction_solves_its_equation():
 def test_steps_across_cuts_are_as_those_within(tmp_path):
     patches = smooth(tmp_path, seed=3)
     sources = quilting.lay_blocks(patches, SIZE, np.random.default_rng(0))
-
-    def ratio(texture):
-        across, within = [], []
-        for axis, stride in enumerate((96, 1)):
-            steps, cut = np.abs(np.diff(texture.astype(int), axis=axis)).mean(2), np.diff(sources, axis=axis) != stride
-            across.append(steps[cut])
-            within.append(steps[~cut])
-        return np.concatenate(across).mean() / np.concatenate(within).mean()
-
-    assert ratio(patches.reshape(-1, 3)[sources]) > 1.5
-    assert ratio(quilting.close_cuts(patches, sources)) < 1.1
+    across, within = mean_steps(patches.reshape(-1, 3)[sources], sources, 96)
+    assert across > 1.5 * within
+    across, within = mean_steps(quilting.close_cuts(patches, sources), sources, 96)
+    assert across < 1.1 * within
