@@ -90,6 +90,18 @@ def claim(option: str, out: Path, mark: str, settings: dict) -> None:
         )
 
 
+def make_once(out: Path, mark: str, settings: dict, make: Callable[[], object]) -> None:
+    """Lock and claim --out, and fill it with make(), unless it is whole already: the file `mark` is written last."""
+    lock("--out", out)
+    whole, begun = out / mark, out / f"{mark}.begun"
+    claim("--out", out, (whole if whole.is_file() else begun).name, settings)
+    if whole.is_file():
+        print(f"{out}: already there")
+    else:
+        make()
+        begun.rename(whole)
+
+
 def _write_unless_there(path: Path, text: str) -> None:
     """Write a file whole; if other processes write it at the same time, the first one's stays."""
     with tempfile.TemporaryDirectory(prefix=".mark-", dir=path.parent) as folder:

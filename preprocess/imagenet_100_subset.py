@@ -2,9 +2,9 @@
 
     python preprocess/imagenet_100_subset.py --imagenet_path imagenet --imagenet100_path imagenet-100
 
-Makes DST/train/<wnid> and DST/val/<wnid>: symbolic links to SRC's class folders or, with --resize S, folders of smaller
-copies. Existing ones are kept, so that the script can be stopped and run again. DST/subset.json keeps --resize and the
-class list; another one is refused there.
+Makes DST/train/<wnid> and DST/val/<wnid>: symbolic links to SRC's class folders, with --mode copy folders of copies,
+with --resize S of smaller ones. Existing ones are kept, so that the script can be stopped and run again.
+DST/subset.json keeps --resize and the class list; another one is refused there.
 """
 
 import argparse
@@ -30,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     add = functools.partial(parser.add_argument, type=Path)
     add("--imagenet_path", required=True, metavar="SRC", help="ImageNet, SRC/{train,val}/<wnid>/*")
     add("--imagenet100_path", required=True, metavar="DST", help="folder to create")
+    add("--mode", type=str, choices=["symlink", "copy"], default="symlink", help="what a class folder is made of")
     resized = "write JPEGs (quality 95) whose shorter side is S px instead of links; smaller photos keep their size"
     parser.add_argument("--resize", type=common.positive_int, metavar="S", help=resized)
     listed = "list of wnids, one per line (default: ImageNet-100's, imagenet_100.txt)"
@@ -72,8 +73,10 @@ def make_link(source: Path, target: Path) -> bool:
     return True
 
 
-def make_smaller(photo: str, args: argparse.Namespace) -> tuple[dict[Path, bytes], bool]:
-    """A copy whose shorter side is --resize px, as pool.write_files takes it; no photo is enlarged."""
+def make_copy(photo: str, args: argparse.Namespace) -> tuple[dict[Path, bytes], bool]:
+    """A copy, with --resize one whose shorter side is so many px, as pool.write_files takes it; none is enlarged."""
+    if not args.resize:
+        return {args.imagenet100_path / photo: (args.imagenet_path / photo).read_bytes()}, False
     with Image.open(args.imagenet_path / photo) as image:
         image.draft("RGB", (2 * args.resize, 2 * args.resize))  # lets JPEGs decode at a smaller scale
         copy = to_rgb(image)
@@ -108,8 +111,8 @@ def main() -> int:
     common.claim("--imagenet100_path", out, "subset.json", {"resize": args.resize, **classes})
     for split in SPLITS:
         (out / split).mkdir(exist_ok=True)
-    if args.resize:
-        make, done = functools.partial(make_smaller, args=args), lambda photo: (out / photo).exists()
+    if args.resize or args.mode == "copy":
+        make, done = functools.partial(make_copy, args=args), lambda photo: (out / photo).exists()
         _, _, broken = pool.write_files(make, photos, done, args.workers)
     else:
         made = sum([make_link(source / name, out / name) for name in names])

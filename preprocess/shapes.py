@@ -19,6 +19,7 @@ Each image is a function of (seed, set, class, number), so neither workers nor r
 """
 
 import argparse
+import functools
 from collections.abc import Sequence
 from math import cos, exp, log, pi, sin
 from pathlib import Path
@@ -37,7 +38,6 @@ RHO = 0.5  # share of photo-like images with their class's own texture; the othe
 HOLLOW = 0.25  # share of photo-like images that are a contour over one texture
 RIMMED = 0.3  # share of the others with a dark rim
 VERSION = 2  # of the images: to be raised when the same seed gives others
-DONE, BEGUN = "shapes.json", "shapes.json.begun"  # written last, so that a folder with DONE is complete; and first
 
 
 def arc(start: float, stop: float, radius: float | np.ndarray = 1, centre: float = 0, points: int = 48) -> np.ndarray:
@@ -307,14 +307,8 @@ def main() -> None:
     args = parse_args()
     counts = {name: getattr(args, name) for name in ("seed", "train", "test", "cell")}
     settings = {"version": VERSION, **counts}
-    common.lock("--out", args.out)
-    done = (args.out / DONE).is_file()
-    common.claim("--out", args.out, DONE if done else BEGUN, settings)
-    if done:
-        print(f"{args.out}: already there")
-    else:
-        generate(args.out, **counts, workers=args.workers)
-        (args.out / BEGUN).rename(args.out / DONE)
+    make = functools.partial(generate, args.out, **counts, workers=args.workers)
+    common.make_once(args.out, "shapes.json", settings, make)
     if args.preview:
         preview(args.seed, args.preview)
 

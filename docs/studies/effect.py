@@ -14,20 +14,13 @@ import argparse
 import datetime
 import itertools
 import json
-import math
-import os
 import shlex
 import statistics
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPOSITORY / "preprocess"))  # shapes, for this file and effect_mechanism
+from docs.studies.runs import REPOSITORY, read_results, script, work_through
+from docs.studies.tables import difference, markdown, mean_sd, p_row, rewrite
 
 DATA_SEED, SECOND_DATA_SEED = 2001, 2002
 SEEDS, SECOND_SEEDS = (101, 102, 103, 104, 105), (106, 107, 108)
@@ -104,28 +97,7 @@ def best_settings(results: dict[str, dict]) -> tuple | None:
     return max(found, key=lambda settings: found[settings]["figures"]["val"])
 
 
-def read_results(path: Path) -> dict[str, dict]:
-    """{name of the run: its line}; {} where there is no file."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {line["name"]: line for line in map(json.loads, lines)}
-
-
 # --- running
-
-
-def script(log: Path, *arguments: object) -> float:
-    """Run one of the repository's scripts on one thread, its output appended to `log`; returns its wall time, s."""
-    start = time.monotonic()
-    with log.open("a") as file:
-        subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            cwd=REPOSITORY,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            check=True,
-        )
-    return time.monotonic() - start
 
 
 def make_data(work: Path, name: str) -> Path:
@@ -192,30 +164,6 @@ def evaluate(head: Path, report: Path, data: Path, log: Path) -> tuple[dict[str,
     return {column: value for column, (value,) in json.loads(report.read_text())["table"]["row"].items()}, seconds
 
 
-def run_all(work: Path, jobs: int, only: list[str]) -> None:
-    """Work through the stages; each finished run is a line of work/results.jsonl."""
-    work.mkdir(parents=True, exist_ok=True)
-    path, lock = work / "results.jsonl", threading.Lock()
-
-    def one(run: Run) -> None:
-        line = measure(run, work, work / run.data)
-        with lock, path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{line['finished']}  {run.name}  {line['figures']}", flush=True)
-
-    for stage in stages({}):
-        if only and stage not in only:
-            continue
-        results = read_results(path)
-        todo = [run for run in stages(results)[stage] if run.name not in results]
-        for data in sorted({run.data for run in todo}):
-            make_data(work, data)
-        print(f"{stage}: {len(todo)} runs to do", flush=True)
-        with ThreadPoolExecutor(jobs) as pool:
-            for _ in pool.map(one, todo):
-                pass
-
-
 # --- what the features tell apart
 
 
@@ -266,48 +214,6 @@ class Arm(NamedTuple):
 
 
 PLAIN, PATCH = Arm("plain", None), Arm("alpha 2", 2)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-
-
-def mean_sd(values: list[float]) -> str:
-    return f"{statistics.fmean(values):.1f}" + (f"±{statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
-
-def difference(values: list[float]) -> str:
-    """Mean ± standard error of paired differences, and t."""
-    mean = statistics.fmean(values)
-    digits = 1 if abs(mean) >= 1 else 2
-    if len(values) < 2:
-        return f"{mean:+.{digits}f}"
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return f"{mean:+.{digits}f}±{error:.{digits}f}" + (f" (t {mean / error:.1f})" if error else "")
-
-
-def p_value(values: list[float]) -> float:
-    """Two-sided p of Student's t-test that the mean of these paired differences is 0."""
-    df, error = len(values) - 1, statistics.stdev(values) / len(values) ** 0.5
-    if not error:
-        return 1.0
-    t, steps = abs(statistics.fmean(values) / error), 2000
-    density = [(1 + (t * (i + 0.5) / steps) ** 2 / df) ** (-(df + 1) / 2) for i in range(steps)]  # midpoint rule
-    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
-    return 1 - 2 * scale * t / steps * math.fsum(density)
-
-
-def holm(p_values: list[float]) -> list[float]:
-    """p-values corrected for their number (Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979)."""
-    order, corrected, highest = sorted(range(len(p_values)), key=p_values.__getitem__), {}, 0.0
-    for place, index in enumerate(order):
-        highest = corrected[index] = max(highest, min(1.0, (len(order) - place) * p_values[index]))
-    return [corrected[index] for index in range(len(order))]
-
-
-def p_row(pairs: list[list[float]]) -> list[str]:
-    """The cells below a row of paired differences, those of a column in each list."""
-    return [f"{p:.3f}" if p >= 0.001 else "<0.001" for p in holm(list(map(p_value, pairs)))]
 
 
 def arm_rows(results: dict[str, dict], arms: list[Arm], seeds: tuple, columns: list[str]) -> list[list[str]]:
@@ -490,16 +396,7 @@ def draw_sweep(results: dict[str, dict], path: Path) -> None:
 def write_report(results_file: Path, mechanism_file: Path, docs: Path) -> None:
     """Rewrite what stands between the marks of PAGES, and the picture of the sweep. ValueError: a mark is missing."""
     results = read_results(results_file)
-    pages = {docs / name: (docs / name).read_text() for name in PAGES}
-    for mark, table in tables(results, read_results(mechanism_file)).items():
-        start, end = f"<!-- {mark} -->\n", f"\n<!-- /{mark} -->"
-        path = next((path for path, text in pages.items() if start in text), None)
-        if path is None or end not in pages[path].split(start)[1]:
-            raise ValueError(f"{docs}: there is no {start.strip()} … {end.strip()} in {' or '.join(PAGES)}")
-        before, rest = pages[path].split(start)
-        pages[path] = before + start + table + end + rest.split(end)[1]
-    for path, text in pages.items():
-        path.write_text(text)
+    rewrite(docs, PAGES, tables(results, read_results(mechanism_file)))
     draw_sweep(results, docs / "effect_alpha.png")
 
 
@@ -529,7 +426,9 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.command == "run":
-        run_all(args.work.resolve(), args.jobs, args.only)
+        work = args.work.resolve()
+        measured, made = (lambda run: measure(run, work, work / run.data)), (lambda name: make_data(work, name))
+        work_through(work, args.jobs, stages, measured, made, args.only)
     elif args.command == "mechanism":
         measure_mechanism(args.work.resolve())
     else:

@@ -1,0 +1,253 @@
+"""Make a data set of pictures that several groups of artists drew of the same subjects: the emoji of Unicode.
+
+    pip install resvg_py
+    python preprocess/emoji.py --packages packages --out emoji --preview emoji.png
+
+Where the packages come from, their licences and the commands that get them: docs/emoji.md. The class of a picture is
+its subject's subcategory in Unicode. A quarter of the subjects, by a hash of the code point, is for testing: none of
+their pictures is trained on. Pictures are cut to what is drawn, fitted to 58 of 64 px, on white.
+
+    unlabeled/train/all/                                training artists, with skin tones and joined subjects
+    train/<class>/  val/<class>/                        training artists, without them; val/ has the test subjects
+    rendition/<class>/  sketch/<class>/  silhouette/…   test subjects by other artists
+    photo/<class>/  clipart/<class>/                    photographs and drawings of other subjects of those classes
+    corruption/<corruption>/<severity>/<class>/         Noto's pictures of val/, cropped to 56 px
+    artists/<artist>/val/all/<code point>.png           test subjects by every artist, under equal file names
+"""
+
+import argparse
+import csv
+import functools
+import hashlib
+import io
+import json
+import re
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import common  # before numpy
+import numpy as np
+import pool
+from common import UsageError
+from PIL import Image, ImageOps
+from small_corruptions import CORRUPTIONS, CROP, corrupt
+
+warnings.simplefilter("error", Image.DecompressionBombWarning)  # in the workers, too: such a picture is left out
+
+SIZE, FIT = 64, 58  # px of a stored image, and of the picture in it
+VERSION = 1  # of the images: to be raised when the same packages give others
+LEAST = 12  # subjects of a class
+FOLDS = 4  # the subjects' parts; one is for testing
+NOTO = "emoji-datasource-google"  # the package that also lists the subjects
+# fmt: off
+ARTISTS = {                 # set of the artist's pictures of test subjects; package, and where its pictures lie
+    "noto": ("val", NOTO, "img/google/64/*.png"),
+    "twemoji": ("val", "emoji-datasource-twitter", "img/twitter/64/*.png"),
+    "emojione": ("val", "@iconify-json/emojione-v1", "icons.json"),
+    "openmoji": ("rendition", "openmoji", "color/svg/*.svg"),
+    "fluent-3d": ("rendition", "@lobehub/fluent-emoji-3d", "assets/*.webp"),
+    "fluent-flat": ("rendition", "@iconify-json/fluent-emoji-flat", "icons.json"),
+    "openmoji-black": ("sketch", "openmoji", "black/svg/*.svg"),
+    "fluent-contrast": ("silhouette", "@iconify-json/fluent-emoji-high-contrast", "icons.json"),
+}
+CORRUPTED = re.compile("val/[^/]+/noto-")  # these pictures are
+DRAWN = re.compile("/(cartoon|toys|plastic)/")  # among Tux Paint's photographs
+# fmt: on
+
+
+Picture = tuple[Path | str, list[str]]  # its file, or an SVG's text; where it is written, below OUT
+
+
+def normal(code: str) -> str:
+    """A code point or sequence, such as 1F469-200D-1F373, as all artists' file names are compared."""
+    return "-".join(part for part in code.lower().split("-") if part != "fe0f")
+
+
+def fold(code: str) -> int:
+    """The part, 0 to FOLDS - 1, that a subject belongs to: the same for all skin tones, and for a man and a woman."""
+    people = {"1f468", "1f469", "1f9d1", "200d", "2640", "2642", *(f"1f3f{tone}" for tone in "bcdef")}
+    kept = [part for part in code.split("-") if part not in people] or [code]
+    return hashlib.md5("-".join(kept).encode()).digest()[0] % FOLDS
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read_pictures(modules: Path) -> dict[str, dict[str, Path | str]]:
+    """{artist: {code point: source}} of all packages."""
+    openmoji = json.loads((modules / "openmoji/data/openmoji.json").read_text())
+    codes = {slug(each["annotation"]): normal(each["hexcode"]) for each in openmoji}
+    pictures = {}
+    for artist, (_, package, where) in ARTISTS.items():
+        if where == "icons.json":
+            pictures[artist] = read_icons(modules / package, codes)
+        else:
+            pictures[artist] = {normal(path.stem): path for path in sorted((modules / package).glob(where))}
+    return pictures
+
+
+def read_icons(package: Path, codes: dict[str, str]) -> dict[str, str]:
+    """{code point: an SVG's text} of one of Iconify's packages. codes: of names, where it lists none itself."""
+    icons = json.loads((package / "icons.json").read_text())
+    listed = {name: normal(code) for code, name in json.loads((package / "chars.json").read_text()).items()}
+    codes = listed or codes | {a["parent"]: codes[name] for name, a in icons["aliases"].items() if name in codes}
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {icons["width"]} {icons["height"]}">'
+    named = sorted((name, icon["body"]) for name, icon in icons["icons"].items() if name in codes)
+    return {codes[name]: f"{head}{body}</svg>" for name, body in named}
+
+
+def read_subjects(modules: Path) -> tuple[dict[str, str], set[str]]:
+    """({code point: class, or "" for one without}, the code points with a skin tone). Flags and components are none."""
+    subjects, toned = {}, set()
+    for each in json.loads((modules / NOTO / "emoji.json").read_text()):
+        if each["category"] not in ("Flags", "Component"):
+            joined = "200D" in each["unified"]
+            subjects[normal(each["unified"])] = "" if joined else slug(each["subcategory"])
+            toned |= {normal(other["unified"]) for other in each.get("skin_variations", {}).values()}
+    counts = Counter(subjects.values())
+    kept = {code: name if counts[name] >= LEAST else "" for code, name in subjects.items()}
+    return kept | dict.fromkeys(toned, ""), toned
+
+
+def list_emoji(modules: Path, test: int, left_out: set[int]) -> list[Picture]:
+    """Every artist's pictures with their places. test: the test subjects' fold; left_out: folds of no use."""
+    subjects, toned = read_subjects(modules)
+    found = []
+    for artist, pictures in read_pictures(modules).items():
+        kind = ARTISTS[artist][0]
+        for code, source in pictures.items():
+            if code not in subjects or fold(code) in left_out:
+                continue
+            name, tested, places = subjects[code], fold(code) == test, []
+            if tested and code not in toned and "200d" not in code:
+                places.append(f"artists/{artist}/val/all/{code}.png")
+            if not tested and kind == "val":
+                places.append(f"unlabeled/train/all/{artist}-{code}.png")
+            if name and (tested or kind == "val"):
+                places.append(f"{kind if tested else 'train'}/{name}/{artist}-{code}.png")
+            if places:
+                found.append((source, places))
+    return found
+
+
+def list_others(share: Path, classes: set[str]) -> list[Picture]:
+    """Photographs and drawings of other subjects, sorted by people into folders."""
+    with Path(__file__).with_name("emoji_folders.csv").open() as file:
+        kinds = {share / row["folder"]: (row["set"], row["class"]) for row in csv.DictReader(file)}
+    found = {path: kinds[folder] for folder in sorted(kinds) for path in sorted(folder.rglob("*.png"))}  # deepest last
+    return [
+        (path, [f"{kind}/{name}/{slug(path.relative_to(share).with_suffix('').as_posix())}.png"])
+        for path, (kind, name) in found.items()
+        if name in classes and not DRAWN.search(path.as_posix())
+    ]
+
+
+def render(source: Path | str) -> Image.Image:
+    """The picture on white, SIZE×SIZE. Raises ValueError if nothing is drawn, and what PIL raises."""
+    if isinstance(source, str) or source.suffix == ".svg":
+        import resvg_py
+
+        text = source if isinstance(source, str) else source.read_text()
+        source = io.BytesIO(resvg_py.svg_to_bytes(text, skip_system_fonts=True, width=4 * SIZE))
+    with Image.open(source) as image:
+        drawn = image.convert("RGBA")
+    box = drawn.getchannel("A").getbbox()
+    if not box:
+        raise ValueError("nothing is drawn")
+    ground = Image.new("RGBA", drawn.size, "white")
+    ground.alpha_composite(drawn)
+    cut = ImageOps.contain(ground.convert("RGB").crop(box), (FIT, FIT), Image.LANCZOS)
+    whole = Image.new("RGB", (SIZE, SIZE), "white")
+    whole.paste(cut, ((SIZE - cut.width) // 2, (SIZE - cut.height) // 2))
+    return whole
+
+
+def corruptions(image: Image.Image, path: str) -> dict[str, Image.Image]:
+    """{path below OUT: image} of the 75 corruptions of one image. path: its own one below each of their folders."""
+    edge, seed = (SIZE - CROP) // 2, list(hashlib.md5(path.encode()).digest())
+    photo, found = np.asarray(image)[edge:-edge, edge:-edge], {}
+    for place, name in enumerate(CORRUPTIONS):
+        for severity in range(1, 6):  # which share their random numbers: the same snow, only more of it
+            corrupted = corrupt(np.random.default_rng([place, *seed]), photo, name, severity)
+            found[f"corruption/{name}/{severity}/{path}"] = Image.fromarray(corrupted)
+    return found
+
+
+def write(job: tuple[Path, Picture]) -> str:
+    """Write a picture to all its places below a folder. Returns its source and why, if it cannot be read, else ""."""
+    out, (source, places) = job
+    try:
+        image = render(source)
+    except (OSError, ValueError, Image.DecompressionBombWarning) as error:
+        return f"{source}: {error}"
+    images = dict.fromkeys(places, image)
+    for place in places:
+        if CORRUPTED.match(place):
+            images |= corruptions(image, place.removeprefix("val/"))
+    for path, each in images.items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        each.save(out / path, compress_level=1)
+    return ""
+
+
+def generate(out: Path, modules: Path, share: Path, tune: bool, workers: int) -> None:
+    """Write the whole tree. tune: without the test subjects, other ones are tested."""
+    pictures = list_emoji(modules, 1, {0}) if tune else list_emoji(modules, 0, set())
+    pictures += list_others(share, {name for name in read_subjects(modules)[0].values() if name})
+    for told in pool.in_processes(write, [(out, each) for each in pictures], workers, "picture"):
+        if told:
+            print(f"left out: {told}", file=sys.stderr)
+    counts = Counter(place.split("/")[0] for _, places in pictures for place in places)
+    print("  ".join(f"{name} {count}" for name, count in counts.items()))
+
+
+def preview(modules: Path, file: Path) -> None:
+    """Save a sheet: a row per artist, a column for each of 24 subjects that all of them drew."""
+    pictures = read_pictures(modules)
+    shared = sorted(set.intersection(*map(set, pictures.values())) & set(read_subjects(modules)[0]))
+    sheet = Image.new("RGB", (24 * SIZE, len(pictures) * SIZE))
+    for row, sources in enumerate(pictures.values()):
+        for column, code in enumerate(shared[:: len(shared) // 24][:24]):
+            sheet.paste(render(sources[code]), (column * SIZE, row * SIZE))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(file)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = common.Parser("Make a data set of the emoji of several artists.", "--packages packages --out emoji")
+    parser.add_argument("--packages", type=Path, required=True, metavar="DIR", help="folder of node_modules/ and usr/")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to create")
+    parser.add_argument("--tune", action="store_true", help="leave the test subjects out; test on others, for tuning")
+    parser.add_workers()
+    parser.add_argument("--preview", type=common.png_path, metavar="FILE.png", help="also save a sheet of examples")
+    return parser.parse_args()
+
+
+def versions(modules: Path) -> dict[str, str]:
+    """{package: version} of npm's. Raises UsageError if one is missing, or what draws SVGs."""
+    try:
+        import resvg_py  # noqa: F401  (the workers need it)
+
+        packages = sorted({package for _, package, _ in ARTISTS.values()})
+        return {name: json.loads((modules / name / "package.json").read_text())["version"] for name in packages}
+    except ImportError as error:
+        raise UsageError(f"resvg_py, which draws SVGs, cannot be imported ({error}): pip install resvg_py") from error
+    except OSError as error:
+        raise UsageError(f"--packages: {error.filename} cannot be read; the commands: docs/emoji.md") from error
+
+
+def main() -> None:
+    args = parse_args()
+    modules = args.packages / "node_modules"
+    settings = {"version": VERSION, "tune": args.tune, "packages": versions(modules)}
+    make = functools.partial(generate, args.out, modules, args.packages / "usr/share", args.tune, args.workers)
+    common.make_once(args.out, "emoji.json", settings, make)
+    if args.preview:
+        preview(modules, args.preview)
+
+
+if __name__ == "__main__":
+    common.run(main)
