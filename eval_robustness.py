@@ -11,7 +11,6 @@ import argparse
 import itertools
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -178,7 +177,7 @@ def evaluate(ctx: launch.DistContext, args: argparse.Namespace, inputs: Inputs) 
 
 
 def print_report(args: argparse.Namespace, result: Mapping) -> None:
-    print(report.table(result, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    print(report.table(result))
     print(*report.difference_lines(result), *report.notes(result), sep="\n")
     if args.compare:
         print(paper.comparison(result))
@@ -187,7 +186,7 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
     if args.latex:
         print(report.latex(result))
     if args.plot:
-        plot.corruptions(result).savefig(args.plot)
+        plot.corruptions(result, report.rows_of(result)).savefig(args.plot)
         print(f"wrote {args.plot}")
     print(f"wrote {args.json}", flush=True)
 

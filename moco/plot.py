@@ -1,15 +1,12 @@
-"""Pictures: curves of training logs, accuracy by corruption and by class, and the views of a training step.
+"""Pictures: curves of training logs, accuracy by corruption and severity, and the views of a training step.
 
 Loss, similarities, spread and accuracies over the epochs, several runs side by side:
     python -m moco.plot ckpts/*/log.jsonl --out curves.png
-Top-1 of each class, the second row of an evaluation against the first:
-    python -m moco.plot robustness.json --out classes.png
 All but the views need matplotlib.
 """
 
 import argparse
 import importlib.util
-import json
 import os
 import statistics
 import sys
@@ -22,9 +19,8 @@ from torchvision.transforms.functional import to_pil_image
 
 from moco import augment, options
 from moco.errors import UsageError
-from moco.evaluation import report
 from moco.processes.exits import cli_main
-from moco.training import checkpoint, metrics
+from moco.training import metrics
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,8 +37,6 @@ PANELS = {  # title: {key of the figures: line style}
     "probe: top-1 on val/, %": {"probe: val_acc1": "-"},
 }
 MARKED = 20  # values up to which each is marked: a single one would be invisible without, and many hide the dashes
-CLASSES = 20  # of the most helped and of the most harmed classes that are named
-HELPED, HARMED, WITHIN = "#0b66b3", "#d9730d", "#9a9a9a"
 TILE = 224  # px; smaller crops are enlarged to about this side in a picture of views
 LABEL_HEIGHT, GAP = 34, 6  # px
 Runs = dict[str, dict[str, dict[int, float]]]  # {label: {key of the log, a probe's after "probe: ": {epoch: figure}}}
@@ -63,8 +57,7 @@ def read_runs(paths: Sequence[str]) -> Runs:
         records, damaged = metrics.read_jsonl(path)
         if damaged or not records:
             print(f"{path}: {len(records)} epochs, {damaged} damaged lines are left out", file=sys.stderr)
-        with checkpoint.reading(path):
-            runs |= runs_of(path.removesuffix(f"/{LOG_NAME}"), records)
+        runs |= runs_of(path.removesuffix(f"/{LOG_NAME}"), records)
     return runs
 
 
@@ -75,7 +68,7 @@ def runs_of(name: str, records: Iterable[Mapping]) -> Runs:
     for record in records:
         probe = record.get("probe")
         if probe not in labels:
-            labels[probe] = [f"{name}, probe {probe}, lr {lr:g}" for lr in record["lr"]]
+            labels[probe] = [f"{name}, probe {probe}, lr {lr:g}" for lr in record.get("lr", [])]
         for key, value in record.items():
             values = value if isinstance(value, list) else [value] * len(labels[probe])
             for label, figure in zip(labels[probe], values):
@@ -144,8 +137,8 @@ def plain_text(name: str, longest: int = 60) -> str:
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves labels out that begin with _
 
 
-def corruptions(evaluation: Mapping) -> "Figure":
-    """Accuracy against severity for each corruption, one line per row.
+def corruptions(evaluation: Mapping, rows: Mapping[str, Sequence[int]]) -> "Figure":
+    """Accuracy against severity for each corruption, one line per row, {name: indices of its runs}.
 
     Dashed: the row's accuracy on val, if that was evaluated. Dotted: chance.
     """
@@ -154,7 +147,7 @@ def corruptions(evaluation: Mapping) -> "Figure":
     figure, axes = _panels(len(names), min(5, len(names)), (2.6, 2.4), 0.6, sharey=True)
     for name, axis in zip(names, axes):
         severities = {int(key[-1]): cell for key, cell in cells.items() if key.startswith(f"corruption/{name}/")}
-        for index, (row, runs) in enumerate(report.rows_of(evaluation).items()):
+        for index, (row, runs) in enumerate(rows.items()):
             top1 = [statistics.fmean(cell["results"][run]["top1"] for run in runs) for cell in severities.values()]
             axis.plot(list(severities), top1, marker=".", color=f"C{index}", label=plain_text(row))
             if "val" in cells:
@@ -169,31 +162,6 @@ def corruptions(evaluation: Mapping) -> "Figure":
     figure.supxlabel("severity")
     figure.supylabel("top-1, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return figure
-
-
-def class_bars(evaluation: Mapping, suite: str, base: str, row: str) -> "Figure":
-    """A bar for each class: its top-1 in `row` minus that in `base`, with its standard error.
-
-    Of many classes, those that `row` helps and harms most. evaluation: what eval_robustness.py --json wrote.
-    """
-    found = report.class_differences(evaluation, suite, base, row)
-    shown = found if len(found) <= 2 * CLASSES else found[:CLASSES] + found[-CLASSES:]
-    figure, (axis,) = _panels(1, 1, (7.5, 0.19 * len(shown)), 1.6)
-    places = range(0, -len(shown), -1)
-    colours = [(HELPED if each.change > 0 else HARMED) if each.clear else WITHIN for each in shown]
-    changes, errors = [each.change for each in shown], [each.error for each in shown]
-    axis.barh(places, changes, xerr=errors, error_kw={"elinewidth": 0.8, "ecolor": "black"}, color=colours)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(places, [plain_text(each.name) for each in shown], fontsize=8)
-    axis.set_ylim(places[-1] - 0.8, 0.8)
-    axis.grid(axis="x", linewidth=0.4)
-    axis.set_xlabel("difference in top-1, points; black: one standard error")
-    helped, harmed = (sum(each.clear and sign * each.change > 0 for each in found) for sign in (1, -1))
-    drawn = f"; drawn: the {CLASSES} at either end" if len(shown) < len(found) else ""
-    title = f"{suite}: {plain_text(row)} against {plain_text(base)}"
-    beyond = f"beyond {report.CLEAR} standard errors"
-    axis.set_title(f"{title}\n{beyond} helped: {helped}, harmed: {harmed}, of {len(found)}{drawn}", fontsize=10)
     return figure
 
 
@@ -224,31 +192,11 @@ def save_views(
 
 
 def parse_args() -> argparse.Namespace:
-    parser = options.OptionParser("Draw training logs, or the classes that a row of an evaluation helps and harms.")
-    parser.prog, parser.usage = "plot.py", "%(prog)s FILE…\nto begin: python -m moco.plot RUN/log.jsonl --out log.png"
-    # fmt: off
-    parser.add_argument("files", nargs="+", metavar="FILE",
-                        help=f"{LOG_NAME} of runs, or one JSON file of eval_robustness.py")
+    parser = options.OptionParser("Draw the curves of training logs.")
+    parser.prog, parser.usage = "plot.py", "%(prog)s LOG…\nto begin: python -m moco.plot RUN/log.jsonl --out log.png"
+    parser.add_argument("logs", nargs="+", metavar="LOG", help=f"{LOG_NAME} of runs")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture: .png, .pdf or .svg")
-    parser.add_argument("--set", default="val", metavar="SET", help="of an evaluation: val, corruption, sketch, …")
-    parser.add_argument("--rows", nargs=2, metavar=("BASE", "ROW"),
-                        help="of an evaluation: compare ROW with BASE; default: the first two")
-    # fmt: on
     return parser.parse_args()
-
-
-def draw(args: argparse.Namespace) -> "Figure":
-    if not any(path.endswith(".json") for path in args.files):
-        return curves(read_runs(args.files))
-    path, *others = args.files
-    if others:
-        raise UsageError(f"{others[0]}: an evaluation is drawn by itself; one JSON file holds all of its rows")
-    with checkpoint.reading(path), open(path, encoding="utf-8") as file:
-        evaluation = json.load(file)
-        rows = args.rows or list(report.rows_of(evaluation))[:2]
-        if len(rows) < 2:
-            raise UsageError(f"{path}: it has one row, {rows[0]}; evaluate two rows, --pretrained A=FILE B=FILE")
-        return class_bars(evaluation, args.set, *rows)
 
 
 def check_picture(option: str, path: str) -> None:
@@ -261,7 +209,7 @@ def check_picture(option: str, path: str) -> None:
 def main() -> None:
     args = parse_args()
     check_picture("--out", args.out)
-    draw(args).savefig(args.out, dpi=120)
+    curves(read_runs(args.logs)).savefig(args.out, dpi=120)
     print(f"wrote {args.out}")
 
 

@@ -258,15 +258,9 @@ def markdown(grid: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def table(report: Mapping, width: int | None = None) -> str:
-    """A Markdown table of top-1 in percent, one row per row name.
-
-    width: of the terminal. If the table is wider, models become columns, where that is narrower.
-    """
-    grid = _grid(report)
-    usual, transposed = markdown(grid), markdown(zip(*grid))
-    widest = [max(map(len, text.splitlines())) for text in (usual, transposed)]
-    return transposed if width is not None and widest[0] > max(width, widest[1]) else usual
+def table(report: Mapping) -> str:
+    """A Markdown table of top-1 in percent, one row per row name."""
+    return markdown(_grid(report))
 
 
 def _grid(report: Mapping) -> list[list[str]]:
@@ -359,33 +353,21 @@ def _note(report: Mapping, suite: str, title: str) -> str:
 # Classes
 
 
-def class_differences(report: Mapping, suite: str, base: str, row: str) -> list[Difference]:
+def class_differences(report: Mapping, parts: Iterable[Part], base: str, row: str) -> list[Difference]:
     """Each class under the rows `base` and `row`, from the most helped to the most harmed.
 
-    suite: "val", "corruption", …, a further set's name, or the key of one test set; of the corruptions, the standard
-    ones count, each with the same weight. Raises UsageError if the report has no such row or suite.
+    parts: a column's, whose test sets count the same for a class.
     """
-    for name in (base, row):
-        if name not in rows_of(report):
-            raise UsageError(f"no row {name}; the rows are {', '.join(rows_of(report))}")
     places, changes = {}, []
-    for key in _class_keys(report, suite):  # whose images are sorted by class
+    for key in (part.key for part in parts):  # whose images are sorted by class
         counts = {wnid: each["n"] for wnid, each in report["cells"][key]["results"][0]["classes"].items()}
         ends = itertools.accumulate(counts.values())
         places[key] = {wnid: slice(end - counts[wnid], end) for wnid, end in zip(counts, ends)}
-    if not places:
-        raise UsageError(f"no test set {suite}; there are {', '.join(titles(report))}")
     for wnid in dict.fromkeys(wnid for own in places.values() for wnid in own):
         where = {key: own[wnid] for key, own in places.items() if wnid in own}  # the test sets that have this class
-        parts = [Part(key, weight=1 / len(where)) for key in where]
-        changes.append(difference(report, wnid, parts, base, row, where))
+        own = [Part(key, weight=1 / len(where)) for key in where]
+        changes.append(difference(report, wnid, own, base, row, where))
     return sorted(changes, key=lambda each: (-each.change, each.name))
-
-
-def _class_keys(report: Mapping, suite: str) -> list[str]:
-    """The test sets behind the column of a suite, of a further set's name, or this key; [] if there are none."""
-    parts = columns(report).get(titles(report).get(suite, suite), [])
-    return [part.key for part in parts] or [key for key in report["cells"] if key == suite]
 
 
 def by_class_table(report: Mapping) -> str:
@@ -395,15 +377,16 @@ def by_class_table(report: Mapping) -> str:
     standard error. Classes are sorted by the difference in the first column.
     """
     base, *others = rows_of(report)
-    suites = {title: suite for suite, title in titles(report).items() if _class_keys(report, suite)}
+    known = columns(report)
+    parts = {title: known[title] for title in titles(report).values() if title in known}
     lines = []
     for row in others:
         lines.append(f"{row} against {base}, by class (± one standard error)")
-        columns = [
+        changes = [
             {each.name: f"{each.base:.1f} → {each.other:.1f} ({each.change:+.1f}±{each.error:.1f})" for each in classes}
-            for classes in (class_differences(report, suite, base, row) for suite in suites.values())
+            for classes in (class_differences(report, own, base, row) for own in parts.values())
         ]
-        names = dict.fromkeys(name for column in columns for name in column)
-        grid = [[name, *(column.get(name, "–") for column in columns)] for name in names]
-        lines.append(markdown([["class", *suites], *grid]))
+        names = dict.fromkeys(name for column in changes for name in column)
+        grid = [[name, *(column.get(name, "–") for column in changes)] for name in names]
+        lines.append(markdown([["class", *parts], *grid]))
     return "\n".join(lines)

@@ -47,5 +47,5 @@ def test_the_steps_of_the_page_lead_to_a_table(tmp_path):
     assert {row: list(columns) for row, columns in table.items()} == {
         row: ["val", "Corruption"] for row in ("plain", "patch")
     }
-    for picture in ("views", "curves", "corruptions", "classes"):
+    for picture in ("views", "curves", "corruptions"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 5_000
