@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from multiprocessing import reduction
 from typing import IO
 
-from moco.errors import RunError, UsageError
+from moco.errors import UsageError
 
 try:
     import fcntl
@@ -30,11 +30,9 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True)
     """A file to write in; it takes the place of `path` when the block ends, and is removed if the block fails.
 
     It lies in the folder of `path`, under a name that no other process and no link has. durable: wait until it is on
-    the disk. Files that killed processes left unfinished in that folder are removed, once per process. Raises OSError,
-    and RunError as `check_locks` does.
+    the disk. Files that killed processes left unfinished in that folder are removed, once per process. Raises OSError.
     """
     path = os.fspath(path)
-    check_locks(path)
     _remove_abandoned(os.path.dirname(path) or ".")
     with contextlib.closing(_new_file(path, mode)) as file:
         try:
@@ -47,7 +45,6 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True)
             with contextlib.suppress(OSError):
                 os.remove(file.name)
             if isinstance(error, OSError):
-                check_locks(path)
                 error.filename = path  # writing to an open file does not say which one
             raise
 
@@ -126,20 +123,6 @@ class FolderLock:
         self.name, self.path, shared = state
         if shared is not None:
             _held[self.path] = shared.detach()
-
-
-def check_locks(path: str) -> None:
-    """Raise RunError if this process locked the file's folder, and another one lies there now, as after a rename."""
-    for lock, descriptor in _held.items():
-        folder = os.path.dirname(lock)
-        with contextlib.suppress(OSError):
-            inside = os.path.abspath(path).startswith(os.path.join(folder, ""))
-            if not inside or os.path.samestat(os.stat(lock), os.fstat(descriptor)):
-                continue
-        raise RunError(
-            f"{folder} was renamed, removed or replaced while this run wrote there: {lock} is not the lock that it"
-            " holds; nothing more is written; continue in the renamed folder"
-        )
 
 
 def _lock(descriptor: int, wait: bool = False) -> bool | None:

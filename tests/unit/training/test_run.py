@@ -282,23 +282,6 @@ def test_going_back_to_an_earlier_checkpoint_begins_by_saving_it(tmp_path):
     assert log(tmp_path) == whole
 
 
-def test_a_run_whose_folder_was_replaced_writes_nothing_more(tmp_path):
-    """Renamed during an epoch, while another run begins under the old name."""
-    folder = tmp_path / "run"
-    args = argparse.Namespace(ckpt_path=str(folder), resume="", dry_run=False, rank=-1, start_epoch=0, epochs=9)
-    open_folder(args, LATEST)
-
-    def replaced(epoch, step):
-        if (epoch, step) == (1, 1):
-            folder.rename(tmp_path / "moved")
-            folder.mkdir()
-            (folder / ".lock").touch()
-
-    with pytest.raises(RunError, match=f"{folder} was renamed, removed or replaced"):
-        Training(folder).train(replaced)
-    assert [path.name for path in folder.iterdir()] == [".lock"] and final(tmp_path / "moved")["epoch"] == 1
-
-
 @pytest.mark.parametrize(
     "odd",
     [{"step": 10**6}, {"images": 0}, {"seed": None, "images": None}, {"means": None}, {"means": {"names": ["loss"]}}],
