@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from moco.data.images import BadImage, open_rgb, read_rgb
-from moco.errors import RunError
 
 CROP_SCALE, CROP_RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # MoCo's pre-training crops
 REPLACEMENTS = 10  # images of the same class that are tried in place of an unreadable one
@@ -94,7 +93,7 @@ class RetryDataset(Dataset):
 
     Indexed with the (index, seed) pairs of GlobalBatchSampler; the item's random numbers follow from the seed alone,
     whatever worker makes it. Items are (dataset[index], unreadable), the latter a list of (path, reason), normally
-    empty. Raises RunError if REPLACEMENTS others of the class cannot be read either.
+    empty. Raises BadImage if REPLACEMENTS others of the class cannot be read either.
     """
 
     def __init__(self, dataset: Dataset, labels: Sequence[int]):
@@ -115,7 +114,7 @@ class RetryDataset(Dataset):
                 unreadable.append(bad.args)
         (path, reason), *others = unreadable
         bad = f"{path} ({reason}), and {len(others)} others of its class"
-        raise RunError(f"{bad} cannot be read; is the data still there?")
+        raise BadImage(f"{bad} cannot be read; is the data still there?")
 
     def _candidates(self, index: int, seed: int) -> Iterator[int]:
         yield index

@@ -1,6 +1,5 @@
 """List the images of a data set: class folders, photos with their textures, class lists; needs no PyTorch."""
 
-import codecs
 import os
 import stat
 from collections import Counter
@@ -326,16 +325,14 @@ def _index_by_stem(paths: PathArray) -> dict[str, int]:
 
 
 def read_class_list(path: str | Path) -> list[str]:
-    """The sorted wnids of a text file: UTF-8, or UTF-16 with a byte order mark, separated by whitespace.
+    """The sorted wnids of a text file in UTF-8, separated by whitespace.
 
     Raises UsageError if it is missing, not text, empty, or names a class twice.
     """
     try:
-        data = Path(path).read_bytes()
-        text = data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8")
+        wnids = sorted(Path(path).read_text(encoding="utf-8-sig").split())
     except (OSError, ValueError) as error:
         raise UsageError(f"--classes {path}: not a readable text file ({error})") from error
-    wnids = sorted(text.replace("\ufeff", " ").split())  # byte order marks, also of files that were joined
     wrong = [wnid for wnid in wnids if wnids.count(wnid) > 1 or not wnid.isprintable()]
     if wrong or not wnids:
         reason = f"{wrong[0]!a} is listed twice or holds invisible characters" if wrong else "it is empty"

@@ -4,7 +4,6 @@ Corruption: Hendrycks & Dietterich, ICLR 2019. Shape bias: Geirhos et al., ICLR 
 """
 
 import itertools
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco.errors import UsageError
 from moco.evaluation import scores, testsets
 from moco.evaluation.testsets import SUITES
 
@@ -113,16 +111,6 @@ def figure(report: Mapping, parts: Iterable[Part], run: int, where: Mapping[str,
     return float(total)
 
 
-def check_set_name(name: str, others: Iterable[str]) -> None:
-    """Raise UsageError unless `name` can be a column of the table beside the built-in ones and `others`."""
-    built_in = [*SUITES, *(suite.title for suite in SUITES.values()), *CUES, EXTRA, *SETTINGS]
-    same = next((each for each in [*others, *built_in] if each.casefold() == name.casefold()), None)
-    if same is not None:
-        raise UsageError(f"--set {name}=…: there is a column {same} already; use another name")
-    if not re.fullmatch(r"\w[\w .+-]{0,39}", name):
-        raise UsageError(f"--set {name}=…: a name is up to 40 letters, digits, spaces and . + - _")
-
-
 def by_row(report: Mapping) -> dict[str, dict[str, list[float]]]:
     """{row: {column: a figure per run}}, without a shared-classes column that repeats the set's own in every row."""
     rows = {}
@@ -161,13 +149,10 @@ def mean_std(runs: Sequence[float]) -> str:
 
 
 def setting(report: Mapping, runs: Iterable[int], name: str) -> str:
-    """A pre-training option of a row's runs, an earlier → a later value; "–" if there is none or no file stores it."""
-    texts = {}
-    for run in runs:
-        made = report["checkpoints"][run].get("pretraining") or {name: "unknown"}
-        earlier = (change.get(name, ["–"])[0] for change in made.get("changes", []) if {name, "robust"} & change.keys())
-        values = [*earlier, made.get(name, "–")] if name == "alpha" else [made.get(name, "–")]
-        texts[" → ".join(value if isinstance(value, str) else f"{value:g}" for value in values)] = None
+    """A pre-training option of a row's runs; "–" if there is none or no file stores it."""
+    made = (report["checkpoints"][run].get("pretraining") or {name: "unknown"} for run in runs)
+    values = (each.get(name, "–") for each in made)
+    texts = dict.fromkeys(value if isinstance(value, str) else f"{value:g}" for value in values)
     return "–" if [*texts] == ["unknown"] else ", ".join(texts)
 
 

@@ -204,9 +204,14 @@ def test_bad_inputs_are_refused(linear, tmp_path):
         ([*model, "--val", tmp_path / "nowhere"], "no such directory"),
         (["--pretrained", f"a={best}", f"a={best}", "--val", data], "the name a is taken"),
         ([*model, "--set", cues], f"as in --set cues={cues}"),
-        ([*model, "--set", f"a={cues}", f"a={data}"], "there is a column a already"),
     ):
         assert message in refused(EVALUATE, *options)
+    for names, message in (
+        (("A", "shape bias", "VAL"), "there is a column of this name already"),
+        (("", "a/b", "a, shared classes", "x" * 41), "a name is up to 40 letters"),
+    ):
+        for name in names:
+            assert message in refused(EVALUATE, *model, "--set", f"a={cues}", f"{name}={data}")
     assert (tmp_path / "foreign.json").read_text() == '{"name": "package"}'
 
 

@@ -9,7 +9,6 @@ from PIL import Image
 
 from moco.data import datasets, folders, images
 from moco.data.images import BadImage
-from moco.errors import RunError
 
 
 def test_crops_follow_from_the_seed_alone(data):
@@ -112,7 +111,7 @@ def test_ten_others_of_the_class_are_tried_each_once():
             numbers = Numbers(38, range(38))
             others = min(10, labels.count(label) - 1)
             with pytest.raises(
-                RunError, match=rf"^{index}.png \(bad\), and {others} others of its class cannot be read"
+                BadImage, match=rf"^{index}.png \(bad\), and {others} others of its class cannot be read"
             ):
                 datasets.RetryDataset(numbers, labels)[index, index]
             assert numbers.tried[0] == index and len(numbers.tried) == len(set(numbers.tried)) == 1 + others
@@ -133,5 +132,5 @@ def test_narrow_images_are_resized_or_refused(tmp_path):
     pixels = datasets.eval_transform(32)(str(tmp_path / "long.png"))
     assert pixels.shape == (3, 32, 32) and (pixels == 70).all()
     Image.new("L", (3, 40000)).save(tmp_path / "narrow.png")
-    with pytest.raises(RunError, match="narrow.png: .*3x40000 px: too narrow .* to 256 px; replace this file"):
+    with pytest.raises(BadImage, match="narrow.png: .*3x40000 px: too narrow .* to 256 px; replace this file"):
         datasets.eval_transform(224)(str(tmp_path / "narrow.png"))
