@@ -69,7 +69,6 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--by-class", action="store_true", help="also print accuracy by class, against the first row")
     output.add_argument("--latex", action="store_true", help="also print the table for LaTeX (booktabs)")
     output.add_argument("--plot", metavar="FILE.png", help="accuracy by corruption and severity; needs matplotlib")
-    output.add_argument("--verbose", action="store_true", help="print all settings with --dry-run")
     options.add_dry_run_option(output)
     output.add_argument("--allow-partial", action="store_true", help="exit with 0 even if corruptions are missing")
     # fmt: on

@@ -390,7 +390,7 @@ def main() -> None:
         return options.print_dry_run(args, derived)
     worker = main_worker if trains(args) else evaluate_only
     if trains(args) and launch.is_main(args):
-        options.print_config(args, derived, args.verbose)
+        options.print_config(args, derived)
     agree = options.shared_options(args, ("evaluate", "features", "image_size")) | {
         "the training images": len(inputs.train.paths) if inputs.train else 0,
         "the validation images": len(inputs.val.paths),

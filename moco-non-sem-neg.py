@@ -340,7 +340,7 @@ def main() -> None:
     if args.preview:
         return save_preview(args, inputs.train) if launch.is_main(args) else None
     if launch.is_main(args):
-        options.print_config(args, derived, args.verbose)
+        options.print_config(args, derived)
     # A node's --batch-size may differ, the images per step may not.
     agree = options.shared_options(args, [name for name in (*SAVED_OPTIONS, "knn_freq") if name != "batch_size"]) | {
         "the training images": len(inputs.train.photos),

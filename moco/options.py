@@ -169,8 +169,6 @@ def add_output_options(parser: argparse.ArgumentParser, ckpt_path: str) -> argpa
     group.add_argument("-p", "--print-freq", default=10, type=positive_int, metavar="N", help="steps between reports")
     group.add_argument("--max-bad-images", default=100, type=nonnegative_int, metavar="N",
                        help="stop at more unreadable images")
-    group.add_argument("--verbose", action="store_true",
-                       help="print all settings, not only those that differ from the defaults")
     add_dry_run_option(group)
     return group
 
@@ -253,16 +251,15 @@ def workers_per_rank(total: int, ranks: int) -> int:
 def print_dry_run(args: argparse.Namespace, derived: Mapping, done: str = "nothing was started") -> None:
     """Print the settings for --dry-run, once for all processes that a launcher started."""
     if is_main(args):
-        print_config(args, derived | {"dry run": done}, args.verbose)
+        print_config(args, derived | {"dry run": done})
 
 
-def print_config(args: argparse.Namespace, derived: Mapping, verbose: bool = False) -> None:
-    """Print the settings that differ from the defaults (all of them if verbose), then the derived values."""
-    settings = {name: value for name, value in vars(args).items() if name in args.defaults}
-    if not verbose:
-        settings = {name: value for name, value in settings.items() if value != args.defaults[name]}
-    width = max(map(len, [*settings, *derived]))
-    for name, value in [*sorted(settings.items()), *derived.items()]:
+def print_config(args: argparse.Namespace, derived: Mapping) -> None:
+    """Print the settings that differ from the defaults, then the derived values."""
+    given = [(name, value) for name, value in sorted(vars(args).items()) if value != args.defaults.get(name, value)]
+    lines = [*given, *derived.items()]
+    width = max(len(name) for name, _ in lines)
+    for name, value in lines:
         print(f"{name.replace('_', ' '):>{width}}  {_text(value)}", flush=True)
 
 

@@ -20,8 +20,8 @@ def parser(usage=None):
 DERIVED = {"steps_per_epoch": 12, "images": "16"}
 
 
-def printed(capsys, *arguments, verbose=False):
-    options.print_config(parser().parse_args(list(arguments)), DERIVED, verbose)
+def printed(capsys, *arguments):
+    options.print_config(parser().parse_args(list(arguments)), DERIVED)
     lines = capsys.readouterr().out.splitlines()
     assert len({line.rindex(line.lstrip()) + len(line.lstrip().split("  ")[0]) for line in lines}) == 1  # aligned
     return dict(line.split("  ", 1) for line in map(str.lstrip, lines))
@@ -31,13 +31,6 @@ def test_only_what_differs_from_the_defaults_is_printed(capsys):
     settings = printed(capsys, "DIR", "--lr", "0.03", "--schedule", "1", "2", "--strict-fp32", "--save-steps", "7")
     given = {"data": "DIR", "save steps": "7", "schedule": "1 2", "strict fp32": "True"}
     assert settings == given | {"steps per epoch": "12", "images": "16"}
-
-
-def test_verbose_prints_all_settings(capsys):
-    args = parser().parse_args(["DIR"])
-    settings = printed(capsys, "DIR", verbose=True)
-    assert settings.keys() == {name.replace("_", " ") for name in {**vars(args), **DERIVED} if name != "defaults"}
-    assert settings["schedule"] == "3 4" and settings["lr"] == "0.03" and settings["seed"] == "None"
 
 
 def test_a_recipe_changes_defaults_that_options_override_and_the_published_ones_stay():
