@@ -139,12 +139,6 @@ def test_a_dry_run_prints_what_follows_from_the_options(shared_data):
         assert line in out
 
 
-def test_what_has_no_effect_is_reported(shared_data, tmp_path):
-    settings = [*SMALL, "--epochs", 1, "--patch-size", 16, "--ckpt_path", tmp_path, shared_data]
-    run = run_script(PRETRAIN, *settings)
-    assert "ignored; --patch-ratio sets the sizes" in run.stdout and len(log(tmp_path)) == 1
-
-
 # Refusals
 
 
@@ -225,7 +219,7 @@ def test_the_papers_recipe_is_readmes_published_command(capsys, monkeypatch):
 @pytest.mark.parametrize("options, images, told", [
     ("", 126_689, {"recipe"}), ("--epochs 9 -b 64 --moco-k 512", 4000, {"recipe"}), ("", 400, {"recipe", "queue"}),
     ("--alpha 2 --image-size 56", 9000, {"patches", "queue"}),
-    ("--alpha 2 --image-size 56 --patch-ratio 16 56", 126_689, {"patches"}),
+    ("--alpha 2 --image-size 56 --patch-ratio 16 56 --patch-size 16", 126_689, {"patches"}),
     ("--alpha 2 --patch-ratio 16 112", 126_689, set()), ("--robust none --mlp --moco-k 65536", 126_689, set()),
     ("--robust none --mlp --image-size 56", 65_536, set()), ("--recipe paper", 300, set())])  # fmt: skip
 def test_settings_that_will_hardly_work_are_named(capsys, monkeypatch, options, images, told):
@@ -234,6 +228,7 @@ def test_settings_that_will_hardly_work_are_named(capsys, monkeypatch, options, 
     if "queue" in told:
         fitting = {400: 64, 9000: 1024}[images]
         assert found["queue"] == f"65536 keys of {images} images, their own negatives: try --moco-k {fitting}"
+    assert found.get("patch size", "").startswith("ignored") == ("--patch-size" in options)
     if "16 56" in options:
         assert found["patches"] == "above half the crop they show whole objects: try --patch-ratio 4 18"
 
