@@ -11,6 +11,7 @@ import argparse
 import itertools
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -180,7 +181,7 @@ def evaluate(ctx: launch.DistContext, args: argparse.Namespace, inputs: Inputs) 
 
 
 def print_report(args: argparse.Namespace, result: Mapping) -> None:
-    print(report.table(result))
+    print(report.table(result, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
     print(*report.difference_lines(result), *report.notes(result), sep="\n")
     if args.compare:
         print(paper.comparison(result))

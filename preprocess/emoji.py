@@ -3,16 +3,9 @@
     pip install resvg_py
     python preprocess/emoji.py --packages packages --out emoji --preview emoji.png
 
-Where the packages come from, their licences and the commands that get them: docs/emoji.md. The class of a picture is
-its subject's subcategory in Unicode. A quarter of the subjects, by a hash of the code point, is for testing: none of
+The commands that get the packages, their licences and the folders that are made: docs/emoji.md. The class of a picture
+is its subject's subcategory in Unicode. A quarter of the subjects, by a hash of the code point, is for testing: none of
 their pictures is trained on. Pictures are cut to what is drawn, fitted to 58 of 64 px, on white.
-
-    unlabeled/train/all/                                training artists, with skin tones and joined subjects
-    train/<class>/  val/<class>/                        training artists, without them; val/ has the test subjects
-    rendition/<class>/  sketch/<class>/  silhouette/…   test subjects by other artists
-    photo/<class>/  clipart/<class>/                    photographs and drawings of other subjects of those classes
-    corruption/<corruption>/<severity>/<class>/         Noto's pictures of val/, cropped to 56 px
-    artists/<artist>/val/all/<code point>.png           test subjects by every artist, under equal file names
 """
 
 import argparse
@@ -41,8 +34,7 @@ VERSION = 1  # of the images: to be raised when the same packages give others
 LEAST = 12  # subjects of a class
 FOLDS = 4  # the subjects' parts; one is for testing
 NOTO = "emoji-datasource-google"  # the package that also lists the subjects
-# fmt: off
-ARTISTS = {                 # set of the artist's pictures of test subjects; package, and where its pictures lie
+ARTISTS = {  # set of the artist's pictures of test subjects; package, and where its pictures lie
     "noto": ("val", NOTO, "img/google/64/*.png"),
     "twemoji": ("val", "emoji-datasource-twitter", "img/twitter/64/*.png"),
     "emojione": ("val", "@iconify-json/emojione-v1", "icons.json"),
@@ -53,9 +45,9 @@ ARTISTS = {                 # set of the artist's pictures of test subjects; pac
     "fluent-contrast": ("silhouette", "@iconify-json/fluent-emoji-high-contrast", "icons.json"),
 }
 CORRUPTED = re.compile("val/[^/]+/noto-")  # these pictures are
+PERSON = re.compile("1f468|1f469|1f9d1|200d|2640|2642|1f3f[b-f]")  # man, woman, person, joiner, signs, skin tones
+VARIED = re.compile("200d|1f3f[b-f]")  # a joined subject, or one with a skin tone
 DRAWN = re.compile("/(cartoon|toys|plastic)/")  # among Tux Paint's photographs
-# fmt: on
-
 
 Picture = tuple[Path | str, list[str]]  # its file, or an SVG's text; where it is written, below OUT
 
@@ -67,8 +59,7 @@ def normal(code: str) -> str:
 
 def fold(code: str) -> int:
     """The part, 0 to FOLDS - 1, that a subject belongs to: the same for all skin tones, and for a man and a woman."""
-    people = {"1f468", "1f469", "1f9d1", "200d", "2640", "2642", *(f"1f3f{tone}" for tone in "bcdef")}
-    kept = [part for part in code.split("-") if part not in people] or [code]
+    kept = [part for part in code.split("-") if not PERSON.fullmatch(part)] or [code]
     return hashlib.md5("-".join(kept).encode()).digest()[0] % FOLDS
 
 
@@ -86,6 +77,8 @@ def read_pictures(modules: Path) -> dict[str, dict[str, Path | str]]:
             pictures[artist] = read_icons(modules / package, codes)
         else:
             pictures[artist] = {normal(path.stem): path for path in sorted((modules / package).glob(where))}
+        if not pictures[artist]:
+            raise UsageError(f"--packages: {package} holds no {where}; docs/emoji.md has the versions that do")
     return pictures
 
 
@@ -99,30 +92,28 @@ def read_icons(package: Path, codes: dict[str, str]) -> dict[str, str]:
     return {codes[name]: f"{head}{body}</svg>" for name, body in named}
 
 
-def read_subjects(modules: Path) -> tuple[dict[str, str], set[str]]:
-    """({code point: class, or "" for one without}, the code points with a skin tone). Flags and components are none."""
-    subjects, toned = {}, set()
+def read_subjects(modules: Path) -> dict[str, str]:
+    """{code point: class, or "" for one without}. Flags and skin tones by themselves are left out."""
+    subjects = {}
     for each in json.loads((modules / NOTO / "emoji.json").read_text()):
         if each["category"] not in ("Flags", "Component"):
-            joined = "200D" in each["unified"]
-            subjects[normal(each["unified"])] = "" if joined else slug(each["subcategory"])
-            toned |= {normal(other["unified"]) for other in each.get("skin_variations", {}).values()}
+            for one in each, *each.get("skin_variations", {}).values():
+                code = normal(one["unified"])
+                subjects[code] = "" if VARIED.search(code) else slug(each["subcategory"])
     counts = Counter(subjects.values())
-    kept = {code: name if counts[name] >= LEAST else "" for code, name in subjects.items()}
-    return kept | dict.fromkeys(toned, ""), toned
+    return {code: name if counts[name] >= LEAST else "" for code, name in subjects.items()}
 
 
 def list_emoji(modules: Path, test: int, left_out: set[int]) -> list[Picture]:
     """Every artist's pictures with their places. test: the test subjects' fold; left_out: folds of no use."""
-    subjects, toned = read_subjects(modules)
-    found = []
+    subjects, found = read_subjects(modules), []
     for artist, pictures in read_pictures(modules).items():
         kind = ARTISTS[artist][0]
         for code, source in pictures.items():
             if code not in subjects or fold(code) in left_out:
                 continue
             name, tested, places = subjects[code], fold(code) == test, []
-            if tested and code not in toned and "200d" not in code:
+            if tested and not VARIED.search(code):
                 places.append(f"artists/{artist}/val/all/{code}.png")
             if not tested and kind == "val":
                 places.append(f"unlabeled/train/all/{artist}-{code}.png")
@@ -184,36 +175,32 @@ def write(job: tuple[Path, Picture]) -> str:
     except (OSError, ValueError, Image.DecompressionBombWarning) as error:
         return f"{source}: {error}"
     images = dict.fromkeys(places, image)
-    for place in places:
-        if CORRUPTED.match(place):
-            images |= corruptions(image, place.removeprefix("val/"))
+    for place in filter(CORRUPTED.match, places):
+        images |= corruptions(image, place.removeprefix("val/"))
     for path, each in images.items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         each.save(out / path, compress_level=1)
     return ""
 
 
-def generate(out: Path, modules: Path, share: Path, tune: bool, workers: int) -> None:
-    """Write the whole tree. tune: without the test subjects, other ones are tested."""
-    pictures = list_emoji(modules, 1, {0}) if tune else list_emoji(modules, 0, set())
-    pictures += list_others(share, {name for name in read_subjects(modules)[0].values() if name})
-    for told in pool.in_processes(write, [(out, each) for each in pictures], workers, "picture"):
+def generate(out: Path, pictures: list[Picture], workers: int) -> None:
+    counts, jobs = Counter(), [(out, each) for each in pictures]
+    for (_, places), told in zip(pictures, pool.in_processes(write, jobs, workers, "picture")):
         if told:
             print(f"left out: {told}", file=sys.stderr)
-    counts = Counter(place.split("/")[0] for _, places in pictures for place in places)
+        counts.update(place.split("/")[0] for place in places if not told)
     print("  ".join(f"{name} {count}" for name, count in counts.items()))
 
 
-def preview(modules: Path, file: Path) -> None:
-    """Save a sheet: a row per artist, a column for each of 24 subjects that all of them drew."""
-    pictures = read_pictures(modules)
-    shared = sorted(set.intersection(*map(set, pictures.values())) & set(read_subjects(modules)[0]))
-    sheet = Image.new("RGB", (24 * SIZE, len(pictures) * SIZE))
-    for row, sources in enumerate(pictures.values()):
-        for column, code in enumerate(shared[:: len(shared) // 24][:24]):
-            sheet.paste(render(sources[code]), (column * SIZE, row * SIZE))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
+def preview(out: Path, file: Path) -> None:
+    """Save a sheet: a row per artist, a column for each of 24 test subjects that all of them drew."""
+    folders = [out / "artists" / artist / "val" / "all" for artist in ARTISTS]
+    shared = sorted(set.intersection(*({path.name for path in folder.iterdir()} for folder in folders)))
+    sheet = Image.new("RGB", (24 * SIZE, len(folders) * SIZE))
+    for row, folder in enumerate(folders):
+        for column, name in enumerate(shared[:: max(1, len(shared) // 24)][:24]):
+            sheet.paste(Image.open(folder / name), (column * SIZE, row * SIZE))
+    common.write_atomically(file, common.encode(sheet, "PNG"))
 
 
 def parse_args() -> argparse.Namespace:
@@ -242,11 +229,13 @@ def versions(modules: Path) -> dict[str, str]:
 def main() -> None:
     args = parse_args()
     modules = args.packages / "node_modules"
-    settings = {"version": VERSION, "tune": args.tune, "packages": versions(modules)}
-    make = functools.partial(generate, args.out, modules, args.packages / "usr/share", args.tune, args.workers)
-    common.make_once(args.out, "emoji.json", settings, make)
+    made_of = {"version": VERSION, "tune": args.tune, "packages": versions(modules)}
+    pictures = list_emoji(modules, 1, {0}) if args.tune else list_emoji(modules, 0, set())
+    pictures += list_others(args.packages / "usr/share", {*read_subjects(modules).values()} - {""})
+    make = functools.partial(generate, args.out, pictures, args.workers)
+    common.make_once(args.out, "emoji.json", made_of | {"pictures": len(pictures)}, make)
     if args.preview:
-        preview(modules, args.preview)
+        preview(args.out, args.preview)
 
 
 if __name__ == "__main__":

@@ -281,8 +281,7 @@ def preview(seed: int, file: Path) -> None:
             which = list(CORRUPTIONS)[label * 3 // 2] if split == "corruption" else split
             drawn = list(images(seed, which, label, label).values())
             sheet.paste(Image.fromarray(drawn[len(drawn) // 2]).resize((tile, tile), Image.NEAREST), (x, y))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(file)
+    common.write_atomically(file, common.encode(sheet, "PNG"))
 
 
 def parse_args() -> argparse.Namespace:
@@ -306,9 +305,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     counts = {name: getattr(args, name) for name in ("seed", "train", "test", "cell")}
-    settings = {"version": VERSION, **counts}
     make = functools.partial(generate, args.out, **counts, workers=args.workers)
-    common.make_once(args.out, "shapes.json", settings, make)
+    common.make_once(args.out, "shapes.json", {"version": VERSION, **counts}, make)
     if args.preview:
         preview(args.seed, args.preview)
 

@@ -149,10 +149,13 @@ def mean_std(runs: Sequence[float]) -> str:
 
 
 def setting(report: Mapping, runs: Iterable[int], name: str) -> str:
-    """A pre-training option of a row's runs; "–" if there is none or no file stores it."""
-    made = (report["checkpoints"][run].get("pretraining") or {name: "unknown"} for run in runs)
-    values = (each.get(name, "–") for each in made)
-    texts = dict.fromkeys(value if isinstance(value, str) else f"{value:g}" for value in values)
+    """A pre-training option of a row's runs, an earlier → a later value; "–" if there is none or no file stores it."""
+    texts = {}
+    for run in runs:
+        made = report["checkpoints"][run].get("pretraining") or {name: "unknown"}
+        earlier = (change.get(name, ["–"])[0] for change in made.get("changes", []) if {name, "robust"} & change.keys())
+        values = [*earlier, made.get(name, "–")] if name == "alpha" else [made.get(name, "–")]
+        texts[" → ".join(value if isinstance(value, str) else f"{value:g}" for value in values)] = None
     return "–" if [*texts] == ["unknown"] else ", ".join(texts)
 
 
@@ -243,9 +246,15 @@ def markdown(grid: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def table(report: Mapping) -> str:
-    """A Markdown table of top-1 in percent, one row per row name."""
-    return markdown(_grid(report))
+def table(report: Mapping, width: int | None = None) -> str:
+    """A Markdown table of top-1 in percent, one row per row name.
+
+    width: of the terminal. If the table is wider, models become columns, where that is narrower.
+    """
+    grid = _grid(report)
+    usual, transposed = markdown(grid), markdown(zip(*grid))
+    widest = [max(map(len, text.splitlines())) for text in (usual, transposed)]
+    return transposed if width is not None and widest[0] > max(width, widest[1]) else usual
 
 
 def _grid(report: Mapping) -> list[list[str]]:

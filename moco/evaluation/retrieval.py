@@ -23,10 +23,9 @@ from torchvision.transforms import v2
 from moco import options
 from moco.data.images import read_rgb
 from moco.errors import UsageError
-from moco.evaluation import report
 from moco.processes.exits import cli_main
 
-SIDE, CELL, DIRECTIONS, CHUNK = 64, 8, 8, 512  # px of a picture, px of a cell, directions of edges; queries at a time
+SIDE, CELL, DIRECTIONS, CHUNK = 64, 8, 8, 512  # px of a picture, of a cell; directions of edges; queries at a time
 
 
 class Features(NamedTuple):
@@ -50,10 +49,11 @@ def read_features(path: str) -> Features:
         raise UsageError(f"{path}: no features of main_lincls.py --features ({error})") from error
 
 
-def nearest(queries: torch.Tensor, gallery: torch.Tensor) -> torch.Tensor:
-    """The index in gallery (M, d) of the largest cosine with each of queries (N, d): (N,) int64."""
-    bank = F.normalize(gallery, dim=1).T
-    return torch.cat([(F.normalize(part, dim=1) @ bank).argmax(1) for part in queries.split(CHUNK)])
+def found(queries: torch.Tensor, names: Sequence[str], gallery: torch.Tensor, bank: Sequence[str]) -> list[bool]:
+    """For each of queries (N, d) with a name in the bank: whether the nearest of gallery (M, d), by cosine, has it."""
+    known, keys = set(bank), F.normalize(gallery, dim=1).T
+    nearest = torch.cat([(F.normalize(part, dim=1) @ keys).argmax(1) for part in queries.split(CHUNK)]).tolist()
+    return [bank[index] == name for name, index in zip(names, nearest) if name in known]
 
 
 # --- what needs no network: uint8 image (3, SIDE, SIDE) → a vector, to be compared by cosine
@@ -67,8 +67,7 @@ def colours(image: torch.Tensor) -> torch.Tensor:
 
 def pixels(image: torch.Tensor) -> torch.Tensor:
     """Pixels less their mean: the cosine is their correlation."""
-    values = image.float().flatten()
-    return values - values.mean()
+    return image.float().flatten() - image.float().mean()
 
 
 def edges(image: torch.Tensor) -> torch.Tensor:
@@ -95,36 +94,29 @@ def vectors(of: Features, baselines: Iterable[str]) -> dict[str, torch.Tensor]:
 def parse_args() -> argparse.Namespace:
     parser = options.OptionParser("Show how often the nearest picture of another set shows the same.")
     parser.prog, parser.usage = "retrieval.py", "%(prog)s GALLERY.npz QUERIES.npz…"
-    parser.add_argument("files", nargs="+", metavar="FILE.npz", help="by main_lincls.py --features, one network's")
+    parser.add_argument("gallery", metavar="GALLERY.npz", help="where pictures are looked for")
+    parser.add_argument("queries", nargs="+", metavar="QUERIES.npz", help="the pictures, by the same network")
     parser.add_argument("--same", choices=["name", "class"], default="name", help="what tells that two show the same")
     parser.add_argument("--baselines", action="store_true", help="also compare colours, pixels and edges")
     return parser.parse_args()
 
 
-def found(queries: torch.Tensor, names: Sequence[str], gallery: torch.Tensor, bank: Sequence[str]) -> list[bool]:
-    """For each query whose name is in the bank: whether the nearest picture of the gallery has that name."""
-    known = set(bank)
-    pairs = zip(names, nearest(queries, gallery).tolist())
-    return [bank[index] == name for name, index in pairs if name in known]
-
-
 def main() -> None:
     args = parse_args()
-    gallery, *others = map(read_features, args.files)
-    if not others:
-        raise UsageError(f"{gallery.file}: name a second file, whose pictures are looked for in the first one")
+    gallery, *others = map(read_features, [args.gallery, *args.queries])
     baselines, bank, table = tuple(BASELINES) * args.baselines, gallery.names(args.same), []
     galleries = vectors(gallery, baselines)
     for other in others:
         names = other.names(args.same)
         if not set(names) & set(bank):
-            raise UsageError(f"{other.file}: none of its {args.same} names, such as {names[0]}, is in {gallery.file}")
+            raise UsageError(f"{other.file}: no {args.same} of it, such as {names[0]}, is in {gallery.file}")
         if other.features.shape[1] != gallery.features.shape[1]:
             raise UsageError(f"{other.file}: another network's features than {gallery.file}'s, of another length")
         hits = [found(own, names, galleries[kind], bank) for kind, own in vectors(other, baselines).items()]
         n, shares = len(hits[0]), map(statistics.fmean, hits)
         table.append([other.file, str(n), *(f"{100 * p:.1f}±{100 * (p * (1 - p) / n) ** 0.5:.1f}" for p in shares)])
-    print(report.markdown([[f"same {args.same} in {gallery.file}, %", "pictures", *galleries], *table]))
+    head = [f"same {args.same} in {gallery.file}, %", "pictures", *galleries]
+    print(*(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *table]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -152,11 +152,15 @@ class PreprocessedImages(datasets.ImageList):
 
 
 def list_test_sets(directories: Mapping[str, str], wnids: Sequence[str], limit: int | None = None) -> list[TestSet]:
-    """All test sets of {suite or set/<name>: directory}. Raises UsageError if one is faulty."""
+    """All test sets of {suite or set/<name>: directory}. Raises UsageError if one is faulty or is another again."""
     parts = {}
     for key, directory in directories.items():
         parts |= corruption_folders(directory) if key == "corruption" else {key: class_root(directory, key)}
-    return [list_test_set(key, folder, wnids, limit) for key, folder in parts.items()]
+    found, known = [list_test_set(key, folder, wnids, limit) for key, folder in parts.items()], {}
+    for each in found:
+        if (other := known.setdefault(os.stat(each.paths[0])[1:3], each)) is not each:  # inode and device
+            raise UsageError(f"{each.folder}: {each.key} would be the same images as {other.key}; name another folder")
+    return found
 
 
 def class_root(directory: str, key: str = "val") -> str:

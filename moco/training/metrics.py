@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -92,9 +91,8 @@ def collapsed(spread: float, highest: float, done: float) -> bool:
 
 # Progress
 
-BAR = "{desc} {n_fmt}/{total_fmt} |{bar}|"
+BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}|{postfix}"  # cut at the terminal's width
 SYMBOLS = {"q_k": "q·k", "q_t": "q·t", "q_queue": "q·queue"}
-WATCHED = ("loss", "acc1", "q_k", "q_t", "spread")  # on the bar, where they are among the figures and fit
 
 
 class Progress:
@@ -111,23 +109,19 @@ class Progress:
         self.print_freq, self.first_step, self.done = print_freq, first_step, first_step
         self.steps_after = len(batches) * epochs_left
         self.waited = 0.0
-        self.bar = None
 
     def __iter__(self) -> Iterator:
         self.start = time.perf_counter()
-        if distributed.is_main() and _columns():
-            total = len(self.batches)
-            self.bar = tqdm(None, self.title, total, initial=self.done, bar_format=BAR, dynamic_ncols=True)
+        place, hidden = (self.title, len(self.batches)), not (distributed.is_main() and sys.stderr.isatty())
+        self.bar = tqdm(None, *place, initial=self.done, bar_format=BAR, dynamic_ncols=True, disable=hidden)
         asked = time.perf_counter()
         for batch in self.batches:
             self.waited += time.perf_counter() - asked
             yield batch
             self.done += 1
-            if self.bar:
-                self.bar.update()
+            self.bar.update()
             asked = time.perf_counter()
-        if self.bar:
-            self.bar.close()
+        self.bar.close()
 
     def due(self) -> bool:
         """Whether the current step ends with a report, whose values are a CPU-GPU sync: once in print_freq steps."""
@@ -138,17 +132,12 @@ class Progress:
         speed = self.speed()
         steps_left = len(self.batches) - self.done - 1 + self.steps_after
         eta = f"ETA {tqdm.format_interval(steps_left * self.images_per_step / speed['images_per_s'])}"
-        rate = f"{speed['images_per_s']:.0f} images/s"
-        if self.bar:
-            first, *others = _figures({name: means[name] for name in WATCHED if name in means}, "–")
-            columns, text, counts = _columns(), f"{self.title} {first}", f" {len(self.batches)}" * 2 + " |#|"
-            text = text if len(text) <= columns else first
-            for part in eta, *others, rate:  # whole words; the bar takes what is left
-                text += f" {part}" if len(f"{text} {part}{counts}") <= columns else ""
-            self.bar.bar_format = BAR if len(text + counts) <= columns else "{desc}"
-            self.bar.set_description_str(text[:columns])
+        figures = [f"{SYMBOLS.get(name, name)} {_text(value, '.3f')}" for name, value in means.items()]
+        figures += [f"lr {_text(lr, '.4g')}", f"{speed['images_per_s']:.0f} images/s"]
+        if not self.bar.disable:
+            self.bar.set_postfix_str(" ".join([figures[0], eta, *figures[1:]]))
         else:
-            figures = [*_figures(means), f"lr {_text(lr, '.4g')}", rate, f"data {speed['data_share']:.0%}", eta]
+            figures += [f"data {speed['data_share']:.0%}", eta]
             print(f"{self.title} [{self.done + 1}/{len(self.batches)}]  {'  '.join(figures)}", flush=True)
 
     def speed(self) -> dict[str, float]:
@@ -158,19 +147,6 @@ class Progress:
         return {"images_per_s": steps * self.images_per_step / elapsed, "data_share": self.waited / elapsed}
 
 
-def _columns() -> int:
-    """The width of the terminal at stderr; 0 if that is none, or does not tell."""
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a stream without a descriptor
-        return os.get_terminal_size(sys.stderr.fileno()).columns
-    return 0
-
-
-def _figures(means: Mapping[str, float | list[float]], between: str = "") -> list[str]:
-    return [f"{SYMBOLS.get(name, name)} {_text(value, '.3f', between)}" for name, value in means.items()]
-
-
-def _text(value: float | list[float], form: str, between: str = "") -> str:
-    """The value, or those of all heads. between: only the lowest and the highest, with this between them."""
-    values = value if isinstance(value, list) else [value]
-    values = dict.fromkeys((min(values), max(values))) if between else values
-    return (between or " ").join(format(each, form) for each in values)
+def _text(value: float | list[float], form: str) -> str:
+    """The value, or those of all heads."""
+    return " ".join(format(each, form) for each in (value if isinstance(value, list) else [value]))

@@ -49,7 +49,7 @@ def test_rows_show_the_queue_and_alpha_of_their_pretraining():
     assert report.table(made).splitlines()[2:] == ["| plain | 16384 | – | 1.00 |", "| patch | 16384 | 2 | 2.00±0.00 |"]
     made["checkpoints"][1]["pretraining"] = None  # a file of the published code
     made["checkpoints"][2]["pretraining"]["changes"] = [{"epoch": 3, "alpha": [1.0, 2.0]}, {"epoch": 4, "lr": [1, 2]}]
-    assert "| patch | unknown, 16384 | unknown, 2 |" in report.table(made)
+    assert "| patch | unknown, 16384 | unknown, 1 → 2 |" in report.table(made)
     made["checkpoints"][0]["probe"] = {"changes": [{"epoch": 9, "weight_decay": [0, 0.1]}]}
     assert report.notes(made)[-3:] == [
         "plain: probe continued from epoch 9 with weight_decay 0 → 0.1",
@@ -90,6 +90,16 @@ def test_shared_classes_are_a_column_only_where_they_differ():
         "a": {"Rendition": [8.0], "Rendition, shared classes": [8.0]},
         "b": {"Rendition": [9.0], "Rendition, shared classes": [9.5]},
     }
+
+
+def test_a_table_wider_than_the_terminal_is_transposed_where_that_is_narrower():
+    def lines(rows, width):
+        cells = dict.fromkeys(["val", "sketch", "stylized", "rendition"], [70.0] * rows)
+        return report.table(report_of(cells, [f"patch-k16384-a{row}" for row in range(rows)]), width).splitlines()
+
+    assert lines(2, 50)[0] == "| model | patch-k16384-a0 | patch-k16384-a1 |"
+    assert lines(2, 50)[-1] == "| Rendition | 70.00 | 70.00 |"
+    assert lines(2, 80) == lines(2, None) and lines(9, 50) == lines(9, None)  # nine side by side would be wider
 
 
 def test_a_latex_table_has_escaped_names_and_bold_what_is_clearly_better():

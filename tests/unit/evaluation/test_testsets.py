@@ -71,6 +71,16 @@ def test_files_that_were_made_again_have_another_stamp(tmp_path, change):
     assert testsets.list_test_set("val", str(tmp_path / "moved"), HEAD).files_sha256 == after.files_sha256
 
 
+def test_no_two_sets_are_the_same_images(tmp_path):
+    paint(tmp_path / "val" / "ant" / "a.png", 0)
+    (tmp_path / "c" / "fog").mkdir(parents=True)
+    for severity in "12":
+        (tmp_path / "c" / "fog" / severity).symlink_to(tmp_path / "val")
+    for sets in {"val": "", "stylized": ""}, {"val": "", "set/x": "val"}, {"corruption": "c"}:
+        with pytest.raises(UsageError, match="would be the same images as"):
+            testsets.list_test_sets({key: str(tmp_path / name) for key, name in sets.items()}, HEAD)
+
+
 def test_only_sets_that_are_published_so_are_looked_for_below_val(tmp_path):
     for name in "val/ant", "val/bee", "ant", "bee":
         paint(tmp_path / name / "a.png", 0)
