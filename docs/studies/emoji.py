@@ -1,6 +1,7 @@
 """Repeat the study of docs/emoji.md: what non-semantic negatives do on pictures that other people drew.
 
     python -m docs.studies.emoji run --packages packages --work emoji-work --jobs 2
+    python -m docs.studies.emoji untrained --work emoji-work
     python -m docs.studies.emoji report --results emoji-work/results.jsonl
 
 `run` makes the data, trains, probes and tests with the repository's scripts, as a user would, and appends a JSON line
@@ -23,6 +24,7 @@ import torch
 from docs.studies import effect_mechanism
 from docs.studies.runs import REPOSITORY, read_results, script, work_through
 from docs.studies.tables import difference, markdown, mean_sd, p_row, rewrite
+from moco.encoders import build_encoder
 from moco.evaluation import retrieval
 
 SEEDS = (201, 202, 203, 204, 205)
@@ -146,7 +148,8 @@ def measure(run: Run, work: Path) -> dict:
     seconds["probe"] = script(log, "main_lincls.py", *options, data)
     figures, seconds["test"] = evaluate(head, folder / "table.json", data, log)  # of the last epoch's head
     encode = effect_mechanism.encoder(effect_mechanism.load_backbone(head))
-    by_artist = retrieve(encode, data / "artists")
+    paths = pictures_of(data / "artists")
+    by_artist = retrieve(paths, {artist: encode(centre_crops(own)) for artist, own in paths.items()})
     figures["Retrieval"] = statistics.fmean(by_artist.values())
     line = {
         "name": run.name,
@@ -180,16 +183,40 @@ def centre_crops(paths: list[Path]) -> torch.Tensor:
     return effect_mechanism.v2.functional.center_crop(effect_mechanism.read(paths), [SIZE, SIZE])
 
 
-def retrieve(encode: effect_mechanism.Encoder, artists: Path) -> dict[str, float]:
-    """{artist: percent of the pictures whose nearest one by GALLERY shows the same subject}"""
-    paths = {folder.name: sorted((folder / "val" / "all").glob("*.png")) for folder in sorted(artists.iterdir())}
-    features = {artist: encode(centre_crops(own)) for artist, own in paths.items()}
+def pictures_of(artists: Path) -> dict[str, list[Path]]:
+    """{artist: the paths of the pictures}"""
+    return {folder.name: sorted((folder / "val" / "all").glob("*.png")) for folder in sorted(artists.iterdir())}
+
+
+def retrieve(paths: Mapping[str, list[Path]], vectors: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """{artist: percent of the pictures whose nearest by GALLERY shows the same subject}. vectors: (N, d) of each."""
     names = {artist: [path.stem for path in own] for artist, own in paths.items()}
-    gallery, bank = features.pop(GALLERY), names.pop(GALLERY)
     return {
-        artist: 100 * statistics.fmean(retrieval.found(own, names[artist], gallery, bank))
-        for artist, own in features.items()
+        artist: 100 * statistics.fmean(retrieval.found(own, names[artist], vectors[GALLERY], names[GALLERY]))
+        for artist, own in vectors.items()
+        if artist != GALLERY
     }
+
+
+def measure_untrained(work: Path) -> None:
+    """Append a line to work/results.jsonl for each measure without training: networks as drawn, and baselines."""
+    paths, found = pictures_of(work / "emoji" / "artists"), {}
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        backbone = build_encoder(ARCH, 1)
+        backbone.fc = torch.nn.Identity()
+        encode = effect_mechanism.encoder(backbone)
+        vectors = {artist: encode(centre_crops(own)) for artist, own in paths.items()}
+        found[f"untrained, seed {seed}"] = retrieve(paths, vectors)
+    made = {
+        artist: retrieval.vectors(retrieval.Features(artist, torch.empty(0), [*map(str, own)]), retrieval.BASELINES)
+        for artist, own in paths.items()
+    }
+    for kind in retrieval.BASELINES:
+        found[kind] = retrieve(paths, {artist: own[kind] for artist, own in made.items()})
+    with (work / "results.jsonl").open("a") as file:
+        for name, by_artist in found.items():
+            file.write(json.dumps({"name": name, "retrieval": by_artist}) + "\n")
 
 
 def colour(encode: effect_mechanism.Encoder, data: Path) -> dict[str, float]:
@@ -212,8 +239,17 @@ def tables(results: Mapping[str, dict]) -> dict[str, str]:
     }
     figures = {title: {seed: line["figures"] for seed, line in lines.items()} for title, lines in own.items()}
     mechanism = {title: {seed: line["mechanism"] for seed, line in lines.items()} for title, lines in own.items()}
-    artists = {title: {seed: line["retrieval"] for seed, line in lines.items()} for title, lines in own.items()}
-    names = next(iter(artists["plain"].values()), {})
+    untrained = {f"untrained, seed {seed}": seed for seed in SEEDS}
+    artists = {
+        "untrained": {seed: results[name]["retrieval"] for name, seed in untrained.items() if name in results},
+        **{kind: {0: results[kind]["retrieval"]} for kind in retrieval.BASELINES if kind in results},
+        **{title: {seed: line["retrieval"] for seed, line in lines.items()} for title, lines in own.items()},
+    }
+    artists = {
+        title: {seed: own | {"mean": statistics.fmean(own.values())} for seed, own in lines.items()}
+        for title, lines in artists.items()
+    }
+    names = next(iter(artists["untrained"].values()), {})
     tuned = [
         [f"{run.lr:g}", str(run.k), f"{run.t:g}", str(run.epochs), *shown(results, run)]
         for run in [*made["tuning"], *made["length"][1:]]
@@ -265,6 +301,8 @@ def parse_args() -> argparse.Namespace:
     run.add_argument("--packages", type=Path, required=True, metavar="DIR", help="as of preprocess/emoji.py")
     run.add_argument("--work", type=Path, required=True, metavar="DIR", help="folder of data, runs and results.jsonl")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time, one thread each (default: 1)")
+    untrained = commands.add_parser("untrained", help="retrieval by untrained networks, colours, pixels and edges")
+    untrained.add_argument("--work", type=Path, required=True, metavar="DIR", help="as for run, once it made the data")
     report = commands.add_parser("report", help="tables of docs/emoji.md")
     report.add_argument("--results", type=Path, required=True, metavar="FILE.jsonl", help="what run wrote")
     report.add_argument("--docs", type=Path, default=REPOSITORY / "docs", metavar="DIR", help="folder of the page")
@@ -277,7 +315,11 @@ def main() -> None:
         rewrite(args.docs, [PAGE], tables(read_results(args.results)))
         return
     torch.set_num_threads(1)
-    work, packages = args.work.resolve(), args.packages.resolve()
+    work = args.work.resolve()
+    if args.command == "untrained":
+        measure_untrained(work)
+        return
+    packages = args.packages.resolve()
     work_through(work, args.jobs, stages, lambda run: measure(run, work), lambda name: make_data(work, packages, name))
 
 

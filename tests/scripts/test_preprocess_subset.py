@@ -25,6 +25,13 @@ def test_the_subset_holds_links_to_the_listed_classes_and_stays(imagenet):
     before = {path: path.lstat().st_mtime_ns for path in links.values()}
     assert "0 class folders made, 4 were there already" in run_script(*command).stdout
     assert {path: path.lstat().st_mtime_ns for path in links.values()} == before
+    shutil.rmtree(data)
+    assert "12 photos, 0 of them done" in run_script(*subset_command(imagenet, "--mode", "copy")).stdout
+    copied = tree(data)
+    assert not (data / "val" / "n01").is_symlink() and copied.pop("subset.json")
+    assert copied.items() <= tree(imagenet).items() and len(copied) == 12  # neither the third class nor other files
+    shutil.rmtree(data)
+    run_script(*command)
     moved = imagenet.rename(imagenet.with_name("moved"))  # the links lead nowhere now
     assert "4 class folders made" in run_script(*subset_command(moved)).stdout
 
