@@ -131,7 +131,9 @@ def make_data(work: Path, packages: Path, name: str) -> None:
     script(log, "preprocess/emoji.py", "--packages", packages, "--out", out, *(["--tune"] if name == "tune" else []))
     if name != "tune":
         photos, textures = out / "unlabeled", out / "unlabeled-texture"
-        script(log, "preprocess/imagenet_texture_syn.py", "--imagenet_path", photos, "--imagenet_t_path", textures)
+        sizes = "--patch", 24, "--size", 64
+        places = "--imagenet_path", photos, "--imagenet_t_path", textures
+        script(log, "preprocess/imagenet_texture_syn.py", *sizes, *places)
 
 
 def measure(run: Run, work: Path) -> dict:
