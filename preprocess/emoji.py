@@ -130,7 +130,7 @@ def list_others(share: Path, classes: set[str]) -> list[Picture]:
         kinds = {share / row["folder"]: (row["set"], row["class"]) for row in csv.DictReader(file)}
     found = {path: kinds[folder] for folder in sorted(kinds) for path in sorted(folder.rglob("*.png"))}  # deepest last
     return [
-        (path, [f"{kind}/{name}/{slug(path.relative_to(share).with_suffix('').as_posix())}.png"])
+        (path, [f"{kind}/{name}/{'-'.join(path.relative_to(share).parts)}"])
         for path, (kind, name) in found.items()
         if name in classes and not DRAWN.search(path.as_posix())
     ]

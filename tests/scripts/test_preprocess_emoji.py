@@ -67,7 +67,7 @@ def packages(tmp_path_factory):
     stamps, clips = root / "usr/share/tuxpaint/stamps", root / "usr/share/openclipart/png"
     for name in "animals/birds/hawk", "animals/birds/cartoon/duck", "space/moon/full":
         draw(stamps / f"{name}.png")
-    for name in "tools/hammer", "animals/birds/old/owl":  # tools are no class here
+    for name in "tools/hammer", "animals/birds/old/owl", "animals/birds/old_owl":  # tools are no class here
         draw(clips / f"{name}.png")
     return root
 
@@ -114,6 +114,7 @@ def test_each_set_has_its_artists_and_the_classes_with_twelve_subjects(data):
         "photo/animal-bird/tuxpaint-stamps-animals-birds-hawk.png",
         "photo/sky-weather/tuxpaint-stamps-space-moon-full.png",
         "clipart/animal-bird/openclipart-png-animals-birds-old-owl.png",
+        "clipart/animal-bird/openclipart-png-animals-birds-old_owl.png",
     }
 
 
