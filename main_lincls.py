@@ -106,7 +106,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     if args.features:
         options.check_file("--features", args.features, endings=(".npz",))
     local_world_size, world_size = launch.resolve_world_size(args)
-    launch.check_precision(launch.devices_of(local_world_size, args.gpu), args.precision)
+    launch.check_devices(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
     val = folders.list_images(folders.split_path(args.data, "val"))
     train = folders.list_images(folders.split_path(args.data, "train")) if trains(args) else None

@@ -118,7 +118,7 @@ def validate_args(args: argparse.Namespace) -> tuple[Inputs, dict]:
     if refusal := args.robust in NEGATIVES and NEGATIVES[args.robust].refusal(vars(args)):
         raise UsageError(refusal)
     local_world_size, world_size = launch.resolve_world_size(args)
-    launch.check_precision(launch.devices_of(local_world_size, args.gpu), args.precision)
+    launch.check_devices(launch.devices_of(local_world_size, args.gpu), args.precision)
     options.check_folder("--ckpt_path", args.ckpt_path)
     if args.preview:
         options.check_file("--preview", args.preview, endings=(".png", ".jpg", ".jpeg"))

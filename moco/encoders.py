@@ -110,10 +110,16 @@ def check_input(encoder: nn.Module, arch: str, batch_size: int, image_size: int)
 def configure_device(device: torch.device, strict_fp32: bool, deterministic: bool) -> None:
     """Set how this process computes on its device.
 
-    strict_fp32: NVIDIA GPUs convolve in full fp32 instead of TF32 (11 significant bits), as matrix products always are.
+    strict_fp32: NVIDIA GPUs compute fp32 in full instead of in TF32 (11 significant bits), which PyTorch uses for
+    convolutions, and for matrix products where the surroundings ask for it, as NVIDIA's containers do.
     deterministic: always the same cuDNN algorithms instead of the fastest for each shape.
     """
-    torch.backends.cudnn.allow_tf32 = not strict_fp32
+    if strict_fp32:
+        torch.set_float32_matmul_precision("highest")
+        if hasattr(torch.backends.cudnn, "conv"):
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+        else:  # PyTorch below 2.9
+            torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = not deterministic
     # glibc keeps the memory that PyTorch frees. By default each large block goes back to the kernel, which zeroes the

@@ -18,18 +18,23 @@ from moco.processes.signals import end_with_parent, kill_loading, signal_when_pa
 
 LOADERS_END_SECONDS = 5  # for all loading processes together, when a script ends
 PEER = "gloo.*(closed by peer|reset by peer|Broken pipe|Connection refused|[Tt]imed out|Timeout waiting)"
+ASIDE = "^.*Last error: | (Search for `|CUDA kernel errors might).*"  # what NCCL and CUDA say around the cause
 # What errors of PyTorch and the system mean, by name or text, since PyTorch has few types. The first that fits counts.
 TRANSLATIONS = {
     "connectFullMesh failed|Unable to find address for": "the processes cannot connect to each other over gloo"
     " ({reason}): set GLOO_SOCKET_IFNAME, and for NCCL NCCL_SOCKET_IFNAME, to the network interface between the nodes",
     PEER: "another process of this run has ended or does not answer ({reason}); see the first message of the others,"
     " then {again}",
-    "NCCL|^Dist": "the processes can no longer reach each other ({reason}); see the first message of the others, then"
-    " {again}",
     "DataLoader worker|unable to .*shared memory|^(Connection|EOF)": "a data loading process has ended ({reason}); use"
     " a smaller -j or --batch-size if memory ran out, -j 0 or docker's --shm-size if /dev/shm is full; then {again}",
-    "can't allocate memory|^(OutOf)?Memory": "out of memory ({reason}); use a smaller --batch-size or --moco-k, or"
-    " --precision bf16",
+    "/dev/shm/nccl": "NCCL has too little shared memory ({reason}); raise docker's --shm-size, then {again}",
+    "out of resource": "a compiled kernel is too large for this GPU ({reason}); leave out --compile, then {again}",
+    "out of memory|t allocate memory|ALLOC_FAILED|^(OutOf)?Memory": "out of memory ({reason}); use a smaller"
+    " --batch-size or --precision bf16, then {again}",
+    "NCCL": "NCCL failed ({reason}); see the first message of the other processes, then {again}",
+    "^Dist": "the processes can no longer reach each other ({reason}); see the first message of the others, then"
+    " {again}",
+    "(CUDA|cuDNN) error|^Accelerator": "the GPU failed ({reason}); {again}, and on another GPU if it fails again",
     "^OSError": "{reason}; see that the disk is there and not full, then {again}",
 }
 
@@ -91,7 +96,8 @@ def translate_error(error: BaseException, again: str = "continue with --resume a
     """The RunError for an error raised by PyTorch or the system; None if it may be a bug of ours."""
     names = [base.__name__ for base in type(error).__mro__]
     text = " ".join(str(error).split())
-    reason = (text if len(text) < 300 else f"{text[:150]} … {text[-150:]}") or names[0]
+    cause = re.sub(ASIDE, "", text) or names[0]
+    reason = cause if len(cause) < 300 else f"{cause[:150]} … {cause[-150:]}"
     for pattern, message in TRANSLATIONS.items():
         if any(re.search(pattern, each) for each in (text, *names)):
             return (PeerError if pattern == PEER else RunError)(message.format(reason=reason, again=again))

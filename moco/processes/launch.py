@@ -164,7 +164,9 @@ def _start_ranks(node: int, count: int, world_size: int, job: tuple) -> None:
         if 0 < error.exit_code < 255:
             sys.exit(error.exit_code)
         # The error names the process and the signal; 255 is the fork server's own end.
-        raise RunError(f"{error}; if memory ran out, use a smaller --batch-size or fewer -j") from error
+        killed = error.signal_name == "SIGKILL"
+        way = "if memory ran out, use a smaller --batch-size or fewer -j" if killed else "its own messages are above"
+        raise RunError(f"{error}; {way}") from error
     if server := getattr(forkserver._forkserver, "_forkserver_pid", None):
         os.kill(server, signal.SIGKILL)  # it has nothing to save, and `| tee` would wait for PyTorch's exit handlers
 
@@ -204,6 +206,8 @@ def _join_and_run(
         backend = "cpu:gloo,cuda:nccl" if ctx.device.type == "cuda" else "gloo"
     limit = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
     dist.init_process_group(backend, timeout=limit, world_size=ctx.world_size, rank=ctx.rank, store=_meet(ctx, url))
+    if "nccl" in backend:  # so that a stuck rank ends in gloo's one line, not in 45 of NCCL's
+        dist.group.WORLD._get_backend(ctx.device)._set_default_timeout(2 * limit)
     try:
         check_agreement(agree)
         worker(ctx, args, inputs)
@@ -269,25 +273,53 @@ def devices_of(local_world_size: int, gpu: int | None = None) -> list[torch.devi
 
 
 def usable_gpus() -> int:
-    """The number of GPUs that PyTorch can use. Raises UsageError if it sees some and can use none."""
-    if (seen := torch.cuda.device_count()) and not torch.cuda.is_available():
-        why = f"PyTorch {torch.__version__} cannot use the {seen} GPUs of this machine, its warning says why"
-        raise UsageError(f"{why}; to run on the CPU, set CUDA_VISIBLE_DEVICES= (empty)")
+    """The number of GPUs that PyTorch can use. Raises UsageError if it sees others: broken ones, or parts (MIG)."""
+    seen, usable = torch.cuda.device_count(), torch.accelerator.device_count() if torch.cuda.is_available() else 0
+    if usable < seen:
+        raise UsageError(
+            f"PyTorch {torch.__version__} can use {usable} of the {seen} GPUs of this machine; name these in"
+            " CUDA_VISIBLE_DEVICES (a part of a GPU by its MIG-… of nvidia-smi -L), or set it empty to use the CPU"
+        )
     return seen
 
 
 def say_why_on_cpu() -> None:
-    """Print on stderr, once per node, that the run is on the CPU although the machine has an NVIDIA GPU."""
-    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if present and not torch.cuda.is_available() and is_local_main():
+    """Print on stderr, once per node, which kinds of GPUs this machine has if the run leaves them idle."""
+    if torch.cuda.is_available() or not is_local_main():
+        return
+    devices = {"NVIDIA": "nvidia[0-9]*", "AMD": "kfd"}
+    idle = [name for name, pattern in devices.items() if any(Path("/dev").glob(pattern))]
+    idle += [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []  # xpu, mps
+    if idle:
+        build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}, ROCm {torch.version.hip})"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        why = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}) can use none; CUDA_VISIBLE_DEVICES is {visible}"
-        print(f"running on the CPU although this machine has {present} NVIDIA GPUs: {why}", file=sys.stderr, flush=True)
+        why = f"these scripts use NVIDIA's or AMD's, and {build} finds none; CUDA_VISIBLE_DEVICES is {visible}"
+        print(f"running on the CPU, not on a GPU ({', '.join(idle)}): {why}", file=sys.stderr, flush=True)
 
 
-def check_precision(devices: Sequence[torch.device], precision: str) -> None:
-    """Raise UsageError unless the devices can compute in this precision."""
+def check_devices(devices: Sequence[torch.device], precision: str) -> None:
+    """Raise UsageError unless this PyTorch has kernels for the devices, and they can compute in this precision."""
     for device in devices:
-        if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            name = torch.cuda.get_device_name(device)
+        if device.type != "cuda":
+            continue
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        if not has_kernels(torch.cuda.get_arch_list(), capability):
+            own, found = "sm_{}{}".format(*capability), " ".join(torch.cuda.get_arch_list())
+            raise UsageError(
+                f"{name} is {own}, and PyTorch {torch.__version__} has kernels for {found}; for sm_50 to sm_70 install"
+                " PyTorch up to 2.14 with pip's --index-url https://download.pytorch.org/whl/cu126, for newer GPUs a"
+                " newer one; or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+            )
+        if precision == "bf16" and capability < (8, 0):
             raise UsageError(f"--precision bf16: {name} would only emulate it (it needs an Ampere or later); use fp16")
+
+
+def has_kernels(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether kernels for `archs` (torch.cuda.get_arch_list) run on an NVIDIA GPU of this compute capability.
+
+    Those of sm_XY run on X.Y and later X.*, those of compute_XY, which the driver compiles, on all from X.Y on.
+    """
+    listed = [(kind, int(number)) for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(archs))]
+    own = 10 * capability[0] + capability[1]
+    fitting = [n for kind, n in listed if n <= own and (kind == "compute" or n // 10 == capability[0])]
+    return bool(fitting) or not listed  # AMD's are named otherwise

@@ -48,9 +48,35 @@ def test_images_that_an_encoder_cannot_take_are_refused(arch, batch, size):
 
 
 def test_a_device_computes_as_the_options_say(monkeypatch):
-    for name in ("allow_tf32", "deterministic", "benchmark"):  # restores them
+    for name in ("deterministic", "benchmark"):  # restores them
         monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
-    for strict, deterministic in ((True, False), (False, True)):
-        configure_device(torch.device("cuda"), strict, deterministic)
-        assert torch.backends.cudnn.allow_tf32 == (not strict)
+    for deterministic in (True, False):
+        configure_device(torch.device("cuda"), False, deterministic)
         assert torch.backends.cudnn.deterministic == deterministic == (not torch.backends.cudnn.benchmark)
+
+
+@pytest.fixture
+def tf32():
+    """Restores these settings."""
+    places = torch.backends, torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [each.fp32_precision for each in places]
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for each, value in zip(places, before):
+        each.fp32_precision = value
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="PyTorch below 2.9 has one setting for cuDNN")
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("asked", ["nothing", "all", "products", "products, as before 2.9"])
+def test_strict_fp32_is_without_tf32_and_otherwise_the_surroundings_decide(tf32, strict, asked):
+    conv, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    if asked == "all":
+        torch.backends.fp32_precision = "tf32"
+    elif asked == "products":
+        products.fp32_precision = "tf32"
+    elif asked != "nothing":  # what NVIDIA's containers do by environment
+        torch.set_float32_matmul_precision("high")
+    before = conv.fp32_precision, products.fp32_precision
+    configure_device(torch.device("cuda"), strict, deterministic=True)
+    assert (conv.fp32_precision, products.fp32_precision) == (("ieee", "ieee") if strict else before)

@@ -1,7 +1,9 @@
 import errno
+import re
 import sys
 
 import pytest
+import torch
 import torch.distributed as dist
 from helpers import TORCHRUN_RANK
 
@@ -66,7 +68,14 @@ def test_a_bug_keeps_its_traceback(kind):
         exits.cli_main(raising(kind("a bug")))
 
 
-DUPLICATE = dist.DistBackendError(f"NCCL error in: {200 * 'long '}\nDuplicate GPU detected : rank 3 and rank 2")
+NCCL = (
+    "NCCL error in: /NCCLUtils.cpp:94, unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version"
+    " 2.27.3\nncclSystemError: System call or external library call failed or device error. \nLast error:\n"
+)
+DUPLICATE = dist.DistBackendError(f"{NCCL}Duplicate GPU detected : rank 3 and rank 2 both on CUDA device 1a000")
+SEGMENT = (
+    "Error while creating shared memory segment /dev/shm/nccl-Xy (size 9637888), error: No space left on device (28)"
+)
 PEER, WORKER, MEMORY = "another process of this run has ended", "a data loading process has ended", "out of memory"
 IFNAME = "cannot connect to each other over gloo .*GLOO_SOCKET_IFNAME"
 
@@ -78,7 +87,7 @@ IFNAME = "cannot connect to each other over gloo .*GLOO_SOCKET_IFNAME"
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 3000ms"), PeerError, PEER),
         (RuntimeError("Gloo connectFullMesh failed with [gloo/pair.cc:152] timed out connecting"), RunError, IFNAME),
         (RuntimeError("[gloo/device.cc:84] ifa. Unable to find address for: eth9"), RunError, "eth9.*IFNAME"),
-        (DUPLICATE, RunError, "no longer reach each other .*rank 3 and rank 2"),
+        (DUPLICATE, RunError, "NCCL failed .Duplicate GPU detected.*rank 3 and rank 2.*; see the first message"),
         (dist.DistStoreError("wait timeout"), RunError, "no longer reach each other .wait timeout"),
         (OSError(errno.ENOSPC, "No space left"), RunError, "No space left.*not full, then continue"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), RunError, "No such file.*a.png"),
@@ -95,3 +104,41 @@ def test_errors_of_pytorch_and_the_system_are_translated(error, kind, wanted):
     assert type(translated) is kind
     with pytest.raises(kind, match=wanted):
         raise translated
+
+
+CUDA_ASIDE = (
+    "\nSearch for `cudaErrorX' in https://docs.nvidia.com for more information.\nCUDA kernel errors might be"
+    " asynchronously reported at some other API call, so the stacktrace below might be incorrect.\nFor debugging"
+    " consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+)
+GPU, AGAIN = "the GPU failed", "continue with --resume auto"
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        *[
+            (f"CUDA error: {cause}{CUDA_ASIDE}", rf"{GPU} \(CUDA error: {cause}\); {AGAIN}, and on another GPU if")
+            for cause in (
+                "uncorrectable ECC error encountered", "device-side assert triggered", "unspecified launch failure",
+                "an illegal memory access was encountered", "CUDA-capable device\\(s\\) is/are busy or unavailable",
+                "the launch timed out and was terminated", "GPU is lost", "no CUDA-capable device is detected",
+            )
+        ],
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", f"{GPU} .cuDNN error: CUDNN_STATUS_EXECUTION_FAILED.; {AGAIN}"),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`", GPU),
+        (f"CUDA error: out of memory{CUDA_ASIDE}", f"^{MEMORY} .CUDA error: out of memory.; use .*, then {AGAIN}$"),
+        ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB", f"^{MEMORY}.*bf16"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", f"^{MEMORY} .*--batch-size"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", f"^{MEMORY} .*--batch-size"),
+        (f"{NCCL}Cuda failure 2 'out of memory'", f"^{MEMORY} .Cuda failure 2 'out of memory'.; use a smaller"),
+        (f"{NCCL}{SEGMENT}", "^NCCL has too little shared memory .Error while.*--shm-size, then continue with"),
+        (f"{NCCL}socketProgress: Connection closed by remote peer", "NCCL failed .socketProgress: .*; see the first"),
+        ("out of resource: shared memory, Required: 180224, Hardware limit: 101376.", "too large for .*--compile"),
+    ],
+)  # fmt: skip
+def test_faults_of_gpus_are_named_and_nothing_else_is_advised(text, wanted):
+    error = getattr(torch, "AcceleratorError", RuntimeError) if text.startswith("CUDA error") else RuntimeError
+    translated = str(exits.translate_error(error(text.replace("\\", "")), AGAIN))
+    assert re.search(wanted, translated)
+    assert not re.search("--moco-k|might be asynchronously|TORCH_USE_CUDA_DSA|\n", translated)

@@ -1,5 +1,7 @@
 import argparse
+import fnmatch
 import socket
+import types
 
 import pytest
 import torch
@@ -118,10 +120,14 @@ def test_a_rank_takes_its_own_gpu_and_hosts_talk_over_gloo(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: calls.update(backend=backend, **more))
     monkeypatch.setattr(dist, "rendezvous", lambda url, **more: iter([(url, 3, 4)]))
     monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store))
+    backend = types.SimpleNamespace(_set_default_timeout=lambda limit: calls.update(nccl=limit))
+    world = types.SimpleNamespace(_get_backend=lambda device: backend)
+    monkeypatch.setattr(dist, "group", types.SimpleNamespace(WORLD=world))
     monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.update(ended=True))
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     launch._join_and_run(ctx, "env://", "nccl", lambda *given: calls.update(given=given), "args", "inputs", {})
-    assert calls.pop("timeout").total_seconds() == launch.COLLECTIVE_SECONDS and calls.pop("ended")
+    limits = [calls.pop(name).total_seconds() for name in ("timeout", "nccl")]
+    assert limits == [launch.COLLECTIVE_SECONDS, 2 * launch.COLLECTIVE_SECONDS] and calls.pop("ended")
     assert calls.pop("store") == ("attempt 2", "env://")  # which may hold keys of the attempts before
     assert calls == {
         "device": ctx.device, "backend": "cpu:gloo,cuda:nccl", "world_size": 4, "rank": 3,
@@ -159,30 +165,64 @@ def test_equal_ranks_agree_and_a_difference_names_values_ranks_and_hosts(monkeyp
 # GPUs
 
 
-@pytest.mark.parametrize("present, lines", [(2, 1), (0, 0)])
-def test_a_run_on_the_cpu_beside_gpus_says_so(monkeypatch, capsys, present, lines):
+@pytest.mark.parametrize(
+    "present, accelerator, named",
+    [("nvidia0", None, "NVIDIA"), ("kfd", None, "AMD"), ("", "xpu", "xpu"), ("", "mps", "mps"), ("", None, "")],
+)
+def test_a_run_on_the_cpu_beside_gpus_says_so(monkeypatch, capsys, present, accelerator, named):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(launch.Path, "glob", lambda self, pattern: range(present))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator is not None)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(accelerator))
+    monkeypatch.setattr(launch.Path, "glob", lambda self, pattern: [present] * fnmatch.fnmatch(present, pattern))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
     launch.say_why_on_cpu()
     err = capsys.readouterr().err
-    assert err.count("2 NVIDIA GPUs") == err.count("CUDA_VISIBLE_DEVICES is 7") == err.count("\n") == lines
+    said = err.count(f"on the CPU, not on a GPU ({named})"), err.count("DEVICES is 7\n"), err.count("\n")
+    assert said == 3 * (bool(named),)
 
 
-def test_gpus_that_pytorch_cannot_use_are_refused(monkeypatch):
+@pytest.mark.parametrize("available, usable", [(False, 0), (True, 1)])  # a driver too old; 8 GPUs by NVML, one MIG part
+def test_gpus_that_pytorch_cannot_use_are_refused(monkeypatch, available, usable):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UsageError, match="cannot use the 8 GPUs .* to run on the CPU"):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    with pytest.raises(UsageError, match=f"can use {usable} of the 8 GPUs .* CUDA_VISIBLE_DEVICES .* to use the CPU"):
         launch.usable_gpus()
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert launch.usable_gpus() == 8
+
+
+WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of PyTorch 2.14 for CUDA 13
+
+
+@pytest.mark.parametrize(
+    "archs, capability, runs",
+    [
+        (WHEEL, (7, 0), False), (WHEEL, (7, 5), True), (WHEEL, (8, 9), True), (WHEEL, (9, 0), True),
+        (WHEEL, (10, 3), True), (WHEEL, (11, 0), False), (WHEEL, (12, 1), True), (WHEEL, (13, 0), False),
+        ([*WHEEL, "compute_120"], (13, 0), True), (["sm_90", "compute_90"], (8, 6), False), (["gfx90a"], (9, 0), True),
+    ],
+)  # fmt: skip
+def test_kernels_of_an_architecture_run_on_later_gpus_of_its_generation(archs, capability, runs):
+    assert launch.has_kernels(archs, capability) == runs
+
+
+def test_a_gpu_without_kernels_is_refused_with_the_wheel_that_has_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: WHEEL)
+    launch.check_devices([torch.device("cpu")], "bf16")
+    with pytest.raises(UsageError, match="Tesla V100 is sm_70, .* has kernels for sm_75 sm_80 .*; .* install .*/cu126"):
+        launch.check_devices([torch.device("cuda", 0)], "fp32")
 
 
 def test_a_precision_that_a_gpu_is_too_old_for_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ((8, 0), (7, 5))[device.index])
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device.index}")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: WHEEL)
     good, old, cpu = torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cpu")
     with pytest.raises(UsageError, match="--precision bf16: Card 1"):
-        launch.check_precision([good, old], "bf16")
-    launch.check_precision([good, cpu], "bf16")
-    launch.check_precision([old], "fp16")
+        launch.check_devices([good, old], "bf16")
+    launch.check_devices([good, cpu], "bf16")
+    launch.check_devices([old], "fp16")
