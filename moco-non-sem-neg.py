@@ -243,7 +243,7 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
         adjust_learning_rate(optimizer, epoch, args)
         train_one_epoch(ddp_model, run.steps(train_loader, prepare, epoch), optimizer, scaler, run)
         stats = run.epoch_stats()
-        if knn_loaders and is_due(epoch, args.knn_freq, args.epochs) and not run.stopping:
+        if knn_loaders and is_due(epoch, args.knn_freq, args.epochs) and not run.signum:
             with run.evaluation():
                 stats["knn_top1"] = knn.accuracy(model.encoder_q, *knn_loaders, len(data.classes), ctx.device)
             run.print(f"epoch {epoch}  val: 200-nearest-neighbour top-1 {stats['knn_top1']:.2f} %")

@@ -4,7 +4,7 @@ He et al., Momentum Contrast for Unsupervised Visual Representation Learning, CV
 Ge et al., Robust Contrastive Learning Using Negative Samples with Diminished Semantics, NeurIPS 2021.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn as nn
@@ -91,10 +91,8 @@ class MoCo(nn.Module):
         q = self._features(self.encoder_q, im_q)  # N×C
         with torch.no_grad():
             self._ema_update(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), None)
-            k = self._encode_key(im_k)  # N×C
-            t = q.new_empty(len(q), im_t.shape[1], q.shape[1])  # N×n×C
-            for i in range(im_t.shape[1]):  # one pass each: their BatchNorm statistics never mix
-                t[:, i] = self._encode_key(im_t[:, i])
+            keys = self._encode_keys([im_k, *im_t.unbind(dim=1)])
+            k, t = keys[:, 0], keys[:, 1:]  # N×C, N×n×C
         queue = self.queue.clone()  # backward needs it as it was before this step's keys
         logits = contrastive_logits(q, k, t, queue, self.T, self.alpha)
         self.similarities = similarities(q, k, t, queue)
@@ -108,13 +106,19 @@ class MoCo(nn.Module):
         return F.normalize(features.to(self.queue.dtype), dim=1)
 
     @torch.no_grad()
-    def _encode_key(self, images: torch.Tensor) -> torch.Tensor:
-        # Shuffled BN: a key's batch statistics come from other images than its query's,
-        # so they cannot give the positive away.
-        if self.dtype.itemsize == 2:  # autocast would convert them anyway; before the shuffle it halves the traffic
-            images = images.to(self.dtype)
-        images, order = distributed.batch_shuffle(images)
-        return distributed.batch_unshuffle(self._features(self.encoder_k, images), order)
+    def _encode_keys(self, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Features (N, len(batches), C) of the key encoder, a pass for each batch: BatchNorm statistics never mix.
+
+        Shuffled BN: a key's batch statistics come from other images than its query's, so they cannot give the positive
+        away.
+        """
+        order = distributed.draw_shuffle(len(batches[0]))
+        features = []
+        for images in batches:
+            if self.dtype.itemsize == 2:  # autocast would convert them anyway; before the shuffle it halves the traffic
+                images = images.to(self.dtype)
+            features.append(self._features(self.encoder_k, distributed.exchange_rows(images, order)))
+        return distributed.exchange_rows(torch.stack(features, dim=1), order.argsort())
 
     @torch.no_grad()
     def _enqueue(self, keys: torch.Tensor) -> None:

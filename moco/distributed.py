@@ -67,7 +67,7 @@ _shuffle_generator = torch.Generator()  # on the CPU and equal on all ranks: per
 
 
 def seed_shuffles(*parts) -> None:
-    """Seed the permutations of `batch_shuffle`; all ranks must pass the same parts."""
+    """Seed the orders of `draw_shuffle`; all ranks must pass the same parts."""
     _shuffle_generator.manual_seed(derive_seed(*parts))
 
 
@@ -86,7 +86,8 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     # PyTorch is renaming this option, and warns about the old name once the new one exists.
     new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if new_name else "broadcast_buffers"
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **{option: False})
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, **{option: False})
 
 
 # Collectives on the training device
@@ -123,27 +124,22 @@ def broadcast_buffers(module: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-@torch.no_grad()
-def batch_shuffle(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Shuffle the rows of the global batch over the ranks: each gets N random rows of all world_size × N.
+def draw_shuffle(n: int) -> torch.Tensor:
+    """A random order of the global batch's world_size × n rows, equal on all ranks; a single rank's stays as it is.
 
-    Returns this rank's new rows (N, ...) and the permutation for `batch_unshuffle`. A single rank keeps its batch:
-    BatchNorm statistics do not depend on the order.
+    Its BatchNorm statistics do not depend on the order.
+    """
+    return torch.randperm(world_size() * n, generator=_shuffle_generator) if world_size() > 1 else torch.arange(n)
+
+
+@torch.no_grad()
+def exchange_rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """This rank's rows (N, ...) of the global batch (world_size × N, ...) in this order; each row is sent once.
+
+    The order's argsort() undoes it. A single rank's batch stays as it is.
     """
     if world_size() == 1:
-        return x, None
-    order = torch.randperm(world_size() * len(x), generator=_shuffle_generator)
-    return exchange_rows(x, order), order
-
-
-@torch.no_grad()
-def batch_unshuffle(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Return the rows (N, ...) of a shuffled batch to the ranks and positions they came from."""
-    return x if order is None else exchange_rows(x, order.argsort())
-
-
-def exchange_rows(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """This rank's rows (N, ...) of the global batch (world_size × N, ...) in this order; each row is sent once."""
+        return x
     owner = (order // len(x)).view(world_size(), -1)  # by receiving rank: where each wanted row is
     position = (order % len(x)).view(world_size(), -1)
     mine = owner == rank()

@@ -13,7 +13,7 @@ import pickle
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,8 +35,11 @@ CONTAINERS = ("state_dict", "model_state_dict", "model", "teacher", "network", "
 MOMENTUM = re.compile("momentum|encoder_k|target|student|ema")
 
 
-def save(path: str, state: Mapping) -> None:
-    """Write `state` to `path` so that neither a reader nor a crash ever finds half a file. Raises OSError."""
+def save(path: str, state: Mapping, names: Iterable[str] = ()) -> None:
+    """Write `state` to `path` so that neither a reader nor a crash ever finds half a file. Raises OSError.
+
+    names: more paths in the same folder, of the same file.
+    """
     with files.atomic_write(path, "wb") as file:
         try:
             torch.save(_on_cpu(state), file)
@@ -44,6 +47,8 @@ def save(path: str, state: Mapping) -> None:
             while error.__context__ and not isinstance(error, OSError):
                 error = error.__context__
             raise error from None
+    for name in names:
+        files.add_name(path, name)
 
 
 def _on_cpu(value):

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 import time
@@ -58,6 +59,17 @@ def _new_file(path: str, mode: str) -> IO:
         if os.path.exists(partial):
             return file
         file.close()  # another process took it for abandoned before it was locked
+
+
+def add_name(path: str, name: str) -> None:
+    """Give a file a second name in its folder, in place of the file of that name; a copy where no links can be made."""
+    partial = f"{name}.{secrets.token_hex(8)}.partial"
+    try:
+        os.link(path, partial)
+        os.replace(partial, name)
+    except OSError:
+        with open(path, "rb") as file, atomic_write(name, "wb") as copy:
+            shutil.copyfileobj(file, copy)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import operator
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ from moco.processes.signals import StopSignal, StopWaiting
 from moco.training import checkpoint, files, metrics
 
 LOG = "log.jsonl"
+SAVE_SECONDS = 60  # before the latest state is written again after an epoch: all ranks wait for it
 WITHIN_EPOCH = {"seed", "images", "images_per_step"}  # what the order of the data follows from
 
 
@@ -37,8 +39,9 @@ class Run:
             run.end_epoch(run.epoch_stats(), [])
 
     args: ckpt_path, the folder of checkpoints and log.jsonl; epochs, precision, print_freq, save_steps, max_bad_images.
-    latest: name of the checkpoint that is written after every epoch, every `save_steps` steps and on a signal; also at
-    once if another one is resumed, whose run the log and `--resume auto` then follow.
+    latest: name of the checkpoint that is written after an epoch (if the last time was SAVE_SECONDS ago, and always
+    after the first and the last), beside every other, every `save_steps` steps and on a signal; also at once if another
+    one is resumed, whose run the log and `--resume auto` then follow.
     state(): the script's own part of a checkpoint. probe: a key of this run's lines in the log, if it is a probe, which
     may share the folder with its pre-training.
     """
@@ -56,7 +59,8 @@ class Run:
         self.bad_images, self.bad_now, self.bad_in_epoch = {}, set(), 0
         self.means = metrics.RunningMeans()
         self.epoch = self.step = 0  # whole epochs done, and steps of the epoch after them
-        self.stopping = False  # a signal came, or too many files are unreadable: end after this step
+        self.saved_at, self.due = -math.inf, 0  # when `latest` was written; whether an epoch's end is to write it
+        self.signum = 0  # of a stop signal that came to any rank by the end of an epoch
         self.highest, self.collapsed = 0.0, False  # spread so far, and whether it has collapsed, which a line has said
 
     def resume(self, saved: Mapping) -> None:
@@ -96,43 +100,53 @@ class Run:
         ready = lambda batch, step: prepare(batch, distributed.derive_rng(self.seed, epoch, step, self.ctx.rank))
         batches = prefetch(self.progress, ready, self.ctx.device, first_step)
         while self.step < len(self.sampler):
-            batch, self._unreadable_now = self._next(batches)
+            batch = self._next(batches)
             self.step += 1
             distributed.seed_shuffles(self.seed, epoch, self.step)
             yield batch
         next(batches, None)  # ends the progress bar
 
     def _next(self, batches: Iterator[tuple]) -> tuple:
-        """The next batch, once all ranks have theirs.
+        """The next batch, once all ranks have theirs: the one exchange between the hosts in a step.
 
-        If loading fails on any rank, or a stop signal arrives while waiting, save the finished steps and end the run.
+        If any rank got a stop signal or cannot load, or too many images are unreadable, save the finished steps and end
+        the run.
         """
-        batch = trouble = None
+        batch, unreadable, trouble = None, [], None
         try:
             with self.stop.interruptible():
-                batch = next(batches)
+                batch, unreadable = next(batches)
         except StopWaiting:
             pass
         except Exception as error:
             trouble = error
-        signum, troubled = distributed.all_reduce_max(0 if batch else self.stop.signum, int(trouble is not None))
-        if not signum and not troubled:
-            return batch
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loading process that ends now must not disturb the saving
-        self.save([self.latest])
-        if trouble:
-            raise trouble
-        if troubled:
+        signum, troubled, bad = distributed.all_reduce_max(self.stop.signum, int(trouble is not None), len(unreadable))
+        found = distributed.gather_lists(unreadable) if bad else []
+        too_many = len(self.bad_now.union(path for path, _ in found)) > self.args.max_bad_images
+        if signum or troubled or too_many:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loading process that ends now must not disturb the saving
+            self.save([self.latest])
+        self._count_unreadable(found)
+        if trouble or too_many and distributed.is_main():
+            raise trouble or RunError(
+                f"{len(self.bad_now)} images could not be read, more than --max-bad-images {self.args.max_bad_images};"
+                " repair them or raise the limit, then continue with --resume auto:"
+                f" {', '.join(sorted(self.bad_now))}"
+            )
+        if troubled or too_many:
             distributed.barrier()  # until the rank in trouble ends, which reports it
-        exit_on_signal(signum, f"in epoch {self.epoch} after step {self.step}")
+        if signum:
+            exit_on_signal(signum, f"in epoch {self.epoch} after step {self.step}")
+        return batch
 
     @contextlib.contextmanager
     def evaluation(self) -> Iterator[None]:
-        """For an evaluation between `epoch_stats` and `end_epoch`: saves first, and a signal ends the run at once.
+        """For an evaluation between `epoch_stats` and `end_epoch`: a signal ends the run at once.
 
-        All ranks must call this. The resumed run begins with the evaluation.
+        All ranks must call this. If saving is due it saves first, and a resumed run begins with the evaluation.
         """
-        self.save([self.latest])
+        if self.due or self.signum:
+            self.save([self.latest])
         distributed.barrier()  # a rank that fails from here on must not interrupt the saving
         try:
             with self.stop.interruptible():
@@ -141,22 +155,17 @@ class Run:
             exit_on_signal(self.stop.signum, f"in the evaluation after epoch {self.epoch}", in_step=False)
 
     def after_step(self, **values: torch.Tensor) -> None:
-        """Count the step and its figures, `loss` among them; report, save or end the run where that is due."""
+        """Count the step and its figures, `loss` among them; report and save where that is due."""
         self.means.add(values)
         if self.progress.due():  # the one CPU-GPU sync point
             self._check_finite()
             with self.stop.no_broken_pipe():
                 self.progress.report(self.means.compute(), self._learning_rate())
-        self._signum, unreadable = distributed.all_reduce_max(self.stop.signum, len(self._unreadable_now))
-        if unreadable:
-            self._count_unreadable()
-        self.stopping = bool(self._signum) or len(self.bad_now) > self.args.max_bad_images
         if self.step == len(self.sampler):  # end_epoch saves
-            return
-        if self.stopping or self.args.save_steps and self.step % self.args.save_steps == 0:
+            due = distributed.is_main() and time.monotonic() - self.saved_at > SAVE_SECONDS
+            self.signum, self.due = distributed.all_reduce_max(self.stop.signum, int(due))
+        elif self.args.save_steps and self.step % self.args.save_steps == 0:
             self.save([self.latest])
-        if self.stopping:
-            self._end(f"in epoch {self.epoch} after step {self.step}")
 
     def epoch_stats(self) -> dict:
         """The epoch's line of the log: means over all steps and ranks. All ranks must call this."""
@@ -171,7 +180,7 @@ class Run:
         }
 
     def end_epoch(self, stats: Mapping, also: Sequence[str] = ()) -> None:
-        """Log the epoch, save it as `latest` and under the names `also`, and end the run if a signal asked for it."""
+        """Log the epoch, save it where that is due and under the names `also`, end the run if a signal asked for it."""
         self.highest = max(self.highest, spread := stats.get("spread", 1))
         if metrics.collapsed(spread, self.highest, (self.epoch + 1) / self.args.epochs):
             stats = {**stats, "collapsed": True}
@@ -188,10 +197,11 @@ class Run:
                 print(f"{LOG}: dropped {dropped} damaged lines", flush=True)
         done = self.epoch
         self.epoch, self.step = self.epoch + 1, 0
-        self.save([*also, self.latest])
+        if also or self.due or self.signum or self.epoch == self.args.epochs:
+            self.save([*also, self.latest])
         self.means, self.bad_in_epoch = metrics.RunningMeans(), 0
-        if self.stopping:
-            self._end(f"after epoch {done}")
+        if self.signum:
+            exit_on_signal(self.signum, f"after epoch {done}")
 
     def print(self, text: str) -> None:
         """Print a line, on rank 0."""
@@ -201,6 +211,7 @@ class Run:
 
     def save(self, names: Sequence[str]) -> None:
         """Write the state of the run to files of these names, on rank 0. All ranks must call this."""
+        self.saved_at, self.due = time.monotonic(), 0
         means = self.means.state_dict() if self.step else None
         if not distributed.is_main():
             return
@@ -221,8 +232,8 @@ class Run:
             "changes": self.args.changes,
             **self.state(),
         }
-        for name in names:
-            checkpoint.save(self._path(name), state)
+        first, *others = map(self._path, names)
+        checkpoint.save(first, state, others)
 
     def _path(self, name: str) -> str:
         return os.path.join(self.args.ckpt_path, name)
@@ -232,26 +243,15 @@ class Run:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return rates if self.probe else rates[0]
 
-    def _count_unreadable(self) -> None:
-        """Count the images of this step, over all ranks, that could not be read; name each file once."""
-        for path, reason in distributed.gather_lists(self._unreadable_now):
+    def _count_unreadable(self, found: Sequence[tuple[str, str]]) -> None:
+        """Count the images of a step, over all ranks, that could not be read; name each file once."""
+        for path, reason in found:
             self.bad_in_epoch += 1
             if path not in self.bad_images and distributed.is_main():
                 sys.stderr.write(one_line(f"unreadable image, replaced by another of its class: {path}: {reason}"))
                 sys.stderr.flush()
             self.bad_images[path] = reason
             self.bad_now.add(path)
-
-    def _end(self, where: str) -> None:
-        if self._signum:
-            exit_on_signal(self._signum, where)
-        if distributed.is_main():
-            raise RunError(
-                f"{len(self.bad_now)} images could not be read, more than --max-bad-images {self.args.max_bad_images};"
-                " repair them or raise the limit, then continue with --resume auto:"
-                f" {', '.join(sorted(self.bad_now))}"
-            )
-        distributed.barrier()  # until rank 0 has reported it
 
     def _check_finite(self, weights: bool = False) -> None:
         """Raise RunError rather than report or save a loss, or weights of every head, that are not finite."""
@@ -277,7 +277,8 @@ def exit_on_signal(signum: int, where: str, in_step: bool = True) -> NoReturn:
         distributed.barrier()
     if distributed.is_main():
         with contextlib.suppress(BrokenPipeError):
-            print(f"stopped by {signal.Signals(signum).name} {where}, saved; continue with --resume auto", flush=True)
+            place = where + ", saved" * in_step
+            print(f"stopped by {signal.Signals(signum).name} {place}; continue with --resume auto", flush=True)
     if in_step:
         sys.exit(128 + signum)
     exit_now(128 + signum)  # other ranks may wait for this one
@@ -302,7 +303,8 @@ def open_folder(
     if args.start_epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: it must be below --epochs {args.epochs}")
     args.changes = []  # of the settings of the run that --resume continues: set by check_resumable
-    if writes and not (args.resume and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)):
+    own = args.resume and os.path.realpath(os.path.dirname(args.resume)) == os.path.realpath(folder)
+    if writes and not own and not args.auto_resume:  # which a run asks for that ended before it saved
         found = checkpoint.matching(folder, pattern)
         lines = [record for record in metrics.read_jsonl(os.path.join(folder, LOG))[0] if record.get("probe") == probe]
         if found or lines:

@@ -153,7 +153,7 @@ def _count_bytes(rank, world, folder):
     images = torch.randn(BATCH, 3, plain.SIZE, plain.SIZE)
     counts = [distributed.gather(images).nbytes]
     for dtype in (torch.float32, torch.bfloat16):
-        distributed.batch_shuffle(images.to(dtype))
+        distributed.exchange_rows(images.to(dtype), distributed.draw_shuffle(len(images)))
         counts.append(received)
     Path(folder, str(rank)).write_text(json.dumps(counts))
     dist.barrier()

@@ -129,8 +129,9 @@ def steps_in_train_mode(ctx):
 
 def shuffled(ctx):
     rows = torch.arange(ctx.rank * 6, ctx.rank * 6 + 6, device=ctx.device).float().view(6, 1)
-    some, order = distributed.batch_shuffle(rows)
-    return {"rows": rows.cpu(), "shuffled": some.cpu(), "back": distributed.batch_unshuffle(some, order).cpu()}
+    order = distributed.draw_shuffle(len(rows))
+    some = distributed.exchange_rows(rows, order)
+    return {"rows": rows.cpu(), "shuffled": some.cpu(), "back": distributed.exchange_rows(some, order.argsort()).cpu()}
 
 
 @pytest.fixture(scope="module")

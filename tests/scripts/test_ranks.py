@@ -28,8 +28,9 @@ def share(x, ctx):
 def shuffle_rows(ctx):
     distributed.seed_everything(7, ctx.rank)  # ranks need not draw alike
     rows = torch.arange(ctx.rank * 6, ctx.rank * 6 + 6).float().view(6, 1)
-    shuffled, order = distributed.batch_shuffle(rows)
-    back = distributed.batch_unshuffle(shuffled, order)
+    order = distributed.draw_shuffle(len(rows))
+    shuffled = distributed.exchange_rows(rows, order)
+    back = distributed.exchange_rows(shuffled, order.argsort())
     return {"rows": rows, "shuffled": shuffled, "back": back, "gathered": distributed.gather(rows)}
 
 
@@ -51,10 +52,10 @@ def shuffle_as_gathering(ctx):
     rows = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(ctx.rank))
     shuffled = []
     distributed.seed_shuffles(1, ctx.world_size)
-    there = received_bytes(lambda: shuffled.extend(distributed.batch_shuffle(rows)))
-    rows_here, order = shuffled
+    order = distributed.draw_shuffle(len(rows))
+    there = received_bytes(lambda: shuffled.append(distributed.exchange_rows(rows, order)))
     everything = distributed.gather(rows)
-    equal = torch.equal(rows_here, everything[share(order, ctx)])
+    equal = torch.equal(shuffled[0], everything[share(order, ctx)])
     return {"equal": equal, "bytes": there, "all bytes": everything.nbytes}
 
 
@@ -63,7 +64,7 @@ def key_bytes(ctx):
     images = torch.randn(8, 3, 32, 32)
     models = [build(dim=16, K=8, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
     # Of the two exchanges, the second returns the features.
-    return [received_bytes(functools.partial(model._encode_key, images))[0] for model in models]
+    return [received_bytes(functools.partial(model._encode_keys, [images]))[0] for model in models]
 
 
 def host_collectives(ctx):

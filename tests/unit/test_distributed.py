@@ -9,8 +9,8 @@ from moco import distributed
 def test_a_single_rank_is_rank_0_of_1_and_keeps_what_it_has():
     x = torch.arange(6.0).view(3, 2)
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
-    shuffled, order = distributed.batch_shuffle(x)
-    for result in (distributed.batch_unshuffle(shuffled, order), distributed.gather(x), distributed.gather_in_order(x)):
+    shuffled = distributed.exchange_rows(x, distributed.draw_shuffle(3))
+    for result in (shuffled, distributed.gather(x), distributed.gather_in_order(x)):
         assert torch.equal(result, x)
     assert torch.equal(distributed.all_reduce(x.clone()), x)
     assert distributed.all_reduce_max(3, -1) == [3, -1] and distributed.gather_lists(["a"]) == ["a"]

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import re
@@ -22,6 +23,18 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         file.write(b"half")
         raise ZeroDivisionError
     assert path.read_text(encoding="utf-8") == "ä" * 10_000 and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_is_a_link_or_where_there_are_none_a_copy(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links")))
+    for content in "one", "two":  # in place of the file of that name
+        (tmp_path / content).write_text(content)
+        files.add_name(tmp_path / content, tmp_path / "latest")
+        assert (tmp_path / "latest").read_text() == content
+        assert os.path.samefile(tmp_path / content, tmp_path / "latest") == links
+    assert sorted(os.listdir(tmp_path)) == ["latest", "one", "two"]
 
 
 def test_two_writers_never_mix_a_file(tmp_path):

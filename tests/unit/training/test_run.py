@@ -1,4 +1,5 @@
 import argparse
+import itertools
 import math
 import os
 import signal
@@ -12,7 +13,7 @@ from moco import distributed
 from moco.data import loader
 from moco.distributed import DistContext
 from moco.errors import Finished, RunError, UsageError
-from moco.training import checkpoint
+from moco.training import checkpoint, run
 from moco.training.run import Run, check_resumable, open_folder
 
 IMAGES, BATCH, STEPS, LATEST = 12, 2, 6, "checkpoint_latest.pth.tar"
@@ -61,7 +62,7 @@ class Training:
         )  # fmt: skip
         self.run.resume(saved)
 
-    def train(self, on_step=lambda epoch, step: None):
+    def train(self, on_step=lambda epoch, step: None, save_freq=1):
         """The loop of a script. on_step(epoch, steps done of it) is called before run.after_step."""
         for epoch in range(self.run.epoch, self.args.epochs):
             for batch in self.run.steps(self.loader, lambda batch, rng: (batch, rng.random()), epoch):
@@ -72,7 +73,8 @@ class Training:
                 self.optimizer.step()
                 on_step(epoch, self.run.step)
                 self.run.after_step(loss=losses if len(self.model) > 1 else losses[0])
-            self.run.end_epoch(self.run.epoch_stats(), [f"checkpoint_{epoch:04d}.pth.tar"])
+            numbered = [f"checkpoint_{epoch:04d}.pth.tar"] if (epoch + 1) % save_freq == 0 else []
+            self.run.end_epoch(self.run.epoch_stats(), numbered)
         return self
 
 
@@ -119,6 +121,40 @@ def test_a_killed_run_continues_from_its_last_saved_step(tmp_path):
     assert (saved["epoch"], saved["step"]) == (1, 4)
     Training(tmp_path / "parts", save_steps=2).train()
     assert_same_training(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_short_epochs_do_not_wait_for_saving(tmp_path, monkeypatch):
+    """The latest state is written after the first epoch, the last, and those that end a minute after the last time."""
+    clock, written = itertools.count(0, 25), []  # read once at the end of an epoch, and once for each time of saving
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    save = checkpoint.save
+    monkeypatch.setattr(
+        checkpoint, "save", lambda path, state, names: written.append(state["epoch"]) or save(path, state)
+    )
+    Training(tmp_path, epochs=9).train(save_freq=100)
+    assert written == [1, 4, 7, 9]
+
+
+@pytest.mark.parametrize("killed_in", [1, 2, 3])
+def test_killed_between_two_savings_equals_uninterrupted(tmp_path, killed_in):
+    Training(tmp_path / "whole", epochs=4).train(save_freq=3)
+
+    def killed(epoch, step):
+        if (epoch, step) == (killed_in, 3):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Training(tmp_path / "parts", epochs=4).train(killed, save_freq=3)
+    assert final(tmp_path / "parts")["epoch"] == (3 if killed_in == 3 else 1)
+    assert len(log(tmp_path / "parts")) == killed_in  # its lines are made again
+    Training(tmp_path / "parts", epochs=4).train(save_freq=3)
+    assert_same_training(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_numbered_checkpoint_and_the_latest_are_one_file(tmp_path):
+    Training(tmp_path).train()
+    assert os.path.samefile(tmp_path / "checkpoint_0001.pth.tar", tmp_path / LATEST)
+    assert checkpoint.load(tmp_path / "checkpoint_0000.pth.tar")["epoch"] == 1  # and the next one replaces it
 
 
 def test_a_probe_shares_the_log_of_its_pretraining(tmp_path):
@@ -208,6 +244,7 @@ def test_a_folder_with_another_run_is_not_begun(tmp_path, probe):
         path.unlink()
     with pytest.raises(UsageError, match=r"it holds another run \(2 epochs in log.jsonl\)"):
         opened(tmp_path)
+    assert opened(tmp_path, "auto") == {}  # it ended before it saved
     assert opened(tmp_path, probe="0100" if probe else "0199") == {}  # a probe may share it
     assert opened(tmp_path / "new", tmp_path / "kept")["epoch"] == 2
 
