@@ -15,27 +15,7 @@ IMAGENET_100 = Path(__file__).parents[2] / "preprocess" / "imagenet_100.txt"
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision
 NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
 FLAT = "all"  # the class of images that lie in no class folder
-FORMS, SORTED = "docs/own-data.md#data-in-another-form", "docs/data-sets.md#imagenet"
-RAW = "torchvision's raw files; to images: python preprocess/torchvision_folders.py --root {root} --out NEW --dataset"
-_anywhere = lambda text: " ".join(f"*{each} ./*{each} ./*/*{each}" for each in f"{text} {text.upper()}".split())
-INSTEAD = {  # of class folders: {patterns of the path itself or, after ./, below it: what that is, and what to do}
-    "*.pth.tar *.pth *.pt ./*.pth.tar ./*/*.pth.tar": "a checkpoint; name a data set, the folder that holds train/",
-    "*.tar *.tar.* *.tgz *.zip *.7z *.rar": "an archive; unpack it (tar xf, unzip), name the folder that holds train/",
-    " ".join(f"*{suffix}" for suffix in IMG_EXTENSIONS): "an image; name a folder: docs/own-data.md#folder-layout",
-    _anywhere(".parquet"): f"parquet files; write their images into class folders: {FORMS}",
-    _anywhere(".arrow .tfrecord .lmdb .mdb .beton .rec .h5 .hdf5 .mat"): "a data file of another kind ({found.name});"
-    f" write its images into class folders: {FORMS}",
-    _anywhere(".npy .npz"): "arrays; save them as images: PIL.Image.fromarray(numpy.load(FILE)).save('NAME.png')",
-    _anywhere(".heic .avif"): "{found.suffix} is not read; convert: magick mogrify -format jpg FILES",
-    "cifar-10-batches-py ./cifar-10-batches-py": f"{RAW} cifar10",
-    "cifar-100-python ./cifar-100-python": f"{RAW} cifar100",
-    "stl10_binary ./stl10_binary": f"{RAW} stl10",
-    "FashionMNIST/raw ./FashionMNIST/raw": f"{RAW} fashionmnist",
-    "./ILSVRC/Data/CLS-LOC ./Data/CLS-LOC ./CLS-LOC": f"Kaggle's ImageNet; name {{found}}, sort its val/: {SORTED}",
-    "./ILSVRC2012_val_*": f"ImageNet's validation images without class folders; sort them: {SORTED}",
-    "./*.tar ./*/*.tar ./*.tgz ./*.tar.gz ./*/*.tar.gz ./*.zip ./*/*.zip": "archives ({found.name}); unpack them, "
-    f"WebDataset shards as in {FORMS}",
-}
+FORMS = "docs/own-data.md#data-in-another-form"
 
 
 class PathArray(Sequence):
@@ -124,8 +104,7 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
     found = {name: images_in(root + name, listed, others) for name in classes}
     if empty := [name for name in classes if not found[name]]:
         only = f", only {count_text(others)} (not read; convert images to {' '.join(IMG_EXTENSIONS)})" if others else ""
-        told = f"no image in {_count_and_first(empty)}{only}; remove or fill these folders"
-        raise UsageError(f"{directory}: {told}") if found.keys() - empty else refusal(directory, told)
+        raise UsageError(f"{directory}: no image in {_count_and_first(empty)}{only}; remove or fill these folders")
     paths = PathArray(root, (f"{name}/{image}" for name in classes for image in found[name]))
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), list(map(len, found.values())))
     return ImageFolder(paths, labels, classes, count_text(others))
@@ -202,16 +181,9 @@ def is_folder(path: str | Path) -> bool:
 
 
 def refusal(path: str | Path, told: str) -> UsageError:
-    """The error on a path without class folders: what it is instead and what to do, of INSTEAD, or else `told`."""
-    own = Path(os.path.normpath(path or os.devnull))
-    for patterns, text in INSTEAD.items():
-        for pattern in patterns.split():
-            below, there = pattern[0] == ".", own.is_file() or pattern[0] != "*" and own.exists()
-            itself = there and Path(str(own).lower()).match(pattern.lower()) and own
-            if found := next(own.glob(pattern[2:]), None) if below else itself:
-                root = own if below else own.parents[pattern.count("/")]
-                return UsageError(f"{path}: {text.format(found=found, root=root)}")
-    return UsageError(f"{path}: {'a file; name a folder' if os.path.isfile(path) else told}")
+    """The error on a path that is no folder of class folders: a file, or what `told` says."""
+    told = "a file; name the folder that holds train/" if os.path.isfile(path) else told
+    return UsageError(f"{path}: {told}; archives, tables and other forms of data: {FORMS}")
 
 
 def _list_once(folder: str | Path, real: str, listed: dict[str, str]) -> None:
@@ -251,9 +223,7 @@ def split_path(data: str, split: str) -> str:
         there = [*(f"{name}/" for name in sorted(names)[:5]), count_text(others + Counter(images=len(images)))]
         inner = next((name for name in sorted(names) if os.path.isdir(os.path.join(data, name, split))), None)
         way = f"name {data}/{inner}" if inner else f"DIR is the folder above {split}/, not {split}/ itself"
-        told = f"it has no {split}/ folder and holds {', '.join(filter(None, there)) or 'nothing'}; {way}"
-        is_data = inner or {"train", "val"} & {*names} or any(scan_folder(f"{data}/{name}")[1] for name in names)
-        raise UsageError(f"{data}: {told}") if is_data else refusal(data, told)
+        raise refusal(data, f"it has no {split}/ folder and holds {', '.join(filter(None, there)) or 'nothing'}; {way}")
     if split == "val":
         check_not_training(path)
     return path
