@@ -20,7 +20,6 @@ from typing import NamedTuple
 if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends silently; cli_main restores it
 
-import torch
 import torch.nn as nn
 from tqdm import tqdm
 
@@ -63,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     data.add_argument("-b", "--batch-size", default=256, type=options.positive_int, metavar="N",
                       help="images per batch")
     data.add_argument("--gpu", type=options.nonnegative_int, metavar="N", help="the GPU of a single process")
+    options.add_precision_options(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--json", default="robustness.json", metavar="FILE",
                         help="results of all models and test sets; what is in it is not repeated")
@@ -93,7 +93,8 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
         if not args.corruption:
             raise UsageError(f"--plot {args.plot}: it draws corruptions; add --corruption DIR")
         plot.check_picture("--plot", args.plot)
-    launch.resolve_world_size(args)
+    local_world_size, _ = launch.resolve_world_size(args)
+    launch.check_devices(launch.devices_of(local_world_size, args.gpu), args.precision)
 
 
 def parse_rows(entries: Iterable[str]) -> dict[str, list[str]]:
@@ -154,7 +155,7 @@ def evaluate(ctx: launch.DistContext, args: argparse.Namespace, inputs: Inputs) 
     """Score the test sets that the result lacks; rank 0 saves it after each. All ranks must call this."""
     result, test_sets = inputs.result, inputs.test_sets
     main_rank = ctx.rank == 0
-    models = [model.to(ctx.device, memory_format=torch.channels_last) for model in inputs.models]
+    models, dtype = classifier.prepare(inputs.models, ctx.device, args.precision, args.strict_fp32)
     workers = options.workers_per_rank(args.workers, ctx.local_world_size)
     chosen = {test_set.key: results.unfinished(result, test_set) for test_set in test_sets}
     todo = [test_set for test_set in test_sets if chosen[test_set.key]]
@@ -164,7 +165,7 @@ def evaluate(ctx: launch.DistContext, args: argparse.Namespace, inputs: Inputs) 
     interval = 0.1 if sys.stderr.isatty() else 30  # in a log every update is a line
     with tqdm(total=images, unit="image", disable=not main_rank, mininterval=interval) as bar:
         for test_set, scored in scores.score(
-            todo, models, inputs.wnids, inputs.image_size, args.batch_size, workers, ctx, bar.update, chosen
+            todo, models, inputs.wnids, inputs.image_size, args.batch_size, workers, ctx, bar.update, chosen, dtype
         ):
             bar.set_description(test_set.key, refresh=False)
             results.add(result, test_set, scored)
@@ -207,7 +208,7 @@ def main() -> None:
     directories = {suite: vars(args)[suite] for suite in testsets.SUITES if vars(args)[suite]}
     directories |= {f"{testsets.FURTHER}/{name}": directory for name, directory in sets.items()}
     test_sets = testsets.list_test_sets(directories, wnids, args.limit)
-    result = results.new(rows, made, wnids, image_size, args.limit) | {"classes_from": origin}
+    result = results.new(rows, made, wnids, image_size, args.limit, args.precision) | {"classes_from": origin}
     if args.compare:
         paper.check_recipes(result["checkpoints"])
     inputs = Inputs(models, wnids, image_size, test_sets, result, results.lock("--json", args.json))
@@ -224,6 +225,7 @@ def main() -> None:
         return options.print_dry_run(args, derived)
     agree = {
         "--pretrained": len(models),
+        "--precision": args.precision,
         "the class list": wnids,
         "images of the test sets": {each.key: len(each.labels) for each in test_sets},
         "test sets in --json": sorted(result["cells"]),

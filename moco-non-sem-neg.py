@@ -245,8 +245,9 @@ def main_worker(ctx: DistContext, args: argparse.Namespace, inputs: Inputs) -> N
         stats = run.epoch_stats()
         if knn_loaders and is_due(epoch, args.knn_freq, args.epochs) and not run.signum:
             with run.evaluation():
-                stats["knn_top1"] = knn.accuracy(model.encoder_q, *knn_loaders, len(data.classes), ctx.device)
-            run.print(f"epoch {epoch}  val: 200-nearest-neighbour top-1 {stats['knn_top1']:.2f} %")
+                top1 = knn.accuracy(model.encoder_q, *knn_loaders, len(data.classes), ctx.device, dtype=model.dtype)
+            stats["knn_top1"] = top1
+            run.print(f"epoch {epoch}  val: 200-nearest-neighbour top-1 {top1:.2f} %")
         numbered = is_due(epoch, args.save_freq, args.epochs)
         run.end_epoch(stats, [f"checkpoint_{epoch:04d}.pth.tar"] if numbered else [])
         if args.keep and distributed.is_main():

@@ -123,8 +123,8 @@ def add_data_options(parser: argparse.ArgumentParser, nargs: str | None = None) 
 
 
 def add_workers_option(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("-j", "--workers", default=32, type=nonnegative_int, metavar="N",
-                       help="data loader workers per node, at most one per core")
+    group.add_argument("-j", "--workers", type=nonnegative_int, metavar="N",
+                       help="data loader workers per node, at most one per core; default: cores less one per process")
 
 
 def add_training_options(
@@ -239,10 +239,12 @@ def per_rank(total: int, ranks: int, name: str = "--batch-size") -> int:
     return total // ranks
 
 
-def workers_per_rank(total: int, ranks: int) -> int:
-    """Each rank's share of `total` data loader workers, limited to the cores of this machine."""
+def workers_per_rank(total: int | None, ranks: int) -> int:
+    """Each rank's share of `total` data loader workers, at most one per core; None: one per core less one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(-(-total // ranks), max(1, cores // ranks))
+    of_a_task = os.environ.get("SLURM_CPUS_PER_TASK", "")  # srun's tasks see their own cores only
+    own = cores if of_a_task.isdecimal() and cores <= int(of_a_task) else max(1, cores // ranks)
+    return max(1, own - 1) if total is None else min(-(-total // ranks), own)
 
 
 # Configuration

@@ -101,7 +101,7 @@ class GrayLevels(torch.nn.Module):
 
     def __init__(self, outputs=4):
         super().__init__()
-        self.outputs = outputs
+        self.outputs, self.fc = outputs, torch.nn.Linear(1, outputs)  # which is not used
 
     def forward(self, images):
         level = (augment.denormalize(images).mean(dim=(1, 2, 3)) * 255 / 20).round().long()

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from moco import augment, distributed
-from moco.encoders import autocast, build_encoder
+from moco.encoders import DTYPES, autocast, build_encoder, configure_device, float32_linear
 from moco.errors import UsageError
 from moco.training import checkpoint, files
 
@@ -49,6 +49,17 @@ def load_classifier(path: str) -> tuple[nn.Module, dict]:
     model = build_encoder(saved["arch"], checkpoint.num_outputs(saved, path))
     model.load_state_dict(checkpoint.strip_prefix(saved["state_dict"]), strict=False)
     return model.eval(), saved
+
+
+def prepare(
+    models: Sequence[nn.Module], device: torch.device, precision: str, strict_fp32: bool
+) -> tuple[list[nn.Module], torch.dtype]:
+    """Linear classifiers on their device, to be tested in this precision, and its dtype. The heads stay in fp32."""
+    configure_device(device, strict_fp32, deterministic=True)
+    dtype = DTYPES[precision]
+    for model in models if dtype.itemsize == 2 else ():
+        model.fc = float32_linear(model.fc)
+    return [model.to(device, memory_format=torch.channels_last) for model in models], dtype
 
 
 def check_linear(saved: Mapping, source: str) -> None:
@@ -146,10 +157,15 @@ def extract_features(backbone: nn.Module, images: torch.Tensor, dtype: torch.dty
 
 
 @torch.inference_mode()
-def predictions(predict: Callable, batches: Iterable, device: torch.device) -> Iterator[tuple]:
-    """(predict(images), labels (N,)) for each batch, normalised and on the device."""
+def predictions(
+    predict: Callable, batches: Iterable, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple]:
+    """(predict(images), labels (N,)) for each batch, normalised and on the device; networks compute in `dtype`."""
     for images, labels in batches:
-        yield predict(to_input(images, device)), labels.to(device, non_blocking=True)
+        inputs = to_input(images, device)
+        with autocast(device, dtype):
+            predicted = predict(inputs)
+        yield predicted, labels.to(device, non_blocking=True)
 
 
 def correct_counts(logits: torch.Tensor, labels: torch.Tensor, ks: Sequence[int] = (1, 5)) -> torch.Tensor:

@@ -34,7 +34,8 @@ def loaders(
     folders: Sequence[NamedTuple], image_size: int, batch_size: int, workers: int, ctx: DistContext
 ) -> list[DataLoader]:
     """Loaders of the training and validation images for `accuracy`."""
-    images = [datasets.ImageList(each.paths, each.labels, datasets.eval_transform(image_size)) for each in folders]
+    transform = datasets.eval_transform(image_size, datasets.read_rgb)
+    images = [datasets.ImageList(each.paths, each.labels, transform) for each in folders]
     return [loader.eval_loader(_ReadableImages(each, each.labels), batch_size, workers, ctx) for each in images]
 
 
@@ -44,22 +45,24 @@ def _top_k(cosines: torch.Tensor, labels: torch.Tensor, k: int) -> tuple[torch.T
     return cosines, labels.gather(1, indices)
 
 
-def _unit_features(encoder: nn.Module, batches: Iterable, device: torch.device) -> Iterator[tuple]:
+def _unit_features(encoder: nn.Module, batches: Iterable, device: torch.device, dtype: torch.dtype) -> Iterator[tuple]:
     """(features, labels (N,)) of each batch: unit-length inputs (N, d) of the encoder's `fc`."""
     # A copy that shares all weights. Unlike a compiled encoder, it is not compiled again for each batch size.
     backbone = copy.copy(encoder)
     backbone._modules = {**encoder._modules, "fc": nn.Identity()}
-    return predictions(lambda images: F.normalize(backbone(images).float(), dim=1), batches, device)
+    return predictions(lambda images: F.normalize(backbone(images).float(), dim=1), batches, device, dtype)
 
 
 def accuracy(
-    encoder: nn.Module, train_batches: Iterable, val_batches: Iterable, classes: int, device: torch.device, k: int = K
-) -> float:
+    encoder: nn.Module, train_batches: Iterable, val_batches: Iterable, classes: int, device: torch.device, k: int = K,
+    dtype: torch.dtype = torch.float32,
+) -> float:  # fmt: skip
     """Top-1 in percent of val_batches by their neighbours in train_batches, over all ranks, each with its share.
 
-    The encoder is in eval mode meanwhile. Each rank keeps the features of all V validation images, and compares them
-    with a few batches of its training images, whose features are not kept, CHUNK validation images at a time. That
-    takes 4 V (d + 3 k) bytes on each rank, 0.53 GB for ImageNet and a ResNet-50, and some 50 MB more.
+    The encoder computes in `dtype`, and is in eval mode meanwhile. Each rank keeps the features of all V validation
+    images, and compares them with a few batches of its training images, whose features are not kept, CHUNK validation
+    images at a time. That takes 4 V (d + 3 k) bytes on each rank, 0.53 GB for ImageNet and a ResNet-50, and some 50 MB
+    more.
     """
     was_training = encoder.training
     encoder.eval()
@@ -68,12 +71,12 @@ def accuracy(
     width = next(layer.in_features for layer in encoder.fc.modules() if isinstance(layer, nn.Linear))
     # for a rank that has no validation image
     empty = torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.long, device=device)
-    shares = map(torch.cat, zip(empty, *_unit_features(encoder, val_batches, device)))
+    shares = map(torch.cat, zip(empty, *_unit_features(encoder, val_batches, device, dtype)))
     queries, targets = map(distributed.gather_in_order, shares)
     chunks = [slice(start, start + CHUNK) for start in range(0, len(targets), CHUNK)]
     top_cosines = queries.new_full((len(queries), k), -math.inf)  # -inf: an empty slot, whose vote is exp(-inf) = 0
     top_labels = targets.new_zeros(len(queries), k)
-    training = _unit_features(encoder, train_batches, device)
+    training = _unit_features(encoder, train_batches, device, dtype)
     for batch in training:
         bank, bank_labels = map(torch.cat, zip(batch, *itertools.islice(training, BLOCK // len(batch[1]))))
         for own in chunks:

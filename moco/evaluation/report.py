@@ -316,7 +316,9 @@ def notes(report: Mapping) -> list[str]:
         for change in (made.get(kind) or {}).get("changes", []):
             texts = (f"{name} {change[name][0]} → {change[name][1]}" for name in change if name != "epoch")
             lines.append(f"{made['row']}: {kind} continued from epoch {change['epoch']} with {', '.join(texts)}")
-    return lines + [limit] * bool(report["limit"]) + [classes] * bool(report.get("classes_from"))
+    precision = f"computed in {report['precision']} (--precision)"
+    lines += [limit] * bool(report["limit"]) + [precision] * (report["precision"] != "fp32")
+    return lines + [classes] * bool(report.get("classes_from"))
 
 
 def _note(report: Mapping, suite: str, title: str) -> str:

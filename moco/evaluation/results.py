@@ -25,8 +25,9 @@ def sha256(data: bytes) -> str:
 
 
 def new(
-    rows: Mapping[str, Sequence[str]], made: Iterable[Mapping], wnids: Sequence[str], image_size: int, limit: int | None
-) -> dict:
+    rows: Mapping[str, Sequence[str]], made: Iterable[Mapping], wnids: Sequence[str], image_size: int,
+    limit: int | None, precision: str = "fp32",
+) -> dict:  # fmt: skip
     """An empty report on {row name: checkpoint files}. made: `classifier.made_with` of each file.
 
     Raises UsageError if a row mixes settings, or takes one run for several.
@@ -40,6 +41,7 @@ def new(
         "version": VERSION,
         "image_size": image_size,
         "limit": limit,
+        "precision": precision,
         "wnids": wnids,
         "wnids_sha256": sha256("\n".join(wnids).encode()),
         "checkpoints": checkpoints,
@@ -131,7 +133,7 @@ def save(path: str, report: Mapping) -> None:
 def _identities(report: Mapping, test_set: TestSet) -> list[str]:
     """The identity of each checkpoint's result on this test set."""
     shared = [VERSION, test_set.key, test_set.kind, len(test_set.labels), test_set.files_sha256]
-    settings = [*shared, *(report[name] for name in SETTINGS)]
+    settings = [*shared, *(report[name] for name in SETTINGS), *{report["precision"]} - {"fp32"}]
     return [sha256(json.dumps([model["sha256"], *settings]).encode()) for model in report["checkpoints"]]
 
 

@@ -19,23 +19,24 @@ from moco.evaluation.testsets import TestSet
 def score(
     test_sets: Sequence[TestSet], models: Sequence[nn.Module], wnids: Sequence[str], image_size: int, batch_size: int,
     workers: int, ctx: DistContext, on_batch: Callable[[int], object] = lambda images: None,
-    chosen: Mapping[str, Sequence[int]] | None = None,
+    chosen: Mapping[str, Sequence[int]] | None = None, dtype: torch.dtype = torch.float32,
 ) -> Iterator[tuple[TestSet, list[dict]]]:  # fmt: skip
     """Score linear classifiers that share one class list: yields (test set, a result per model), set by set.
 
     models: in eval mode, on the context's device; wnids: the class of output 0, 1, …; outputs beyond them count as
-    wrong; chosen: {key of a test set: indices of the models to score on it}, all by default. A result has the top-1 in
-    percent over all outputs, n, counts per class in the order of the images, the number of images whose outputs are not
-    finite, the preprocessing, and `masks`, a bit for each image (`unpack`): correct over all outputs, and over the
-    classes present in the set; if file names give shape and texture class, whether these conflict, and the decisions
-    for either among these. Each image is read once, by one rank; all ranks must call this and get the same results.
+    wrong; chosen: {key of a test set: indices of the models to score on it}, all by default; dtype: of autocast. A
+    result has the top-1 in percent over all outputs, n, counts per class in the order of the images, the number of
+    images whose outputs are not finite, the preprocessing, and `masks`, a bit for each image (`unpack`): correct over
+    all outputs, and over the classes present in the set; if file names give shape and texture class, whether these
+    conflict, and the decisions for either among these. Each image is read once, by one rank; all ranks must call this
+    and get the same results.
     """
     if not test_sets:
         return
     current: list[nn.Module] = []  # the models of the set that is being read
     sets = [testsets.PreprocessedImages(each, image_size) for each in test_sets]
     read = loader.eval_loader(sets, batch_size, workers, ctx)
-    batches = predictions(lambda images: [model(images) for model in current], read, ctx.device)
+    batches = predictions(lambda images: [model(images) for model in current], read, ctx.device, dtype)
     for test_set in test_sets:
         current[:] = models if chosen is None else [models[index] for index in chosen[test_set.key]]
         labels = torch.as_tensor(test_set.labels).long()

@@ -4,6 +4,7 @@ ImageNet-C: Hendrycks & Dietterich, ICLR 2019. ImageNet-Sketch: Wang et al., Neu
 al., ICLR 2019. ImageNet-R: Hendrycks et al., ICCV 2021. Any other set of images in class folders has a name of its own.
 """
 
+import functools
 import hashlib
 import itertools
 import os
@@ -139,7 +140,8 @@ class PreprocessedImages(datasets.ImageList):
     """The images of a test set: item i is (the i-th image, the index of its preset)."""
 
     def __init__(self, test_set: TestSet, size: int):
-        super().__init__(test_set.paths, test_set.labels, datasets.eval_reader(size))
+        read = functools.partial(datasets.open_rgb, resizable_to=round(size * 256 / 224))
+        super().__init__(test_set.paths, test_set.labels, read)
         self.kind, self.size, self.presets = test_set.kind, size, [preset for _, preset in presets(size)]
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:

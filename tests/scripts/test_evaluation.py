@@ -122,6 +122,19 @@ def test_an_entry_of_suites_is_an_option_a_column_and_compared(tmp_path, monkeyp
     assert "| mine, paper | 50.00±1.00 |" in painted(*options)
 
 
+def test_the_precision_is_told_and_its_backbones_compute_in_it(tmp_path, painted):
+    paint(tmp_path / "s" / "n02" / "a.png", 1)
+    options, lowered = ["--set", f"s={tmp_path / 's'}", "--json", "r.json"], []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: lowered.append(torch.is_autocast_enabled("cpu")) if isinstance(module, GrayLevels) else None
+    )
+    for precision in "fp32", "bf16", "bf16":
+        lines = painted(*options, "--precision", precision)
+        assert ("computed in bf16 (--precision)" in lines) == (precision == "bf16")
+    handle.remove()
+    assert lowered == [False, True]  # what is done is not repeated
+
+
 def test_rows_are_files_or_named_lists_of_them(tmp_path):
     odd = tmp_path / "a=b,c.pth"
     odd.write_bytes(b"")

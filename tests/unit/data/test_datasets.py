@@ -6,9 +6,10 @@ import torch
 import torchvision.transforms as transforms
 from helpers import write_photo
 from PIL import Image
+from torchvision.transforms import v2
 
 from moco.data import datasets, folders, images
-from moco.data.images import BadImage
+from moco.data.images import BadImage, open_rgb, read_rgb
 
 
 def test_crops_follow_from_the_seed_alone(data):
@@ -59,6 +60,16 @@ def test_crops_of_square_textures_have_the_area_and_aspect_of_those_of_photos(si
         assert size == 1 or width / height == pytest.approx(box[3] / box[2], rel=0.08)
         share, wanted = height * width / size**2, box[2] * box[3] / (375 * 500)
         assert share == pytest.approx(wanted, rel=0.06) or size in (height, width) and share <= wanted or size == 1
+
+
+def test_crops_equal_torchvisions_to_the_bit(tmp_path):
+    write_photo(tmp_path / "a.JPEG", size=(130, 90))
+    photo = read_rgb(tmp_path / "a.JPEG")
+    for seed in range(30):
+        torch.manual_seed(seed)
+        box = transforms.RandomResizedCrop.get_params(photo, (0.2, 1.0), (3 / 4, 4 / 3))
+        crop = v2.functional.resized_crop(photo, *box, [32, 32], antialias=True)
+        assert torch.equal(datasets.TwoCrops([], 32)._crop(photo, *box), crop)
 
 
 def test_tiny_and_huge_images_give_crops(tmp_path):
@@ -132,5 +143,13 @@ def test_narrow_images_are_resized_or_refused(tmp_path):
     pixels = datasets.eval_transform(32)(str(tmp_path / "long.png"))
     assert pixels.shape == (3, 32, 32) and (pixels == 70).all()
     Image.new("L", (3, 40000)).save(tmp_path / "narrow.png")
-    with pytest.raises(BadImage, match="narrow.png: .*3x40000 px: too narrow .* to 256 px; replace this file"):
-        datasets.eval_transform(224)(str(tmp_path / "narrow.png"))
+    for read in open_rgb, read_rgb:
+        with pytest.raises(BadImage, match="narrow.png: .*3x40000 px: too narrow .* to 256 px; replace this file"):
+            datasets.eval_transform(224, read)(str(tmp_path / "narrow.png"))
+
+
+def test_decoded_as_in_training_an_evaluated_image_differs_by_rounding(tmp_path):
+    write_photo(tmp_path / "photo.JPEG", size=(400, 300))
+    with_pil, faster = (datasets.eval_transform(224, read)(tmp_path / "photo.JPEG") for read in (open_rgb, read_rgb))
+    assert faster.shape == with_pil.shape and faster.dtype == torch.uint8
+    assert (faster.int() - with_pil.int()).abs().float().mean() < 0.6

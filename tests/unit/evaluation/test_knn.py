@@ -97,6 +97,21 @@ def test_the_encoder_is_in_eval_mode_meanwhile_and_stays_as_it_is():
     assert all(module.training and not module._forward_pre_hooks for module in encoder.modules())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_encoder_computes_in_the_precision_of_the_run(dtype):
+    formats = set()
+
+    class Recording(Colours):
+        def forward(self, images):
+            images = torch.nn.functional.linear(images.flatten(1), torch.eye(48))
+            formats.add(images.dtype)
+            return self.fc(images)
+
+    train, val = images_of(300, seed=1), images_of(70, seed=2)
+    found = knn.accuracy(Recording(), batches_of(*train, 16), batches_of(*val, 8), 5, CPU, 20, dtype)
+    assert formats == {dtype} and found == pytest.approx(plain(train, val, 20), abs=0 if dtype == torch.float32 else 5)
+
+
 def test_a_compiled_encoder_is_not_compiled_again_for_knn():
     torch._dynamo.reset()
     encoder, counter = Colours(), CompileCounter()

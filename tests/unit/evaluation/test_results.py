@@ -78,6 +78,13 @@ def test_a_result_on_other_images_is_not_taken(other):
     assert list(fresh["cells"]) == ["val"]
 
 
+def test_a_result_in_another_precision_is_not_taken():
+    results.save("r.json", report_of({"val": [5.0]}))
+    fresh = report_of({}) | {"precision": "bf16"}
+    results.reuse_results("r.json", fresh, [a_test_set()])
+    assert fresh["cells"] == {} and len(fresh["earlier"]) == 1
+
+
 def test_outputs_that_are_not_finite_are_no_result():
     with pytest.raises(UsageError, match="0.pth: its outputs are not finite for 3 of the 200 images of val"):
         report_of({"val": [result(5.0, not_finite=3)]})
