@@ -11,7 +11,6 @@ import argparse
 import itertools
 import os
 import re
-import shutil
 import signal
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ if __name__ in ("__main__", "__mp_main__") and signal.getsignal(signal.SIGINT) i
 import torch.nn as nn
 from tqdm import tqdm
 
-from moco import options, plot
+from moco import options
 from moco.errors import UsageError
 from moco.evaluation import classifier, paper, released, report, results, scores, testsets
 from moco.evaluation.testsets import TestSet
@@ -69,7 +68,6 @@ def parse_args() -> argparse.Namespace:
     output.add_argument("--compare", choices=["paper"], help="compare with the published rows of the same NAME")
     output.add_argument("--by-class", action="store_true", help="also print accuracy by class, against the first row")
     output.add_argument("--latex", action="store_true", help="also print the table for LaTeX (booktabs)")
-    output.add_argument("--plot", metavar="FILE.png", help="accuracy by corruption and severity; needs matplotlib")
     options.add_dry_run_option(output)
     output.add_argument("--allow-partial", action="store_true", help="exit with 0 even if corruptions are missing")
     # fmt: on
@@ -89,10 +87,6 @@ def validate_args(args: argparse.Namespace, rows: Collection[str]) -> None:
     if args.by_class and len(rows) < 2:
         raise UsageError("--by-class: it compares rows with the first; name two or more, as --pretrained A=FILE B=FILE")
     options.check_file("--json", args.json)
-    if args.plot:
-        if not args.corruption:
-            raise UsageError(f"--plot {args.plot}: it draws corruptions; add --corruption DIR")
-        plot.check_picture("--plot", args.plot)
     local_world_size, _ = launch.resolve_world_size(args)
     launch.check_devices(launch.devices_of(local_world_size, args.gpu), args.precision)
 
@@ -182,7 +176,7 @@ def evaluate(ctx: launch.DistContext, args: argparse.Namespace, inputs: Inputs) 
 
 
 def print_report(args: argparse.Namespace, result: Mapping) -> None:
-    print(report.table(result, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    print(report.table(result))
     print(*report.difference_lines(result), *report.notes(result), sep="\n")
     if args.compare:
         print(paper.comparison(result))
@@ -190,9 +184,6 @@ def print_report(args: argparse.Namespace, result: Mapping) -> None:
         print(report.by_class_table(result))
     if args.latex:
         print(report.latex(result))
-    if args.plot:
-        plot.corruptions(result, report.rows_of(result)).savefig(args.plot)
-        print(f"wrote {args.plot}")
     print(f"wrote {args.json}", flush=True)
 
 

@@ -6,7 +6,9 @@ from applying, so that a texture negative can share its query's parameters. They
 no image of a batch needs are skipped without a CPU-GPU sync.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -79,23 +81,41 @@ def draw(recipe: Recipe, n: int, rng: np.random.Generator) -> Plan:
     )
 
 
-def apply(recipe: Recipe, plan: Plan, images: torch.Tensor) -> torch.Tensor:
-    """uint8 crops (N, 3, S, S) → normalised float32 images (N, 3, S, S)."""
-    (on_device,) = to_device([plan], images.device)  # in one copy
+class _Unknown:
+    """In place of a plan's array on the host: skips nothing, so that all batches run the same operations."""
+
+    any, all = (lambda self: True), (lambda self: False)
+    __getitem__ = __or__ = __ne__ = lambda self, other: self
+
+
+def apply(recipe: Recipe, plan: Plan, images: torch.Tensor, compile: bool = False) -> torch.Tensor:
+    """uint8 crops (N, 3, S, S) → normalised float32 images (N, 3, S, S). compile: with torch.compile, at once."""
+    (device,) = to_device([plan], images.device)  # in one copy
+    if compile:
+        return _compiled()(recipe, Plan(*len(plan) * [_Unknown()]), Plan(*device), images)
     result = torch.empty(images.shape, device=images.device)
     for chunk in chunks(images):
-        # Here and below, `host` decides what is skipped and `device` holds the same values where the images are.
-        host, device = (Plan(*(values[chunk] for values in each)) for each in (plan, on_device))
-        x = _where(host.flip, device.flip, lambda x: x.flip(3), images[chunk]).float().div_(255)
-        if recipe.gray_first:
-            x = _where(host.gray, device.gray, grayscale, x)
-        x = color_jitter(x, host, device)
-        if not recipe.gray_first:
-            x = _where(host.gray, device.gray, grayscale, x)
-        if host.sigma.any():
-            x = gaussian_blur(x, device.sigma, recipe.blur_sigma[1])
-        result[chunk] = normalize(x)
+        own = (Plan(*(values[chunk] for values in each)) for each in (plan, device))
+        result[chunk] = _transform(recipe, *own, images[chunk])
     return result
+
+
+def _transform(recipe: Recipe, host: Plan, device: Plan, images: torch.Tensor) -> torch.Tensor:
+    # Here and below, `host` decides what is skipped and `device` holds the same values where the images are.
+    x = _where(host.flip, device.flip, lambda x: x.flip(3), images).float().div_(255)
+    if recipe.gray_first:
+        x = _where(host.gray, device.gray, grayscale, x)
+    x = color_jitter(x, host, device)
+    if not recipe.gray_first:
+        x = _where(host.gray, device.gray, grayscale, x)
+    if recipe.blur_p and host.sigma.any():
+        x = gaussian_blur(x, device.sigma, recipe.blur_sigma[1])
+    return normalize(x)
+
+
+@functools.cache
+def _compiled() -> Callable:
+    return torch.compile(_transform, dynamic=False)
 
 
 def chunks(images: torch.Tensor) -> list[slice]:
@@ -142,12 +162,14 @@ def _blend(x, host, device, host_factors, factors):
         chosen = host_factors[:, slot] != 1
         if not chosen.any():
             continue
-        target = torch.zeros((), device=x.device)
+        own = (values[:, slot].view(-1, 1, 1, 1) for values in (factors, device.saturation, device.contrast))
+        factor, saturation, contrast = own
         if (host.saturation | host.contrast)[chosen, slot].any():
             gray = _luma(x)
-            target = device.saturation[:, slot].view(-1, 1, 1, 1) * gray
-            target += device.contrast[:, slot].view(-1, 1, 1, 1) * gray.mean(dim=(2, 3), keepdim=True)
-        x = torch.lerp(target, x, factors[:, slot].view(-1, 1, 1, 1)).clamp_(0, 1)
+            target = (saturation * gray).add_(contrast * gray.mean(dim=(2, 3), keepdim=True))
+            x = torch.lerp(target, x, factor).clamp_(0, 1)
+        else:
+            x = (factor * x).clamp_(0, 1)
     return x
 
 

@@ -1,7 +1,6 @@
 """Argument groups that the scripts share, checks of their values, and the printed configuration."""
 
 import argparse
-import difflib
 import math
 import os
 import re
@@ -35,7 +34,7 @@ class OptionParser(argparse.ArgumentParser):
         return namespace
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
-        """Give options their published spelling, and refuse unknown ones before anything else: with the nearest."""
+        """Give options their published spelling, and refuse unknown ones before anything else."""
         words, known = list(sys.argv[1:] if args is None else args), self._option_string_actions
         if self.usage and not words and is_local_main():
             self.exit(2, f"{self.format_usage().strip()}\nall options: python {sys.argv[0]} --help\n")
@@ -44,9 +43,7 @@ class OptionParser(argparse.ArgumentParser):
             name, equals, value = word.partition("=")
             if name not in known and re.match("--|-[^-.0-9]", name) and (name[:2] not in known or f"-{name}" in known):
                 if name.replace("_", "-") not in spelling:
-                    near = difflib.get_close_matches(f"-{name}".replace("---", "--"), known, 1)
-                    way = f"did you mean {near[0]}?" if near else "--help lists the options"
-                    self.error(f"{name}: unknown; {way}")
+                    self.error(f"{name}: unknown; --help lists the options")
                 words[place] = spelling[name.replace("_", "-")] + equals + value
         return super().parse_known_args(words, namespace)
 

@@ -1,4 +1,4 @@
-"""Pictures: curves of training logs, accuracy by corruption and severity, and the views of a training step.
+"""Pictures: curves of training logs, and the views of a training step.
 
 Loss, similarities, spread and accuracies over the epochs, several runs side by side:
     python -m moco.plot ckpts/*/log.jsonl --out curves.png
@@ -8,10 +8,9 @@ All but the views need matplotlib.
 import argparse
 import importlib.util
 import os
-import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -21,9 +20,6 @@ from moco import augment, options
 from moco.errors import UsageError
 from moco.processes.exits import cli_main
 from moco.training import metrics
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LOG_NAME = "log.jsonl"
 PANELS = {  # title: {key of the figures: line style}
@@ -78,16 +74,21 @@ def runs_of(name: str, records: Iterable[Mapping]) -> Runs:
     return runs
 
 
-def curves(runs: Runs) -> "Figure":
-    """A panel for each figure that any of the runs has, over the epochs. Raises UsageError if they have none."""
+def curves(runs: Runs) -> Any:
+    """A matplotlib Figure with a panel for each figure of the runs over the epochs. UsageError if they have none."""
     from matplotlib import colormaps
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     found = {key for figures in runs.values() for key in figures}
     panels = {title: keys for title, keys in PANELS.items() if keys.keys() & found}
     if not panels:
         raise UsageError("nothing to draw: the logs have no epoch with figures of a training run")
     columns = min(3, len(panels))
-    figure, axes = _panels(len(panels), columns, (4.5, 3), 0.25 * len(runs))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3 * rows + 0.25 * len(runs)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
     colours = colormaps["turbo"](torch.linspace(0.05, 0.95, len(runs)).numpy())
     for axis, (title, keys) in zip(axes, panels.items()):
         axis.set_title(title, fontsize=10)
@@ -102,9 +103,6 @@ def curves(runs: Runs) -> "Figure":
             axis.set_yscale("log")  # one head that diverged must not flatten all others
         if title == "spread":
             axis.set_ylim(0, 1.03)  # its own range would make noise look like a collapse
-            if low := [(epoch, own["spread"][epoch]) for own in runs.values() for epoch in own.get("collapsed", {})]:
-                axis.plot(*zip(*low), "x", color="red", markersize=6)
-                axis.set_title("spread (× collapsed)", fontsize=10, color="red")
         if len(keys) > 1:
             styles = [axis.plot([], [], style, color="gray", linewidth=1.3)[0] for style in keys.values()]
             axis.legend(styles, [metrics.SYMBOLS[key] for key in keys], fontsize=8)
@@ -115,54 +113,11 @@ def curves(runs: Runs) -> "Figure":
     return figure
 
 
-def _panels(count: int, columns: int, size: tuple[float, float], above: float, **shared) -> tuple:
-    """A figure, and the axes of its `count` panels of a size in inches, with some space above them."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
-
-    rows = -(-count // columns)
-    figure = Figure(figsize=(size[0] * columns, size[1] * rows + above), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **shared).ravel()
-    for axis in axes[count:]:
-        axis.set_visible(False)
-    return figure, axes[:count]
-
-
-# Evaluations
-
-
 def plain_text(name: str, longest: int = 60) -> str:
     """A name as matplotlib shows it in a label: no formula in it, printable, and of a length that leaves room."""
     name = name if len(name) <= longest else f"…{name[1 - longest :]}"
     name = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
     return f" {name}" if name.startswith("_") else name  # matplotlib leaves labels out that begin with _
-
-
-def corruptions(evaluation: Mapping, rows: Mapping[str, Sequence[int]]) -> "Figure":
-    """Accuracy against severity for each corruption, one line per row, {name: indices of its runs}.
-
-    Dashed: the row's accuracy on val, if that was evaluated. Dotted: chance.
-    """
-    cells = evaluation["cells"]
-    names = dict.fromkeys(key.split("/")[1] for key in cells if key.startswith("corruption/"))
-    figure, axes = _panels(len(names), min(5, len(names)), (2.6, 2.4), 0.6, sharey=True)
-    for name, axis in zip(names, axes):
-        severities = {int(key[-1]): cell for key, cell in cells.items() if key.startswith(f"corruption/{name}/")}
-        for index, (row, runs) in enumerate(rows.items()):
-            top1 = [statistics.fmean(cell["results"][run]["top1"] for run in runs) for cell in severities.values()]
-            axis.plot(list(severities), top1, marker=".", color=f"C{index}", label=plain_text(row))
-            if "val" in cells:
-                clean = statistics.fmean(cells["val"]["results"][run]["top1"] for run in runs)
-                axis.axhline(clean, color=f"C{index}", linestyle="--", linewidth=0.9)
-        axis.set_title(name.replace("_", " "), fontsize=9)
-        axis.set_xticks(range(1, 6))
-    if "val" in cells:
-        axes[0].plot([], [], "--", color="gray", label="on val")
-    for axis in axes:
-        axis.axhline(100 / len(evaluation["wnids"]), color="gray", linestyle=":", linewidth=1.2, label="chance")
-    figure.supxlabel("severity")
-    figure.supylabel("top-1, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return figure
 
 
 # Training views; without matplotlib

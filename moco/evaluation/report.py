@@ -21,7 +21,7 @@ CUES = {
     "Texture accuracy": ("texture", ("conflict",)),
 }
 EXTRA = "Corruption, extra four"  # a column beside those of the suites
-RUNS, CLEAR = 3, 2  # an error is over runs if there are so many; a difference is one beyond so many standard errors
+RUNS = 3  # an error is over runs if there are so many
 ERRORS = "± after a difference: standard error, over runs if both rows have three, else over images; seeds vary, too"
 SETTINGS = ("model", "K", "alpha")  # the first columns
 LATEX = str.maketrans(
@@ -174,10 +174,6 @@ class Difference(NamedTuple):
     def change(self) -> float:
         return self.other - self.base
 
-    @property
-    def clear(self) -> bool:
-        return abs(self.change) > CLEAR * self.error
-
     def __str__(self) -> str:
         return f"{self.change:+.2f}±{self.error:.2f}"
 
@@ -246,15 +242,9 @@ def markdown(grid: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
 
 
-def table(report: Mapping, width: int | None = None) -> str:
-    """A Markdown table of top-1 in percent, one row per row name.
-
-    width: of the terminal. If the table is wider, models become columns, where that is narrower.
-    """
-    grid = _grid(report)
-    usual, transposed = markdown(grid), markdown(zip(*grid))
-    widest = [max(map(len, text.splitlines())) for text in (usual, transposed)]
-    return transposed if width is not None and widest[0] > max(width, widest[1]) else usual
+def table(report: Mapping) -> str:
+    """A Markdown table of top-1 in percent, one row per row name."""
+    return markdown(_grid(report))
 
 
 def _grid(report: Mapping) -> list[list[str]]:
@@ -286,15 +276,8 @@ def _header(report: Mapping, column: str) -> str:
 
 
 def latex(report: Mapping) -> str:
-    """The table for LaTeX, with booktabs; a figure is bold that is clearly better than those of all other rows."""
+    """The table for LaTeX, with booktabs."""
     grid = [[cell.translate(LATEX) for cell in line] for line in _grid(report)]
-    rows, own = list(rows_of(report)), columns(report)
-    for line, row in zip(grid[1:], rows):
-        for place, column in enumerate(_shown(report), len(SETTINGS)):
-            against = [difference(report, column, own[column], other, row) for other in rows if other != row]
-            better = [each and each.clear and each.change > 0 for each in against]
-            if better and all(better) and not column.endswith(tuple(CUES)):
-                line[place] = rf"\textbf{{{line[place]}}}"
     table = [" & ".join(line) + r" \\" for line in grid]
     begin = rf"\begin{{tabular}}{{l{'r' * (len(grid[0]) - 1)}}}  % \usepackage{{booktabs}}"
     return "\n".join([begin, r"\toprule", table[0], r"\midrule", *table[1:], r"\bottomrule", r"\end{tabular}"])

@@ -291,10 +291,10 @@ def say_why_on_cpu() -> None:
     idle = [name for name, pattern in devices.items() if any(Path("/dev").glob(pattern))]
     idle += [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []  # xpu, mps
     if idle:
-        build = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}, ROCm {torch.version.hip})"
+        why = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}, ROCm {torch.version.hip}) finds none it can use"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        why = f"these scripts use NVIDIA's or AMD's, and {build} finds none; CUDA_VISIBLE_DEVICES is {visible}"
-        print(f"running on the CPU, not on a GPU ({', '.join(idle)}): {why}", file=sys.stderr, flush=True)
+        told = f"on the CPU, not on a GPU ({', '.join(idle)}): {why}; CUDA_VISIBLE_DEVICES is {visible}"
+        print(f"running {told}", file=sys.stderr, flush=True)
 
 
 def check_devices(devices: Sequence[torch.device], precision: str) -> None:
@@ -315,10 +315,7 @@ def check_devices(devices: Sequence[torch.device], precision: str) -> None:
 
 
 def has_kernels(archs: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether kernels for `archs` (torch.cuda.get_arch_list) run on an NVIDIA GPU of this compute capability.
-
-    Those of sm_XY run on X.Y and later X.*, those of compute_XY, which the driver compiles, on all from X.Y on.
-    """
+    """Whether kernels of sm_XY, which run on X.Y and later X.*, or compute_XY, on all later ones, run on this GPU."""
     listed = [(kind, int(number)) for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(archs))]
     own = 10 * capability[0] + capability[1]
     fitting = [n for kind, n in listed if n <= own and (kind == "compute" or n // 10 == capability[0])]

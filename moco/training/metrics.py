@@ -84,11 +84,6 @@ def read_jsonl(path: str) -> tuple[list[dict], int]:
     return records, damaged
 
 
-def collapsed(spread: float, highest: float, done: float) -> bool:
-    """Whether the spread has halved since it was `highest`, or is low in the last quarter: early it may be."""
-    return highest >= 0.5 and spread < highest / 2 or done >= 0.75 and spread < 0.5
-
-
 # Progress
 
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}|{postfix}"  # cut at the terminal's width

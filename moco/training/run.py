@@ -61,7 +61,6 @@ class Run:
         self.epoch = self.step = 0  # whole epochs done, and steps of the epoch after them
         self.saved_at, self.due = -math.inf, 0  # when `latest` was written; whether an epoch's end is to write it
         self.signum = 0  # of a stop signal that came to any rank by the end of an epoch
-        self.highest, self.collapsed = 0.0, False  # spread so far, and whether it has collapsed, which a line has said
 
     def resume(self, saved: Mapping) -> None:
         """Continue from a checkpoint that `save` wrote; an empty one starts at --start-epoch.
@@ -181,14 +180,6 @@ class Run:
 
     def end_epoch(self, stats: Mapping, also: Sequence[str] = ()) -> None:
         """Log the epoch, save it where that is due and under the names `also`, end the run if a signal asked for it."""
-        self.highest = max(self.highest, spread := stats.get("spread", 1))
-        if metrics.collapsed(spread, self.highest, (self.epoch + 1) / self.args.epochs):
-            stats = {**stats, "collapsed": True}
-            if not self.collapsed:
-                self.print(
-                    f"epoch {self.epoch}  spread {abs(spread):.2f}: features collapse; try a smaller --moco-k or --lr"
-                )
-            self.collapsed = True
         if distributed.is_main():
             self._check_finite(weights=True)
             changes = [each for each in self.args.changes if each["epoch"] == self.first_epoch == self.epoch]

@@ -211,7 +211,6 @@ def test_bad_inputs_are_refused(linear, tmp_path):
         (["--val", data], "nothing to test"),
         ([*model, "--val", data, "--compare", "paper"], "not a row of the published table"),
         ([*model, "--val", data, "--json", tmp_path / "foreign.json"], "not written by these scripts"),
-        ([*model, "--val", data, "--plot", tmp_path / "p.png"], "add --corruption DIR"),
         ([*model, "--val", data, "--by-class"], "name two or more"),
         (["--pretrained", tmp_path / "pretraining.pth.tar", "--val", data], "no linear head"),
         ([*model, "--val", tmp_path / "nowhere"], "no such directory"),

@@ -16,7 +16,6 @@ from helpers import (
     TORCHRUN,
     TORCHRUN_RANK,
     log,
-    paint,
     refused,
     run_script,
     same,
@@ -231,15 +230,6 @@ def test_settings_that_will_hardly_work_are_named(capsys, monkeypatch, options, 
     assert found.get("patch size", "").startswith("ignored") == ("--patch-size" in options)
     if "16 56" in options:
         assert found["patches"] == "above half the crop they show whole objects: try --patch-ratio 4 18"
-
-
-def test_a_collapse_of_the_features_is_said(tmp_path):
-    for number in range(16):
-        paint(tmp_path / "data" / "train" / "black" / f"{number}.png", 0)
-    run = run_script(PRETRAIN, *SMALL, "--epochs", 3, "--ckpt_path", tmp_path / "run", tmp_path / "data")
-    (line,) = (line for line in run.stdout.splitlines() if "features collapse" in line)
-    assert line.startswith("epoch 2  spread 0.00")  # in the last quarter
-    assert [record.get("collapsed") for record in log(tmp_path / "run")] == [None, None, True]
 
 
 # A new kind of negative, and one's own patch negatives

@@ -65,13 +65,11 @@ def test_a_hyphen_in_an_option_is_as_good_as_an_underscore():
     assert "--ckpt_path" in parser().format_help() and "--batch_size" not in parser().format_help()
 
 
-@pytest.mark.parametrize("words, told", [
-    ("--epoch 3 DIR", "did you mean --epochs?"), ("--ckpt-pth=x", "did you mean --ckpt_path?"),
-    ("-lr 3 DIR", "did you mean --lr?"), ("--zzz", "--help lists the options")])  # fmt: skip
-def test_an_unknown_option_is_named_with_the_nearest(capsys, words, told):
+@pytest.mark.parametrize("words", ["--epoch 3 DIR", "--ckpt-pth=x", "-lr 3 DIR", "--zzz"])
+def test_an_unknown_option_is_named(capsys, words):
     with pytest.raises(SystemExit) as stop:
         parser().parse_args(words.split())
-    told = f": error: {words.replace('=', ' ').split()[0]}: unknown; {told}\n"
+    told = f": error: {words.replace('=', ' ').split()[0]}: unknown; --help lists the options\n"
     assert stop.value.code == 2 and capsys.readouterr().err.endswith(told)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reports import report_of
 
 from moco import augment, plot
 from moco.errors import UsageError
@@ -66,20 +65,6 @@ def test_curves_of_a_probe_are_lines_of_its_heads():
 
 
 @drawing
-def test_a_collapsed_spread_is_marked_and_a_healthy_one_is_not():
-    spreads = {"low": [0.2, 0.9, 0.4, 0.35, 0.6], "high": [0.3, 0.5, 0.8]}
-    runs = {
-        name: plot.runs_of(name, [{"epoch": e, "spread": s} for e, s in enumerate(spreads[name])]) for name in spreads
-    }
-    runs["low"]["low"]["collapsed"] = {2: True, 3: True}  # as the run has logged it
-    assert drawn(plot.curves(runs["high"]), "spread") == [[*enumerate(spreads["high"])]]
-    figure = plot.curves(runs["low"] | runs["high"])
-    lines = [[*enumerate(values)] for values in spreads.values()]
-    assert drawn(figure, "spread (× collapsed)") == [*lines, [(2, 0.4), (3, 0.35)]]
-    assert [line.get_marker() for line in figure.axes[0].lines][:3] == [".", ".", "x"]
-
-
-@drawing
 def test_curves_leave_out_what_is_damaged_and_say_so(capsys):
     odd = [{"epoch": 0, "loss": None, "spread": "x"}, {"epoch": 1, "loss": 2.0}]
     figure = plot.curves(plot.read_runs([write_log("cut", *odd, end='{"epoch": 2, "lo'), write_log("new")]))
@@ -122,17 +107,6 @@ def test_without_matplotlib_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="^--out a.png: matplotlib is not installed; pip install matplotlib$"):
         call(monkeypatch, "log.jsonl", "--out", "a.png")
-
-
-@drawing
-def test_the_corruption_plot_has_lines_for_val_and_chance():
-    cells = {f"corruption/fog/{s}": [60.0 - s, 70.0 - s, 68.0 - s] for s in (1, 3)}
-    reports = (report_of(each, ["a", "b", "b"], list("abcde")) for each in (cells, cells | {"val": [80.0, 75.0, 77.0]}))
-    figures = [plot.corruptions(each, {"a": [0], "b": [1, 2]}) for each in reports]
-    lines, more = ([list(map(float, line.get_ydata())) for line in each.axes[0].lines] for each in figures)
-    assert lines == [[59.0, 57.0], [68.0, 66.0], [20.0, 20.0]]
-    assert sorted(each for each in more if each) == sorted([*lines, [80.0, 80.0], [76.0, 76.0]])
-    assert [legend(each) for each in figures] == [["a", "b", "chance"], ["a", "b", "on val", "chance"]]
 
 
 # Views

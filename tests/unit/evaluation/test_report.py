@@ -92,17 +92,7 @@ def test_shared_classes_are_a_column_only_where_they_differ():
     }
 
 
-def test_a_table_wider_than_the_terminal_is_transposed_where_that_is_narrower():
-    def lines(rows, width):
-        cells = dict.fromkeys(["val", "sketch", "stylized", "rendition"], [70.0] * rows)
-        return report.table(report_of(cells, [f"patch-k16384-a{row}" for row in range(rows)]), width).splitlines()
-
-    assert lines(2, 50)[0] == "| model | patch-k16384-a0 | patch-k16384-a1 |"
-    assert lines(2, 50)[-1] == "| Rendition | 70.00 | 70.00 |"
-    assert lines(2, 80) == lines(2, None) and lines(9, 50) == lines(9, None)  # nine side by side would be wider
-
-
-def test_a_latex_table_has_escaped_names_and_bold_what_is_clearly_better():
+def test_a_latex_table_has_escaped_names():
     cues = [result(9.0, cues=(4, 1, 1))] * 6
     cells = {"val": [50.0, 52.0, 51.0, 70.0, 72.0, 71.0], "sketch": [20.0] * 6, "stylized": cues}
     rows = ["plain_k1"] * 3 + ["patch & 2"] * 3
@@ -114,15 +104,11 @@ def test_a_latex_table_has_escaped_names_and_bold_what_is_clearly_better():
         r"\midrule",
         r"plain\_k1 & 64 & -- & 51.00$\pm$1.00 & 20.00$\pm$0.00 & 9.00$\pm$0.00 &"
         r" 50.00$\pm$0.00 & 25.00$\pm$0.00 & 25.00$\pm$0.00 \\",
-        r"patch \& 2 & 64 & -- & \textbf{71.00$\pm$1.00} & 20.00$\pm$0.00 & 9.00$\pm$0.00 &"
+        r"patch \& 2 & 64 & -- & 71.00$\pm$1.00 & 20.00$\pm$0.00 & 9.00$\pm$0.00 &"
         r" 50.00$\pm$0.00 & 25.00$\pm$0.00 & 25.00$\pm$0.00 \\",
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    assert "textbf" not in report.latex(report_of({"val": [50.0]}))  # one row has no best
-    close = {"val": [50.0, 52.0, 48.0, 51.0, 53.0, 49.0]}  # the larger by less than two standard errors
-    assert "textbf" not in report.latex(report_of(close, rows))
-    assert r"\textbf{71.00}" in report.latex(report_of({"val": [50.0, 71.0]}, ["a", "b"]))
 
 
 # Differences
@@ -132,7 +118,7 @@ def test_an_error_is_over_runs_where_there_are_three_of_each():
     made = report_of({"val": [70.0, 71.0, 75.0, 60.0, 61.0, 62.0]}, ["a"] * 3 + ["b"] * 3)
     (found,) = report.differences(made)["b"]
     error = ((statistics.variance([70, 71, 75]) + 1) / 3) ** 0.5
-    assert (found.name, found.change, found.error) == ("val", -11.0, pytest.approx(error)) and found.clear
+    assert (found.name, found.change, found.error) == ("val", -11.0, pytest.approx(error))
     assert report.difference_lines(made) == [f"b against a: val -11.00±{error:.2f}", report.ERRORS]
     same = report_of({"val": [50.0] * 6}, ["a"] * 3 + ["b"] * 3)
     assert report.differences(same)["b"][0].error == 0.5  # one image of 200
@@ -237,7 +223,6 @@ def test_class_differences_are_means_over_the_runs_of_a_row():
     assert (dog.name, dog.base, dog.other) == ("dog", 80, 50) and dog.change == pytest.approx(-30)
     effects = [0] * 5 + [1, 0.5, 0.5, 0, 0]  # of the ten cats on the mean of the two runs
     assert cat.error == pytest.approx(10 * (sum((effect - 0.2) ** 2 for effect in effects) + 1) ** 0.5)
-    assert not cat.clear
     back = report.class_differences(report_of({"val": VAL}, ROWS), [report.Part("val")], "patch", "plain")
     assert [each.name for each in back] == ["dog", "cat"] and back[0].change == pytest.approx(30)
 

@@ -76,20 +76,6 @@ def test_damaged_log_lines_are_dropped_and_counted(tmp_path, damage):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [sound[0], sound[2], {"epoch": 1, "lr": 1}]
 
 
-# Spreads by epoch of 20, *measured here* on generated images: alpha 2, alpha 3, plain, all of which recover
-RISING = [0.34, 0.36, 0.44, 0.52, 0.6, 0.6, 0.65, 0.69, 0.7, 0.77, 0.77, 0.84, 0.87, 0.88, 0.93, 0.95, 0.97, 0.98]
-SLOW = [0.28, 0.13, 0.17, 0.36, 0.24, 0.33, 0.37, 0.31, 0.37, 0.35, 0.42, 0.38, 0.49, 0.57, 0.79, 0.83, 0.77, 0.83]
-PLAIN = [0.38, 0.67, 0.65, 0.78, 0.92, 0.95, 0.98, *[0.99] * 13]
-
-
-@pytest.mark.parametrize("spreads, marked", [
-    (RISING, []), (SLOW, []), (PLAIN, []), ([0.9, 0.6, 0.4, 0.15], [2, 3]), ([0.06] * 17, [14, 15, 16])])  # fmt: skip
-def test_a_spread_that_halves_or_stays_low_has_collapsed(spreads, marked):
-    highest = [max(spreads[: epoch + 1]) for epoch in range(len(spreads))]
-    found = [metrics.collapsed(*pair, (e + 1) / 20) for e, pair in enumerate(zip(spreads, highest))]
-    assert [epoch for epoch, collapsed in enumerate(found) if collapsed] == marked
-
-
 # Progress
 
 MEANS = {"loss": 8.123, "contrast_acc": 12.5, "q_k": 0.812, "q_t": -0.123, "q_queue": 0.01, "spread": 0.974}
