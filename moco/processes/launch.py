@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -299,15 +300,15 @@ def say_why_on_cpu() -> None:
 
 def check_devices(devices: Sequence[torch.device], precision: str) -> None:
     """Raise UsageError unless this PyTorch has kernels for the devices, and they can compute in this precision."""
-    for device in devices:
-        if device.type != "cuda":
-            continue
-        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-        if not has_kernels(torch.cuda.get_arch_list(), capability):
-            own, found = "sm_{}{}".format(*capability), " ".join(torch.cuda.get_arch_list())
+    archs = torch.cuda.get_arch_list()
+    for device in (device for device in devices if device.type == "cuda"):
+        with warnings.catch_warnings():  # PyTorch says in 20 lines what is said here in one
+            warnings.simplefilter("ignore")
+            name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        if not has_kernels(archs, capability):
             raise UsageError(
-                f"{name} is {own}, and PyTorch {torch.__version__} has kernels for {found}; for sm_50 to sm_70 install"
-                " PyTorch up to 2.14 with pip's --index-url https://download.pytorch.org/whl/cu126, for newer GPUs a"
+                f"{name} is sm_{capability[0]}{capability[1]}, and PyTorch {torch.__version__} has kernels for"
+                f" {' '.join(archs)}; for sm_50 to sm_70 install PyTorch up to 2.14 with pip's --index-url https://download.pytorch.org/whl/cu126, for newer GPUs a"
                 " newer one; or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
             )
         if precision == "bf16" and capability < (8, 0):
