@@ -308,8 +308,8 @@ def check_devices(devices: Sequence[torch.device], precision: str) -> None:
         if not has_kernels(archs, capability):
             raise UsageError(
                 f"{name} is sm_{capability[0]}{capability[1]}, and PyTorch {torch.__version__} has kernels for"
-                f" {' '.join(archs)}; for sm_50 to sm_70 install PyTorch up to 2.14 with pip's --index-url https://download.pytorch.org/whl/cu126, for newer GPUs a"
-                " newer one; or set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+                f" {' '.join(archs)}; for sm_50 to sm_70 install PyTorch up to 2.14 with pip's --index-url"
+                " https://download.pytorch.org/whl/cu126, else a newer one; or set CUDA_VISIBLE_DEVICES= for the CPU"
             )
         if precision == "bf16" and capability < (8, 0):
             raise UsageError(f"--precision bf16: {name} would only emulate it (it needs an Ampere or later); use fp16")
