@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, defaul
 
 from moco import distributed
 from moco.distributed import DistContext
-from moco.errors import RunError, UsageError
+from moco.errors import UsageError
 from moco.processes import signals
 
 DATA_SECONDS = 600  # limit for one batch, then the run is saved and ends; below the limit for collectives
@@ -50,7 +50,7 @@ class WorkerLoader(DataLoader):
     """A DataLoader whose worker processes leave stop signals to the trainer and end with it, however it ends.
 
     They are forked, whatever Python's default, to share the memory of the lists of files, and persist over all passes.
-    Raises RunError if there is no batch for DATA_SECONDS.
+    PyTorch raises RuntimeError if there is no batch for DATA_SECONDS.
     """
 
     def __init__(self, dataset: Dataset, workers: int, device: torch.device, **settings):
@@ -68,15 +68,6 @@ class WorkerLoader(DataLoader):
         time.sleep(0.3)  # in which such threads come to rest
         with signals.blocked():  # in the workers until they are ready; and PyTorch cannot clean up half an iterator
             return super()._get_iterator()
-
-    def __iter__(self) -> Iterator:
-        try:
-            yield from super().__iter__()
-        except RuntimeError as error:
-            if "DataLoader timed out" not in str(error):  # PyTorch has no type for it
-                raise
-            reason = "the data's file system does not answer, or the loading processes were stopped"
-            raise RunError(f"no batch for {self.timeout} s: {reason}; continue with --resume auto") from error
 
 
 def _start_worker(worker_id: int) -> None:

@@ -25,12 +25,14 @@ TRANSLATIONS = {
     " ({reason}): set GLOO_SOCKET_IFNAME, and for NCCL NCCL_SOCKET_IFNAME, to the network interface between the nodes",
     PEER: "another process of this run has ended or does not answer ({reason}); see the first message of the others,"
     " then {again}",
+    "DataLoader timed out": "{reason}: the data's file system does not answer, or the loading processes were stopped;"
+    " {again}",
     "DataLoader worker|unable to .*shared memory|^(Connection|EOF)": "a data loading process has ended ({reason}); use"
-    " a smaller -j or --batch-size if memory ran out, -j 0 or docker's --shm-size if /dev/shm is full; then {again}",
+    " a smaller -j or batch if memory ran out, -j 0 or docker's --shm-size if /dev/shm is full; then {again}",
     "/dev/shm/nccl": "NCCL has too little shared memory ({reason}); raise docker's --shm-size, then {again}",
     "out of resource": "a compiled kernel is too large for this GPU ({reason}); leave out --compile, then {again}",
     "out of memory|t allocate memory|ALLOC_FAILED|^(OutOf)?Memory": "out of memory ({reason}); use a smaller"
-    " --batch-size or --precision bf16, then {again}",
+    " batch or 16-bit precision, then {again}",
     "NCCL": "NCCL failed ({reason}); see the first message of the other processes, then {again}",
     "^Dist": "the processes can no longer reach each other ({reason}); see the first message of the others, then"
     " {again}",

@@ -164,9 +164,9 @@ def _start_ranks(node: int, count: int, world_size: int, job: tuple) -> None:
             sys.exit(128 + received[-1])
         if 0 < error.exit_code < 255:
             sys.exit(error.exit_code)
-        # The error names the process and the signal; 255 is the fork server's own end.
-        killed = error.signal_name == "SIGKILL"
-        way = "if memory ran out, use a smaller --batch-size or fewer -j" if killed else "its own messages are above"
+        # The error names the process and the signal; without one, 255 is the fork server's own end.
+        killed = error.signal_name in (None, "SIGKILL")
+        way = "if memory ran out, use a smaller batch or fewer -j" if killed else "its own messages are above"
         raise RunError(f"{error}; {way}") from error
     if server := getattr(forkserver._forkserver, "_forkserver_pid", None):
         os.kill(server, signal.SIGKILL)  # it has nothing to save, and `| tee` would wait for PyTorch's exit handlers

@@ -236,7 +236,7 @@ def check_exactly(
     faults += [f"has another shape or kind of tensor for {name}" for name in others]
     if faults:
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
-        raise UsageError(f"{source}: does not fit this model: it {faults[0]}{more}; check --arch, --mlp and --moco-k")
+        raise UsageError(f"{source}: does not fit this model: it {faults[0]}{more}; use the options it was made with")
     if broken := [name for name, value in state_dict.items() if not value.isfinite().all()]:
         which = f"{len(broken)} of its tensors, {broken[0]} the first"
         raise UsageError(f"{source}: {which}, hold infinite values or NaN; use an earlier one")

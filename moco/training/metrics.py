@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -87,6 +88,7 @@ def read_jsonl(path: str) -> tuple[list[dict], int]:
 # Progress
 
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}|{postfix}"  # cut at the terminal's width
+tqdm.set_lock(threading.RLock())  # its own, between processes, is a semaphore that a killed rank would leave behind
 SYMBOLS = {"q_k": "q·k", "q_t": "q·t", "q_queue": "q·queue"}
 
 

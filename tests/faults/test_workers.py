@@ -42,5 +42,5 @@ def test_a_worker_that_stays_stopped_ends_the_run_saved(whole, tmp_path):
         time.sleep(0.01)
     for worker in workers(process):
         os.kill(worker, signal.SIGSTOP)
-    assert_one_line(completed(process, timeout=60), "no batch for 2 s", "continue with --resume auto")
+    assert_one_line(completed(process, timeout=60), "timed out after 2 seconds", "continue with --resume auto")
     whole.assert_continues(PRETRAIN, tmp_path)

@@ -13,8 +13,8 @@ import torch
 from moco.data import datasets, folders, loader
 from moco.data.images import BadImage
 from moco.distributed import DistContext
-from moco.errors import RunError
 from moco.processes import signals
+from moco.processes.exits import translate_error
 
 
 def test_any_number_of_ranks_sees_the_same_global_batches():
@@ -119,8 +119,10 @@ def test_a_batch_that_never_comes_is_an_error(monkeypatch):
     hanging = loader.eval_loader(Hanging(), 1, 1, DistContext())
     batches = iter(hanging)
     assert [next(batches).item() for _ in range(2)] == [0, 1]
-    with pytest.raises(RunError, match="no batch for 0.3 s: the data's file system does not answer"):
+    with pytest.raises(RuntimeError, match="timed out") as error:
         next(batches)
+    told = str(translate_error(error.value, "start again"))
+    assert told.startswith("DataLoader timed out after 0.3 seconds: the data's file system") and "; start again" in told
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error
     for process in multiprocessing.active_children():
         process.kill()

@@ -95,7 +95,7 @@ IFNAME = "cannot connect to each other over gloo .*GLOO_SOCKET_IFNAME"
         (EOFError(), RunError, WORKER + " .EOFError"),
         (RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed."), RunError, WORKER + ".*smaller -j"),
         (RuntimeError("unable to write to file </torch_1>: No space left; shared memory"), RunError, "--shm-size"),
-        (MemoryError(), RunError, MEMORY + " .MemoryError.*--batch-size"),
+        (MemoryError(), RunError, MEMORY + " .MemoryError.*smaller batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), RunError, MEMORY),
     ],
 )
@@ -128,9 +128,9 @@ GPU, AGAIN = "the GPU failed", "continue with --resume auto"
         ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", f"{GPU} .cuDNN error: CUDNN_STATUS_EXECUTION_FAILED.; {AGAIN}"),
         ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`", GPU),
         (f"CUDA error: out of memory{CUDA_ASIDE}", f"^{MEMORY} .CUDA error: out of memory.; use .*, then {AGAIN}$"),
-        ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB", f"^{MEMORY}.*bf16"),
-        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", f"^{MEMORY} .*--batch-size"),
-        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", f"^{MEMORY} .*--batch-size"),
+        ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB", f"^{MEMORY}.*16-bit"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", f"^{MEMORY} .*smaller batch"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", f"^{MEMORY} .*smaller batch"),
         (f"{NCCL}Cuda failure 2 'out of memory'", f"^{MEMORY} .Cuda failure 2 'out of memory'.; use a smaller"),
         (f"{NCCL}{SEGMENT}", "^NCCL has too little shared memory .Error while.*--shm-size, then continue with"),
         (f"{NCCL}socketProgress: Connection closed by remote peer", "NCCL failed .socketProgress: .*; see the first"),
@@ -141,4 +141,4 @@ def test_faults_of_gpus_are_named_and_nothing_else_is_advised(text, wanted):
     error = getattr(torch, "AcceleratorError", RuntimeError) if text.startswith("CUDA error") else RuntimeError
     translated = str(exits.translate_error(error(text.replace("\\", "")), AGAIN))
     assert re.search(wanted, translated)
-    assert not re.search("--moco-k|might be asynchronously|TORCH_USE_CUDA_DSA|\n", translated)
+    assert not re.search("--(batch|moco|precision)|might be asynchronously|TORCH_USE_CUDA_DSA|\n", translated)
