@@ -59,7 +59,7 @@ class Run:
         self.bad_images, self.bad_now, self.bad_in_epoch = {}, set(), 0
         self.means = metrics.RunningMeans()
         self.epoch = self.step = 0  # whole epochs done, and steps of the epoch after them
-        self.saved_at, self.due = -math.inf, 0  # when `latest` was written; whether an epoch's end is to write it
+        self.saved_at, self.due = -math.inf, 0  # when rank 0 wrote `latest`; whether an epoch's end is to
         self.signum = 0  # of a stop signal that came to any rank by the end of an epoch
 
     def resume(self, saved: Mapping) -> None:
@@ -202,7 +202,7 @@ class Run:
 
     def save(self, names: Sequence[str]) -> None:
         """Write the state of the run to files of these names, on rank 0. All ranks must call this."""
-        self.saved_at, self.due = time.monotonic(), 0
+        self.due = 0
         means = self.means.state_dict() if self.step else None
         if not distributed.is_main():
             return
@@ -225,6 +225,7 @@ class Run:
         }
         first, *others = map(self._path, names)
         checkpoint.save(first, state, others)
+        self.saved_at = time.monotonic()
 
     def _path(self, name: str) -> str:
         return os.path.join(self.args.ckpt_path, name)
