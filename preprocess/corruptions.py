@@ -24,7 +24,7 @@ from types import ModuleType
 import common  # before numpy
 import numpy as np
 import pool
-from common import UsageError, check_resizable, to_rgb
+from common import FORMATS, UsageError, check_resizable, to_rgb
 from PIL import Image
 
 os.environ["OPENCV_FOR_THREADS_NUM"] = "1"  # per worker process; read when the library loads OpenCV
@@ -68,7 +68,7 @@ def crop(path: Path, size: int) -> tuple[Image.Image, bool]:
 
     As torchvision's Resize(256/224 of the size) and CenterCrop(size), pixel by pixel.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         photo = to_rgb(image)
     short, shorter = min(photo.size), round(size * 256 / 224)
     check_resizable(photo, shorter)

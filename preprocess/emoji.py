@@ -23,7 +23,7 @@ from pathlib import Path
 import common  # before numpy
 import numpy as np
 import pool
-from common import UsageError
+from common import FORMATS, UsageError
 from PIL import Image, ImageOps
 from small_corruptions import CORRUPTIONS, CROP, corrupt
 
@@ -143,7 +143,7 @@ def render(source: Path | str) -> Image.Image:
 
         text = source if isinstance(source, str) else source.read_text()
         source = io.BytesIO(resvg_py.svg_to_bytes(text, skip_system_fonts=True, width=4 * SIZE))
-    with Image.open(source) as image:
+    with Image.open(source, formats=FORMATS) as image:
         drawn = image.convert("RGBA")
     box = drawn.getchannel("A").getbbox()
     if not box:

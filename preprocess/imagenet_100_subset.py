@@ -17,7 +17,7 @@ from pathlib import Path
 
 import common
 import pool
-from common import UsageError, folders, to_rgb
+from common import FORMATS, UsageError, folders, to_rgb
 from PIL import Image
 
 SPLITS = {"train": range(600, 1301), "val": range(50, 51)}  # how many photos a class of ImageNet has
@@ -77,7 +77,7 @@ def make_copy(photo: str, args: argparse.Namespace) -> tuple[dict[Path, bytes], 
     """A copy, with --resize one whose shorter side is so many px, as pool.write_files takes it; none is enlarged."""
     if not args.resize:
         return {args.imagenet100_path / photo: (args.imagenet_path / photo).read_bytes()}, False
-    with Image.open(args.imagenet_path / photo) as image:
+    with Image.open(args.imagenet_path / photo, formats=FORMATS) as image:
         image.draft("RGB", (2 * args.resize, 2 * args.resize))  # lets JPEGs decode at a smaller scale
         copy = to_rgb(image)
     scale = min(1, args.resize / min(copy.size))

@@ -23,7 +23,7 @@ import common  # before numpy
 import numpy as np
 import pool
 import quilting
-from common import check_resizable, folders, to_rgb
+from common import FORMATS, check_resizable, folders, to_rgb
 from PIL import Image
 
 TIME_LIMIT = 600  # s for a photo, of the external program: one that hangs shall not hold up the others
@@ -39,7 +39,7 @@ def cut_patches(photo: Image.Image, side: int, rng: np.random.Generator) -> np.n
 
 def read_photo(path: Path, least: int) -> tuple[Image.Image, bool]:
     """(RGB image, whether it had to be enlarged to `least` px on the shorter side)"""
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         photo = to_rgb(image)
     short = min(photo.size)
     if short >= least:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
@@ -247,13 +248,19 @@ def completed(process, timeout=120):
 # Ranks
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def run_ranks(world, folder, *functions, kind="cpu"):
     """{name of function: [what function(ctx) returned on each rank]}, in one group of `world` processes.
 
     They run in the folder, on GPUs if the kind of device is "cuda": each rank on its own if there are as many (over
     NCCL, which refuses two ranks on one), else all on the first ones.
     """
-    arguments = (world, launch.free_port(), str(folder), functions, kind)
+    arguments = (world, free_port(), str(folder), functions, kind)
     mp.start_processes(_rank, arguments, nprocs=world, start_method="forkserver")
     ranks = [torch.load(Path(folder, f"{rank}.pt"), weights_only=False) for rank in range(world)]
     return {function.__name__: [rank[function.__name__] for rank in ranks] for function in functions}

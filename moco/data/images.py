@@ -11,7 +11,7 @@ import torchvision.io
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from moco.data.rgb import check_resizable, to_rgb
+from moco.data.rgb import FORMATS, check_resizable, to_rgb
 from moco.errors import RunError
 
 
@@ -55,7 +55,7 @@ def _opened(path: str | Path, resizable_to: int | None) -> Iterator[tuple[Image.
         data = Path(path).read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about broken EXIF data, large images, the JPEG decoder: all fine here
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if resizable_to:
                     check_resizable(image, resizable_to)
                 yield image, data

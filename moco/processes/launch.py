@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -54,7 +55,7 @@ def launch(worker: Callable, args: argparse.Namespace, inputs: object, agree: Ma
        the number of nodes and --rank the number of this one.
     3. --world-size above 1 without that: this process is --rank of --world-size.
     4. Otherwise this process alone, without a process group.
-    Several nodes meet at --dist-url, where rank 0 listens; a single node chooses a free port.
+    Several nodes meet at --dist-url, where rank 0 listens; a single node meets in a file.
 
     agree: {name: plain value} that must be equal on all ranks. Raises UsageError if they differ, or if options
     contradict; RunError if the processes cannot connect.
@@ -71,8 +72,9 @@ def launch(worker: Callable, args: argparse.Namespace, inputs: object, agree: Ma
     if options.multiprocessing_distributed:
         if not usable_gpus():
             print("no GPU found: running one CPU process (gloo)", flush=True)
-        url = url if nodes > 1 else f"tcp://127.0.0.1:{free_port()}"
-        return _start_ranks(node, local_world_size, total, (url, options.dist_backend, *job))
+        with tempfile.TemporaryDirectory() as folder:  # in which the ranks of a single node meet
+            url = url if nodes > 1 else f"file://{folder}/store"
+            return _start_ranks(node, local_world_size, total, (url, options.dist_backend, *job))
     (device,) = devices_of(1, options.gpu)
     if nodes > 1:
         return _join_and_run(DistContext(node, nodes, 0, 1, device), url, options.dist_backend, *job)
@@ -203,6 +205,9 @@ def _join_and_run(
     """Call the worker in a process group whose ranks meet at `url`."""
     if ctx.device.type == "cuda":
         torch.cuda.set_device(ctx.device)
+    if ctx.local_world_size == ctx.world_size:  # nothing of a single node listens on the network
+        for name in "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME":
+            os.environ.setdefault(name, "lo0" if sys.platform == "darwin" else "lo")
     if backend == "nccl":  # for CUDA tensors; the hosts exchange CPU tensors
         backend = "cpu:gloo,cuda:nccl" if ctx.device.type == "cuda" else "gloo"
     limit = datetime.timedelta(seconds=COLLECTIVE_SECONDS)
@@ -253,13 +258,6 @@ def check_agreement(agree: Mapping[str, object]) -> None:
 
 def _tcp_url(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # ---------------------------------------------------------------- GPUs

@@ -9,7 +9,6 @@ import json
 import math
 import operator
 import os
-import pickle
 import re
 import sys
 import warnings
@@ -114,7 +113,7 @@ def load(path: str, option: str = "--resume") -> dict:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes may raise anything; all of it means: not a checkpoint
         why = f"it is damaged, truncated or another kind of file ({first_line(error)}); copy or download it again"
-        if isinstance(error, pickle.UnpicklingError) and (code := re.search(r"GLOBAL (\S+)", str(error))):
+        if type(error).__name__ == "UnpicklingError" and (code := re.search(r"GLOBAL (\S+)", str(error))):
             saver = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
             why = f"loading it would run code ({code[1]}); if you trust it, save its tensors alone: {saver}"
         raise UsageError(f"{option} {path}: not a checkpoint: {why}") from error

@@ -15,12 +15,11 @@ from helpers import (
     children,
     completed,
     ended,
+    free_port,
     run_script,
     started,
     wait_for,
 )
-
-from moco.processes.launch import free_port
 
 TWO = [*TORCHRUN, "--nproc-per-node=2"]
 
@@ -71,7 +70,7 @@ def test_a_node_that_is_missing_or_cannot_be_reached_ends_the_other(whole, tmp_p
         assert run.returncode == 1 and f"rank {rank} of 2 could not join the others at {url}" in run.stderr, run.stderr
 
 
-def test_a_single_node_takes_a_free_port(whole, tmp_path):
+def test_a_single_node_needs_no_port(whole, tmp_path):
     with socket.create_server(("", 0)) as taken:
         url = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         run_script(*whole.command(PRETRAIN, tmp_path, "--multiprocessing-distributed", "--dist-url", url))

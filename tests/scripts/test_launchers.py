@@ -1,9 +1,24 @@
 """Ways to start several processes: the same run whichever launcher starts them."""
 
-import pytest
-from helpers import FAULTS, PRETRAIN, SMALL, TORCHRUN, ended, log, run_script, same, started, weights
+import os
+from pathlib import Path
 
-from moco.processes.launch import free_port
+import pytest
+from helpers import (
+    FAULTS,
+    PRETRAIN,
+    SMALL,
+    TORCHRUN,
+    children,
+    ended,
+    free_port,
+    log,
+    run_script,
+    same,
+    started,
+    wait_for,
+    weights,
+)
 
 LATEST = "checkpoint_latest.pth.tar"
 
@@ -50,6 +65,28 @@ def test_one_process_per_gpu_is_one_on_a_cpu_and_the_run_of_one_process(shared_d
         run = run_script(PRETRAIN, *SMALL, "--epochs", 1, *options, "--ckpt_path", tmp_path / name, shared_data)
     assert "no GPU found: running one CPU process (gloo)" in run.stdout
     assert log(tmp_path / "alone") == log(tmp_path / "spawned")
+
+
+def listening(pid):
+    """The addresses, in hexadecimal, on which a process and its children listen."""
+    found = set()
+    for process in [pid, *children(pid)]:
+        sockets = {os.readlink(path) for path in Path(f"/proc/{process}/fd").iterdir()}
+        for table in "tcp", "tcp6":
+            lines = map(str.split, Path(f"/proc/{process}/net/{table}").read_text().splitlines())
+            found |= {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
+    return found
+
+
+def test_a_single_node_listens_on_the_loopback_alone(shared_data, tmp_path):
+    command = [PRETRAIN, *SMALL, "--epochs", 1000, "--multiprocessing-distributed", "--ckpt_path", tmp_path / "run"]
+    process = started(FAULTS, "two GPUs", *command, shared_data)
+    wait_for(process, "epoch 1 ")
+    (server,) = filter(children, children(process.pid))
+    found = listening(process.pid) | listening(server)
+    process.terminate()
+    ended(process)
+    assert found == {"0100007F"}  # 127.0.0.1, of gloo
 
 
 def test_a_process_per_gpu_is_the_run_of_torchrun(shared_data, tmp_path):

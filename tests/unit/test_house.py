@@ -1,6 +1,7 @@
 """The layout: imports run one way, tests lie where their modules do, and every file suits the oldest Python."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -50,6 +51,14 @@ def reached(name):
         found |= new
         ahead += new
     return found
+
+
+def test_nothing_from_a_socket_a_store_or_a_file_is_unpickled():
+    """It could run foreign code. `launch` hands a pickle to processes that it started itself, over its own pipes."""
+    programs = [path for pattern in ("*.py", "moco/**/*.py", "preprocess/*.py") for path in REPOSITORY.glob(pattern)]
+    unpickling = r"\bpickle\b|_object(_list)?\(|weights_only=False\b(?!\))|allow_pickle=True|marshal|shelve|joblib"
+    found = {path.name for path in programs if re.search(unpickling, path.read_text())}
+    assert found == {"launch.py"}
 
 
 def test_imports_run_one_way_down_without_a_circle():

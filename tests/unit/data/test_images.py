@@ -38,6 +38,16 @@ def test_every_kind_of_image_becomes_rgb_whatever_its_name(tmp_path, mode, suffi
     assert np.array_equal(np.array(images.open_rgb(path)), np.array(Image.open(path).convert("RGB")))
 
 
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PDF"])
+def test_only_documented_formats_are_opened_whatever_the_name(tmp_path, monkeypatch, kind):
+    """PIL gives PostScript to Ghostscript, a program that a file could control."""
+    monkeypatch.setattr("subprocess.check_call", lambda *command, **more: pytest.fail(f"{command} was started"))
+    (tmp_path / "photo.jpg").write_bytes(encoded(colours(), kind))
+    for read in images.read_rgb, images.open_rgb:
+        with pytest.raises(BadImage, match="photo.jpg: UnidentifiedImageError"):
+            read(tmp_path / "photo.jpg")
+
+
 def test_torchvisions_decoder_is_used_while_it_exists(tmp_path, monkeypatch):
     assert hasattr(images.torchvision.io, "decode_jpeg")
     write_photo(tmp_path / "photo.JPEG")
