@@ -108,16 +108,21 @@ def test_a_batch_is_divided_among_the_ranks_or_refused():
         options.per_rank(3, 8)
 
 
-def test_workers_are_shared_and_limited_to_the_cores(monkeypatch):
-    shares = (16, 32, 8, 2), (16, 10, 4, 3), (16, 0, 4, 0), (16, 4, 1, 4), (2, 32, 4, 1)
-    by_default = (64, None, 8, 7), (16, None, 1, 15), (2, None, 1, 1), (1, None, 1, 1), (2, None, 8, 1)
-    for cores, total, ranks, share in shares + by_default:
-        monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid, cores=cores: range(cores), raising=False)
-        assert options.workers_per_rank(total, ranks) == share
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")  # a task sees its own cores, or all where Slurm does not bind it
-    for cores, total, share in (8, None, 7), (8, 64, 8), (64, None, 7), (64, 32, 4):
-        monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid, cores=cores: range(cores), raising=False)
-        assert options.workers_per_rank(total, 8) == share
+@pytest.mark.parametrize(
+    "cores, total, ranks, share",
+    [(16, 32, 8, 2), (16, 10, 4, 3), (16, 0, 4, 0), (16, 4, 1, 4), (2, 32, 4, 1), (64, None, 8, 7), (16, None, 1, 15),
+     (2, None, 1, 1), (1, None, 1, 1), (2, None, 8, 1)],
+)  # fmt: skip
+def test_workers_are_shared_and_limited_to_the_cores(monkeypatch, cores, total, ranks, share):
+    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    assert options.workers_per_rank(total, ranks) == share
+
+
+@pytest.mark.parametrize("cores, total, share", [(8, None, 7), (8, 64, 8), (64, None, 7), (64, 32, 4)])
+def test_a_task_of_slurm_sees_its_own_cores_or_where_it_is_not_bound_all(monkeypatch, cores, total, share):
+    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    assert options.workers_per_rank(total, 8) == share
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):

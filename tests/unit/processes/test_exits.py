@@ -126,11 +126,9 @@ GPU, AGAIN = "the GPU failed", "continue with --resume auto"
             )
         ],
         ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", f"{GPU} .cuDNN error: CUDNN_STATUS_EXECUTION_FAILED.; {AGAIN}"),
-        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`", GPU),
         (f"CUDA error: out of memory{CUDA_ASIDE}", f"^{MEMORY} .CUDA error: out of memory.; use .*, then {AGAIN}$"),
         ("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB", f"^{MEMORY}.*16-bit"),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", f"^{MEMORY} .*smaller batch"),
-        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", f"^{MEMORY} .*smaller batch"),
         (f"{NCCL}Cuda failure 2 'out of memory'", f"^{MEMORY} .Cuda failure 2 'out of memory'.; use a smaller"),
         (f"{NCCL}{SEGMENT}", "^NCCL has too little shared memory .Error while.*--shm-size, then continue with"),
         (f"{NCCL}socketProgress: Connection closed by remote peer", "NCCL failed .socketProgress: .*; see the first"),
