@@ -188,9 +188,6 @@ def test_gpus_that_pytorch_cannot_use_are_refused(monkeypatch, available, usable
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     with pytest.raises(UsageError, match=f"can use {usable} of the 8 GPUs .* CUDA_VISIBLE_DEVICES .* to use the CPU"):
         launch.usable_gpus()
-    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert launch.usable_gpus() == 8
 
 
 WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of PyTorch 2.14 for CUDA 13
