@@ -12,7 +12,6 @@ K        an eighth of the images, and patches of 7 to 32 % of the crop: by --rec
 """
 
 import argparse
-import os
 import re
 import shlex
 import statistics
@@ -27,6 +26,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from moco.data import folders  # noqa: E402
 from moco.errors import UsageError  # noqa: E402
+from moco.processes.environment import usable_cores  # noqa: E402
 
 # what quickstart.sh says itself
 TAKEN = ("--robust", "--alpha", "--seed", "--ckpt-path", "--resume", "--preview", "--dry-run")
@@ -72,7 +72,7 @@ def settings(data: str, own: list[str]) -> dict[str, object]:
         )
     train, val = (folders.list_images(folders.split_path(data, split)) for split in ("train", "val"))
     images, gpus = len(train.paths), torch.cuda.device_count()
-    device, cores = ("gpu" if gpus else "cpu"), os.cpu_count() or 1
+    device, cores = ("gpu" if gpus else "cpu"), usable_cores()
     arch, lr, largest, full_batch, seen, seen_by_probe, rates = DEVICES[device]
     half = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     size = given.image_size or clamp(shorter_side(train.paths) * 7 / 8 // 8 * 8, 32, largest)

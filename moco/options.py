@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from moco.errors import UsageError, one_line
-from moco.processes.environment import is_local_main, is_main
+from moco.processes.environment import is_local_main, is_main, usable_cores
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -238,7 +238,7 @@ def per_rank(total: int, ranks: int, name: str = "--batch-size") -> int:
 
 def workers_per_rank(total: int | None, ranks: int) -> int:
     """Each rank's share of `total` data loader workers, at most one per core; None: one per core less one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     of_a_task = os.environ.get("SLURM_CPUS_PER_TASK", "")  # srun's tasks see their own cores only
     own = cores if of_a_task.isdecimal() and cores <= int(of_a_task) else max(1, cores // ranks)
     return max(1, own - 1) if total is None else min(-(-total // ranks), own)

@@ -18,11 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
     os.environ[variable] = "1"  # one thread per worker process; numpy reads these when it is loaded
 
-# The scripts import these from here, after the lines above.
 from moco.data import folders  # noqa: E402
 from moco.data.rgb import FORMATS, check_resizable, to_rgb  # noqa: E402, F401
 from moco.errors import RunError, UsageError, one_line  # noqa: E402, F401
-from moco.options import OptionParser, positive_int, seed_int  # noqa: E402, F401
+from moco.options import OptionParser, positive_int, seed_int, usable_cores  # noqa: E402, F401
 from moco.processes import signals  # noqa: E402
 from moco.processes.exits import cli_main  # noqa: E402
 from moco.training.files import PARTIAL, FolderLock, atomic_write  # noqa: E402
@@ -43,7 +42,7 @@ class Parser(OptionParser):
         super().__init__(description, f"%(prog)s [options]\nto begin: python preprocess/%(prog)s {begin}")
 
     def add_workers(self) -> None:
-        self.add_argument("--workers", type=positive_int, default=os.cpu_count(), metavar="N", help="worker processes")
+        self.add_argument("--workers", type=positive_int, default=usable_cores(), metavar="N", help="worker processes")
 
 
 def png_path(text: str) -> Path:
@@ -143,10 +142,11 @@ def encode(image: Image.Image, kind: str, **options: int) -> bytes:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file, and its folder, so that even after a crash there is either nothing or all of it. Raises OSError.
-
-    It is not flushed to the disk one by one: what a power cut takes can be made again.
-    """
+    """Write a file, and its folder, so that even after a crash there is either nothing or all of it. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path, "wb", durable=False) as file:
+    with atomic_write(path, "wb") as file:
         file.write(data)
+
+
+def is_whole(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0  # an empty one is what a power cut left of it

@@ -107,7 +107,7 @@ def make_images(photo: str, args: argparse.Namespace) -> tuple[dict[Path, bytes]
     image, enlarged = crop(args.val / photo, args.size)
     made = {}
     for (name, severity), path in images_of(photo, args.out).items():
-        if not path.exists():
+        if not common.is_whole(path):
             corrupted = corrupt(image, name, severity, seed_of(args.seed, photo, name, severity))
             made[path] = common.encode(Image.fromarray(corrupted), "JPEG", quality=QUALITY)
     return made, enlarged
@@ -145,7 +145,7 @@ def main() -> int:
     common.lock("--out", args.out)
     common.claim("--out", args.out, MARK, {"val": os.path.realpath(args.val), **made_with})
     make = functools.partial(make_images, args=args)
-    done = lambda photo: all(path.exists() for path in images_of(photo, args.out).values())
+    done = lambda photo: all(map(common.is_whole, images_of(photo, args.out).values()))
     made, small, broken = pool.write_files(make, photos, done, args.workers)
     enlarged = f"; {small} photos below {round(args.size * 256 / 224)} px were enlarged first" if small else ""
     print(f"wrote the corruptions of {made} photos, {args.size} px{enlarged}")

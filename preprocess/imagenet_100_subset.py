@@ -112,7 +112,7 @@ def main() -> int:
     for split in SPLITS:
         (out / split).mkdir(exist_ok=True)
     if args.resize or args.mode == "copy":
-        make, done = functools.partial(make_copy, args=args), lambda photo: (out / photo).exists()
+        make, done = functools.partial(make_copy, args=args), lambda photo: common.is_whole(out / photo)
         _, _, broken = pool.write_files(make, photos, done, args.workers)
     else:
         made = sum([make_link(source / name, out / name) for name in names])

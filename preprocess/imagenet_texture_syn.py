@@ -134,7 +134,7 @@ def main() -> int:
     settings = {"photos": path, "patch": args.patch, "size": args.size, "seed": args.seed, "program": program}
     common.claim("--imagenet_t_path", out, "textures.json", settings)
     part, parts = args.shard
-    make, done = functools.partial(make_texture, args=args), lambda photo: texture_path(out, photo).exists()
+    make, done = functools.partial(make_texture, args=args), lambda photo: common.is_whole(texture_path(out, photo))
     made, small, broken = pool.write_files(make, photos[part - 1 :: parts], done, args.workers)
     print(f"wrote {made} textures; {small} photos below {args.patch} px were enlarged first")
     return int(broken > 0)

@@ -79,7 +79,7 @@ def write_images(dataset: "Dataset", folder: Path) -> None:
     for index in pool.progress(range(len(dataset)), len(dataset), "image", str(folder)):
         image, label = dataset[index]
         path = folder / class_name(dataset, label) / f"{index:06}.png"
-        if not path.exists():
+        if not common.is_whole(path):
             common.write_atomically(path, common.encode(image.convert("RGB"), "PNG", compress_level=1))
 
 

@@ -127,18 +127,14 @@ class BestHead:
 
 
 def divergence_hint(lrs: Sequence[float], losses: Sequence[float], classes: int) -> str:
-    """A line on heads whose mean loss over an epoch is far above chance, or NaN, with rates to try; "" for none."""
-    sound = [loss <= DIVERGED * math.log(classes) for loss in losses]
-    if all(sound):
+    """A line on heads whose mean loss over an epoch is far above chance, or NaN; if all are, with rates to try."""
+    diverged = [pair for pair in zip(lrs, losses) if not pair[1] <= DIVERGED * math.log(classes)]
+    if not diverged:
         return ""
-    least, fine = min(lrs), " ".join(f"{lr:g}" for lr, good in zip(lrs, sound) if good)
-    advice = f"try --lr {least / 1000:g} {least / 100:g} {least / 10:g}: a head for each on the same features"
-    diverged = " ".join(f"{lr:g}" for lr, good in zip(lrs, sound) if not good)
-    figures = " ".join(f"{loss:.6g}" for loss, good in zip(losses, sound) if not good)
-    return (
-        f"loss diverged for --lr {diverged} ({figures}; chance is {math.log(classes):.2f});"
-        f" {f'--lr {fine} is fine' if fine else advice}; the best head is kept"
-    )
+    rates, figures = (" ".join(f"{value:.6g}" for value in values) for values in zip(*diverged))
+    tries = " ".join(f"{min(lrs) / 10**n:g}" for n in (3, 2, 1))
+    way = "the best head is kept" if len(diverged) < len(lrs) else f"try --lr {tries}: a head for each of them"
+    return f"loss diverged for --lr {rates} ({figures}; chance is {math.log(classes):.2f}); {way}"
 
 
 # Evaluation

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -24,9 +23,8 @@ def links() -> dict[str, str]:
 def local_path(path: str, linear: bool = False) -> str:
     """The file that --pretrained means: `path`, the one in a run's folder, or that of a released checkpoint.
 
-    linear: a run's linear checkpoint instead of its last one of pre-training. gdown downloads a released one, which is
-    none, to PyTorch's cache folder; only a checkpoint is kept. Raises UsageError for an unknown name, if gdown is
-    missing or fails, and for a file that is no checkpoint; the message says what to do by hand.
+    linear: a run's linear checkpoint instead of its last one of pre-training. Released ones, which are of pre-training,
+    lie in PyTorch's cache folder. Raises UsageError for an unknown name, and for one that is not there: with its link.
     """
     if linear or not path.startswith(SCHEME):
         return checkpoint.of_run("--pretrained", path, checkpoint.BEST if linear else checkpoint.PRETRAINING)
@@ -34,21 +32,6 @@ def local_path(path: str, linear: bool = False) -> str:
     if name not in known:
         raise UsageError(f"--pretrained {path}: no such checkpoint; there are {', '.join(known)}")
     cached = os.path.join(torch.hub.get_dir(), "non-semantic-negatives", f"{name}.pth.tar")
-    if os.path.exists(cached):
-        return cached
-    by_hand = f"download {known[name]} and save it as {cached}"
-    try:
-        import gdown
-
-        os.makedirs(os.path.dirname(cached), exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=os.path.dirname(cached)) as folder:  # a whole checkpoint, or nothing
-            partial = os.path.join(folder, os.path.basename(cached))
-            if not gdown.download(known[name], output=partial):
-                raise OSError("no file came")
-            checkpoint.load(partial, "downloaded")
-            os.replace(partial, cached)
-    except ImportError:
-        raise UsageError(f"--pretrained {path}: pip install gdown, or {by_hand}") from None
-    except Exception as error:  # gdown raises whatever its own dependencies raise
-        raise UsageError(f"--pretrained {path}: the download failed ({error}); {by_hand}") from error
+    if not os.path.exists(cached):
+        raise UsageError(f"--pretrained {path}: download {known[name]} and save it as {cached}")
     return cached

@@ -1,13 +1,16 @@
 """Rank of this process, from the variables that torchrun, srun or an operator has set. Imports no PyTorch."""
 
 import argparse
+import contextlib
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 PORTS = range(15000, 30000)  # for rank 0 of a Slurm step: below those that the system gives to clients
 SHELL_STEPS = 0xFFFFFFF0  # Slurm's step numbers from here on are of batch and interactive shells
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 spawned_rank = 0  # set by `launch` in the processes that it starts: their rank on this node
 
 
@@ -69,6 +72,15 @@ def _from_slurm() -> Launched:
     port = PORTS[(7 * number("SLURM_JOB_ID", 0) + number("SLURM_STEP_ID")) % len(PORTS)]  # the same in all tasks
     ranks = number("SLURM_PROCID"), world_size, number("SLURM_LOCALID"), local_world_size
     return Launched("srun", *ranks, host, number("MASTER_PORT", port))
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use, by its affinity and by the quota of its container (cgroup 2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # without a quota its first word is "max"
+        quota, period = map(int, CPU_MAX.read_text().split())
+        cores = min(cores, -(-quota // period))
+    return cores
 
 
 def number(name: str, default: int | None = None) -> int:

@@ -22,16 +22,17 @@ except ImportError:  # Windows, where preprocess/ runs without locks
     fcntl = None
 
 PARTIAL = re.compile(r"\.[0-9a-f]{16}\.partial$")  # the end of an unfinished file's name
-NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}  # from file systems without locks
+# from file systems that cannot lock, or flush to the disk; 524: the kernel's own ENOTSUPP
+UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, 524}
 _held: dict[str, int] = {}  # {lock file: descriptor}: closing the descriptor would free the lock
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True) -> Iterator[IO]:
-    """A file to write in; it takes the place of `path` when the block ends, and is removed if the block fails.
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[IO]:
+    """A file to write in; once on the disk it takes the place of `path`, and it is removed if the block fails.
 
-    It lies in the folder of `path`, under a name that no other process and no link has. durable: wait until it is on
-    the disk. Files that killed processes left unfinished in that folder are removed, once per process. Raises OSError.
+    It lies in the folder of `path`, under a name that no other process and no link has. Files that killed processes
+    left unfinished in that folder are removed, once per process. Raises OSError.
     """
     path = os.fspath(path)
     _remove_abandoned(os.path.dirname(path) or ".")
@@ -39,8 +40,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True)
         try:
             yield file
             file.flush()
-            if durable:
-                os.fsync(file.fileno())
+            _flush_to_disk(file.fileno(), os.path.dirname(path) or ".")
             os.replace(file.name, path)
         except BaseException as error:
             with contextlib.suppress(OSError):
@@ -53,7 +53,7 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", durable: bool = True)
 def _new_file(path: str, mode: str) -> IO:
     """A new file beside `path`, locked for as long as it is open: unlocked ones count as abandoned."""
     while True:
-        partial = f"{path}.{secrets.token_hex(8)}.partial"
+        partial = _partial(path)
         file = open(partial, mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")  # noqa: SIM115
         _lock(file.fileno())
         if os.path.exists(partial):
@@ -61,9 +61,28 @@ def _new_file(path: str, mode: str) -> IO:
         file.close()  # another process took it for abandoned before it was locked
 
 
+def _partial(path: str) -> str:
+    """A new name in the folder of `path`, short where that name is as long as may be."""
+    return os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.partial")
+
+
+def _flush_to_disk(descriptor: int, folder: str) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        _warn(f"{folder}: this file system cannot flush files to the disk: a power cut may take the last ones")
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def add_name(path: str, name: str) -> None:
     """Give a file a second name in its folder, in place of the file of that name; a copy where no links can be made."""
-    partial = f"{name}.{secrets.token_hex(8)}.partial"
+    partial = _partial(name)
     try:
         os.link(path, partial)
         os.replace(partial, name)
@@ -119,8 +138,7 @@ class FolderLock:
             on_busy(owner)
             _lock(descriptor, wait=True)
         if locked is None and fcntl:
-            warning = "this file system has no locks: see that no second run writes here"
-            print(f"{self.path}: {warning}", file=sys.stderr, flush=True)
+            _warn(f"{self.path}: this file system has no locks: see that no second run writes here")
         _held[self.path] = descriptor
         job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}{job}"
@@ -144,7 +162,7 @@ def _lock(descriptor: int, wait: bool = False) -> bool | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in NO_LOCKS:
+        if error.errno in UNSUPPORTED:
             return None
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False

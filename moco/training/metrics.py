@@ -3,8 +3,6 @@
 import contextlib
 import itertools
 import json
-import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -87,8 +85,6 @@ def read_jsonl(path: str) -> tuple[list[dict], int]:
 
 # Progress
 
-BAR = "{desc} {n_fmt}/{total_fmt} |{bar:10}|{postfix}"  # cut at the terminal's width
-tqdm.set_lock(threading.RLock())  # its own, between processes, is a semaphore that a killed rank would leave behind
 SYMBOLS = {"q_k": "q·k", "q_t": "q·t", "q_queue": "q·queue"}
 
 
@@ -109,16 +105,12 @@ class Progress:
 
     def __iter__(self) -> Iterator:
         self.start = time.perf_counter()
-        place, hidden = (self.title, len(self.batches)), not (distributed.is_main() and sys.stderr.isatty())
-        self.bar = tqdm(None, *place, initial=self.done, bar_format=BAR, dynamic_ncols=True, disable=hidden)
         asked = time.perf_counter()
         for batch in self.batches:
             self.waited += time.perf_counter() - asked
             yield batch
             self.done += 1
-            self.bar.update()
             asked = time.perf_counter()
-        self.bar.close()
 
     def due(self) -> bool:
         """Whether the current step ends with a report, whose values are a CPU-GPU sync: once in print_freq steps."""
@@ -131,11 +123,8 @@ class Progress:
         eta = f"ETA {tqdm.format_interval(steps_left * self.images_per_step / speed['images_per_s'])}"
         figures = [f"{SYMBOLS.get(name, name)} {_text(value, '.3f')}" for name, value in means.items()]
         figures += [f"lr {_text(lr, '.4g')}", f"{speed['images_per_s']:.0f} images/s"]
-        if not self.bar.disable:
-            self.bar.set_postfix_str(" ".join([figures[0], eta, *figures[1:]]))
-        else:
-            figures += [f"data {speed['data_share']:.0%}", eta]
-            print(f"{self.title} [{self.done + 1}/{len(self.batches)}]  {'  '.join(figures)}", flush=True)
+        figures += [f"data {speed['data_share']:.0%}", eta]
+        print(f"{self.title} [{self.done + 1}/{len(self.batches)}]  {'  '.join(figures)}", flush=True)
 
     def speed(self) -> dict[str, float]:
         """Images per second over all ranks, and the share of time spent waiting for data, since the epoch began."""

@@ -103,7 +103,7 @@ class Run:
             self.step += 1
             distributed.seed_shuffles(self.seed, epoch, self.step)
             yield batch
-        next(batches, None)  # ends the progress bar
+        next(batches, None)  # ends the pass over the loader
 
     def _next(self, batches: Iterator[tuple]) -> tuple:
         """The next batch, once all ranks have theirs: the one exchange between the hosts in a step.

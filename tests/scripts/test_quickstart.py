@@ -13,6 +13,7 @@ from PIL import Image
 
 from docs import quickstart_result as result
 from docs import quickstart_settings
+from moco.processes.environment import usable_cores
 
 FIGURES = {"val": 50, "Corruption": 40, "Sketch": 45, "Stylized": 35, "Rendition": 60, "Shape bias": 80}
 TWO_ROWS = {"MoCo v2": {"val": [50.0]}, "+ Patch": {"val": [54.0]}}
@@ -134,7 +135,7 @@ def test_settings_follow_from_number_and_size_of_the_images(monkeypatch, tmp_pat
     monkeypatch.setattr(quickstart_settings.folders, "list_images", many)
     found = quickstart_settings.settings(str(tmp_path), ["--knn"])
     assert shown in found["settings"] and found["settings"].endswith(" --knn")
-    assert found["gpus"] == gpus and found["parallel"] == (gpus or os.cpu_count() + 1)
+    assert found["gpus"] == gpus and found["parallel"] == (gpus or usable_cores() + 1)
 
 
 def test_the_share_that_is_done_counts_steps(tmp_path):

@@ -114,13 +114,13 @@ def test_a_batch_is_divided_among_the_ranks_or_refused():
      (2, None, 1, 1), (1, None, 1, 1), (2, None, 8, 1)],
 )  # fmt: skip
 def test_workers_are_shared_and_limited_to_the_cores(monkeypatch, cores, total, ranks, share):
-    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setattr(options, "usable_cores", lambda: cores)
     assert options.workers_per_rank(total, ranks) == share
 
 
 @pytest.mark.parametrize("cores, total, share", [(8, None, 7), (8, 64, 8), (64, None, 7), (64, 32, 4)])
 def test_a_task_of_slurm_sees_its_own_cores_or_where_it_is_not_bound_all(monkeypatch, cores, total, share):
-    monkeypatch.setattr(options.os, "sched_getaffinity", lambda pid: range(cores), raising=False)
+    monkeypatch.setattr(options, "usable_cores", lambda: cores)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     assert options.workers_per_rank(total, 8) == share
 

@@ -110,3 +110,14 @@ def test_only_torchruns_second_attempt_is_a_restart(under):
     assert environment.restarted()
     under({"TORCHELASTIC_RESTART_COUNT": "0"})
     assert not environment.restarted()
+
+
+@pytest.mark.parametrize(
+    "quota, cores", [("max 100000", 4), ("200000 100000", 2), ("150000 100000", 2), ("", 4), (None, 4)]
+)
+def test_cores_are_those_of_the_affinity_and_of_the_containers_quota(monkeypatch, tmp_path, quota, cores):
+    monkeypatch.setattr(environment, "CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(environment.os, "sched_getaffinity", lambda pid: range(4), raising=False)
+    if quota is not None:
+        environment.CPU_MAX.write_text(quota)
+    assert environment.usable_cores() == cores

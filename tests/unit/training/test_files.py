@@ -37,6 +37,30 @@ def test_a_second_name_is_a_link_or_where_there_are_none_a_copy(tmp_path, monkey
     assert sorted(os.listdir(tmp_path)) == ["latest", "one", "two"]
 
 
+@pytest.mark.parametrize("number", sorted(files.UNSUPPORTED))
+def test_where_nothing_can_be_flushed_files_are_written_with_one_warning(tmp_path, monkeypatch, capsys, number):
+    def refuse(descriptor):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(files.os, "fsync", refuse)
+    for name in "a", "b":
+        with files.atomic_write(tmp_path / name) as file:
+            file.write(name)
+    assert capsys.readouterr().err.count("cannot flush") == 1 and (tmp_path / "b").read_text() == "b"
+    monkeypatch.setattr(files.os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"), files.atomic_write(tmp_path / "a") as file:
+        file.write("new")
+    assert (tmp_path / "a").read_text() == "a" and sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_a_name_as_long_as_may_be_is_written(tmp_path):
+    path = tmp_path / ("x" * 255)
+    with files.atomic_write(path) as file:
+        file.write("whole")
+    files.add_name(path, tmp_path / ("y" * 255))
+    assert path.read_text() == (tmp_path / ("y" * 255)).read_text() == "whole"
+
+
 def test_two_writers_never_mix_a_file(tmp_path):
     with files.atomic_write(tmp_path / "file") as slow:
         slow.write("slow")
@@ -97,7 +121,7 @@ def test_a_lock_that_cannot_be_created_is_refused(tmp_path):
     assert (tmp_path / "precious").read_text() == "mine"
 
 
-@pytest.mark.parametrize("number", [*sorted(files.NO_LOCKS), None])
+@pytest.mark.parametrize("number", [*sorted(files.UNSUPPORTED), None])
 def test_where_there_are_no_locks_files_are_written_all_the_same(tmp_path, monkeypatch, capsys, number):
     def refuse(*args):
         raise OSError(number, os.strerror(number))

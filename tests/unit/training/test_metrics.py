@@ -1,13 +1,6 @@
-import fcntl
-import io
 import json
 import math
 import os
-import pty
-import re
-import struct
-import sys
-import termios
 
 import pytest
 import torch
@@ -122,21 +115,3 @@ def test_a_resumed_epoch_starts_at_its_step_and_heads_are_reported_side_by_side(
             epoch.report({"loss": [1.0, 2.5]}, [30.0, 0.1])
     assert "[10/10]  loss 1.000 2.500  lr 30 0.1  " in capsys.readouterr().out
     assert epoch.speed()["images_per_s"] == 8  # of the steps that it did itself
-
-
-@pytest.mark.parametrize("columns, shown", [
-    (20, "epoch 100 989/990"), (46, "|, loss 8.123"), (80, "loss 8.123 ETA "), (200, "lr 0.03 128 images/s")
-])  # fmt: skip
-def test_a_terminal_has_a_bar_that_is_cut_at_its_width(capsys, monkeypatch, columns, shown):
-    terminal, (_, descriptor) = io.StringIO(), pty.openpty()
-    fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    terminal.isatty, terminal.fileno = lambda: True, lambda: descriptor  # its size is what tqdm asks for
-    monkeypatch.setattr(sys, "stderr", terminal)
-    batches = Batches(monkeypatch, 990, seconds=1)
-    epoch = metrics.Progress(batches, 100, images_per_step=128, print_freq=10, epochs_left=99)
-    for _ in epoch:
-        if epoch.due():
-            epoch.report(MEANS, 0.03)
-    lines = re.split(r"[\r\n]+|\x1b\[A", terminal.getvalue())
-    assert max(map(len, lines)) <= columns and any(shown in line for line in lines)
-    assert capsys.readouterr().out == ""  # no lines beside the bar
