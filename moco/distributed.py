@@ -126,10 +126,7 @@ def broadcast_buffers(module: nn.Module) -> None:
 
 
 def draw_shuffle(n: int) -> torch.Tensor:
-    """A random order of the global batch's world_size × n rows, equal on all ranks; a single rank's stays as it is.
-
-    Its BatchNorm statistics do not depend on the order.
-    """
+    """A random order of all ranks' n rows, equal on all ranks. A single rank keeps its own: BatchNorm sees no order."""
     return torch.randperm(world_size() * n, generator=_shuffle_generator) if world_size() > 1 else torch.arange(n)
 
 

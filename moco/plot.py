@@ -32,13 +32,9 @@ PANELS = {  # title: {key of the figures: line style}
     "probe: top-1 on train/, %": {"probe: acc1": "-"},
     "probe: top-1 on val/, %": {"probe: val_acc1": "-"},
 }
-MARKED = 20  # values up to which each is marked: a single one would be invisible without, and many hide the dashes
 TILE = 224  # px; smaller crops are enlarged to about this side in a picture of views
 LABEL_HEIGHT, GAP = 34, 6  # px
 Runs = dict[str, dict[str, dict[int, float]]]  # {label: {key of the log, a probe's after "probe: ": {epoch: figure}}}
-
-
-# Training logs
 
 
 def read_runs(paths: Sequence[str]) -> Runs:
@@ -96,8 +92,7 @@ def curves(runs: Runs) -> Any:
         for figures, colour in zip(runs.values(), colours):
             for key, style in keys.items():
                 points = figures.get(key, {})
-                marker = "." if len(points) <= MARKED else None
-                line = {"color": colour, "marker": marker, "markersize": 5, "linewidth": 1.3}
+                line = {"color": colour, "marker": ".", "markersize": 5, "linewidth": 1.3}
                 axis.plot(list(points), list(points.values()), style, **line)
         if title == "probe: loss":
             axis.set_yscale("log")  # one head that diverged must not flatten all others

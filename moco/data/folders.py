@@ -14,6 +14,7 @@ from moco.errors import UsageError
 IMAGENET_100 = Path(__file__).parents[2] / "preprocess" / "imagenet_100.txt"
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision
 NOT_DATA = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")  # folders of systems
+IN_ORDER = "# in this order\n"  # first line of a class list for a head whose outputs are not sorted
 FLAT = "all"  # the class of images that lie in no class folder
 FORMS = "docs/own-data.md#data-in-another-form"
 
@@ -295,12 +296,14 @@ def _index_by_stem(paths: PathArray) -> dict[str, int]:
 
 
 def read_class_list(path: str | Path) -> list[str]:
-    """The sorted wnids of a text file in UTF-8, separated by whitespace.
+    """The wnids of a text file in UTF-8, separated by whitespace: sorted, unless its first line is "# in this order".
 
     Raises UsageError if it is missing, not text, empty, or names a class twice.
     """
     try:
-        wnids = sorted(Path(path).read_text(encoding="utf-8-sig").split())
+        text = Path(path).read_text(encoding="utf-8-sig")
+        ordered = text.removeprefix(IN_ORDER)
+        wnids = ordered.split() if ordered != text else sorted(text.split())
     except (OSError, ValueError) as error:
         raise UsageError(f"--classes {path}: not a readable text file ({error})") from error
     wrong = [wnid for wnid in wnids if wnids.count(wnid) > 1 or not wnid.isprintable()]

@@ -118,8 +118,7 @@ def comparison(report: Mapping) -> str:
     if report["wnids_sha256"] != IMAGENET_100_SHA256:
         remarks.append("the classes are not those of preprocess/imagenet_100.txt, which the paper's are taken to be")
     remarks.append(
-        "± after a mean: sample standard deviation of the runs; after a difference: standard error, from three runs of"
-        " the paper and those here, with the standard deviation of a column pooled over the published rows; within two"
-        " of them nothing differs"
+        "± after a mean: sample standard deviation of the runs; after a difference: standard error of three runs of the"
+        " paper and those here, by a column's deviation pooled over the published rows; within two nothing differs"
     )
     return "\n".join([markdown(grid), *remarks])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TORCHRUN_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE")
 PORTS = range(15000, 30000)  # for rank 0 of a Slurm step: below those that the system gives to clients
 SHELL_STEPS = 0xFFFFFFF0  # Slurm's step numbers from here on are of batch and interactive shells
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
@@ -42,17 +43,21 @@ def launched() -> Launched | None:
     A process that belongs to a multi-process launch must never run as a single process: ValueError if variables are
     missing or do not fit.
     """
+    in_step = number("SLURM_STEP_ID", SHELL_STEPS) < SHELL_STEPS and "SLURM_PTY_PORT" not in os.environ  # no shell's
     if under_torchrun():
-        return Launched("torchrun", *(int(os.environ[name]) for name in TORCHRUN_RANKS[:4]))
-    if "RANK" in os.environ and number("WORLD_SIZE", 1) > 1:  # PyTorch's convention, as Kubernetes operators follow it
-        share = int((os.environ.get("SLURM_STEP_TASKS_PER_NODE") or "1").removesuffix(")").split("(x")[0])  # under srun
+        found = Launched("torchrun", *(int(os.environ[name]) for name in TORCHRUN_RANKS[:4]))
+    elif "RANK" in os.environ and number("WORLD_SIZE", 1) > 1:  # PyTorch's convention, as of Kubernetes' operators
+        tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE")  # under srun; else a rank on its node says of how many
+        share = int(tasks.removesuffix(")").split("(x")[0]) if tasks else None if "LOCAL_RANK" in os.environ else 1
         local = number("LOCAL_RANK", number("SLURM_LOCALID", 0)), number("LOCAL_WORLD_SIZE", share)
         ranks = number("RANK"), number("WORLD_SIZE"), *local
         found = Launched("RANK and WORLD_SIZE", *ranks, text("MASTER_ADDR"), number("MASTER_PORT"))
-    elif number("SLURM_STEP_ID", SHELL_STEPS) < SHELL_STEPS and number("SLURM_STEP_NUM_TASKS") > 1:
+    elif in_step and number("SLURM_STEP_NUM_TASKS") > 1:
         found = _from_slurm()
-    elif (size := max(number(name, 1) for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"))) > 1:
-        raise ValueError(f"mpirun started {size} processes without RANK and WORLD_SIZE: use torchrun or srun")
+    elif (size := max(number(name, 1) for name in MPI_SIZES)) > 1:
+        raise ValueError(
+            f"mpirun (or alike) started {size} processes without RANK and WORLD_SIZE: use torchrun or srun"
+        )
     else:
         return None
     if not found.rank < found.world_size or not found.local_rank < found.local_world_size:

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from typing import NoReturn, TextIO
 
 from moco.errors import Finished, PeerError, RunError, UsageError, one_line
+from moco.processes import signals
 from moco.processes.environment import is_local_main, is_main, under_torchrun
-from moco.processes.signals import end_with_parent, kill_loading, signal_when_parent_ends
 
 LOADERS_END_SECONDS = 5  # for all loading processes together, when a script ends
 PEER = "gloo.*(closed by peer|reset by peer|Broken pipe|Connection refused|[Tt]imed out|Timeout waiting)"
@@ -51,20 +51,22 @@ def cli_main(main: Callable[[], int | None], again: str = "continue with --resum
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         with contextlib.suppress(OSError, AttributeError):  # it writes what the stream still holds
             getattr(sys, name).reconfigure(errors="backslashreplace")
-    end_with_parent()
+    signals.end_with_parent()
     if under_torchrun():  # which may be killed; a rank that outlives it would write beside the resumed run
-        signal_when_parent_ends(signal.SIGTERM)
+        signals.signal_when_parent_ends(signal.SIGTERM)
+    if os.getpid() == 1:  # in a container, where the kernel ignores signals without a handler
+        signals.handle_stop_signals(lambda signum, frame: sys.exit(128 + signum), signals.END_SIGNALS)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the scripts changed it while they imported
     try:
         code = main() or 0
         print(end="", flush=True)
     except BaseException as error:
-        kill_loading()
+        signals.kill_loading()
         code = _exit_code(error, again)
         if code is None:
             raise
-    loading = kill_loading()
+    loading = signals.kill_loading()
     for process in loading:
         process.join(LOADERS_END_SECONDS / len(loading))
     if any(process.is_alive() for process in loading):  # its file system does not answer: Python would wait for it
@@ -121,7 +123,7 @@ def _print(text: str, stream: TextIO) -> None:
 
 def exit_now(code: int) -> NoReturn:
     """Exit without waiting for anything, the loading processes neither: they may never end."""
-    kill_loading()
+    signals.kill_loading()
     _print("", sys.stdout)
     _print("", sys.stderr)
     os._exit(code)

@@ -292,8 +292,8 @@ def say_why_on_cpu() -> None:
     if idle:
         why = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}, ROCm {torch.version.hip}) finds none it can use"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        told = f"on the CPU, not on a GPU ({', '.join(idle)}): {why}; CUDA_VISIBLE_DEVICES is {visible}"
-        print(f"running {told}", file=sys.stderr, flush=True)
+        told = f"running on the CPU, not on a GPU ({', '.join(idle)}): {why}; CUDA_VISIBLE_DEVICES is {visible}"
+        print(told, file=sys.stderr, flush=True)
 
 
 def check_devices(devices: Sequence[torch.device], precision: str) -> None:
@@ -317,5 +317,5 @@ def has_kernels(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     """Whether kernels of sm_XY, which run on X.Y and later X.*, or compute_XY, on all later ones, run on this GPU."""
     listed = [(kind, int(number)) for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(archs))]
     own = 10 * capability[0] + capability[1]
-    fitting = [n for kind, n in listed if n <= own and (kind == "compute" or n // 10 == capability[0])]
-    return bool(fitting) or not listed  # AMD's are named otherwise
+    fits = (n <= own and (kind == "compute" or n // 10 == capability[0]) for kind, n in listed)
+    return not listed or any(fits)  # AMD's are named otherwise

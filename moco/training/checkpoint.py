@@ -4,6 +4,7 @@ Pre-training files hold `module.encoder_q.*`, linear ones `module.conv1.*` … `
 saved models wrapped for distributed training. The prefix is added on saving and stripped, if present, on loading.
 """
 
+import argparse
 import contextlib
 import json
 import math
@@ -108,14 +109,17 @@ def load(path: str, option: str = "--resume") -> dict:
     if not os.path.isfile(path):
         raise UsageError(f"{option} {path}: no such file")
     try:
-        with warnings.catch_warnings():
+        # Namespace: the options that MAE and DINO save
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # about sparse tensors, which are refused later
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # arbitrary bytes may raise anything; all of it means: not a checkpoint
         why = f"it is damaged, truncated or another kind of file ({first_line(error)}); copy or download it again"
         if type(error).__name__ == "UnpicklingError" and (code := re.search(r"GLOBAL (\S+)", str(error))):
-            saver = "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW)"
+            saver = f"torch.save(torch.load(FILE, weights_only=False)[KEY], NEW), KEY one of {', '.join(CONTAINERS)}"
             why = f"loading it would run code ({code[1]}); if you trust it, save its tensors alone: {saver}"
+        if str(path).endswith(".safetensors"):
+            why = "safetensors; save them as torch.save(safetensors.torch.load_file(FILE), NEW)"
         raise UsageError(f"{option} {path}: not a checkpoint: {why}") from error
     if not isinstance(checkpoint, dict) or not all(isinstance(name, str) for name in checkpoint):
         raise UsageError(f"{option} {path}: not a checkpoint, it holds a {type(checkpoint).__name__}")

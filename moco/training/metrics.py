@@ -118,12 +118,11 @@ class Progress:
         return distributed.is_main() and (step % self.print_freq == 0 or step == len(self.batches))
 
     def report(self, means: Mapping[str, float | list[float]], lr: float | list[float]) -> None:
-        speed = self.speed()
+        images_per_s, waiting = self.speed().values()
         steps_left = len(self.batches) - self.done - 1 + self.steps_after
-        eta = f"ETA {tqdm.format_interval(steps_left * self.images_per_step / speed['images_per_s'])}"
+        eta = tqdm.format_interval(steps_left * self.images_per_step / images_per_s)
         figures = [f"{SYMBOLS.get(name, name)} {_text(value, '.3f')}" for name, value in means.items()]
-        figures += [f"lr {_text(lr, '.4g')}", f"{speed['images_per_s']:.0f} images/s"]
-        figures += [f"data {speed['data_share']:.0%}", eta]
+        figures += [f"lr {_text(lr, '.4g')}", f"{images_per_s:.0f} images/s", f"data {waiting:.0%}", f"ETA {eta}"]
         print(f"{self.title} [{self.done + 1}/{len(self.batches)}]  {'  '.join(figures)}", flush=True)
 
     def speed(self) -> dict[str, float]:

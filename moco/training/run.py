@@ -269,8 +269,8 @@ def exit_on_signal(signum: int, where: str, in_step: bool = True) -> NoReturn:
         distributed.barrier()
     if distributed.is_main():
         with contextlib.suppress(BrokenPipeError):
-            place = where + ", saved" * in_step
-            print(f"stopped by {signal.Signals(signum).name} {place}; continue with --resume auto", flush=True)
+            where += ", saved" * in_step
+            print(f"stopped by {signal.Signals(signum).name} {where}; continue with --resume auto", flush=True)
     if in_step:
         sys.exit(128 + signum)
     exit_now(128 + signum)  # other ranks may wait for this one

@@ -32,6 +32,7 @@ def without(variables, missing):
         ({**SLURM_STEP, "MASTER_ADDR": "10.0.0.9"}, (SRUN, 2, 4, 0, 2, "10.0.0.9")),
         ({**SLURM_STEP, "SLURM_STEP_NODELIST": "a-1,gpu[03-04]"}, (SRUN, 2, 4, 0, 2, "a-1")),
         ({**SLURM_STEP, "SLURM_STEP_NODELIST": "n[7,9-10]-x,gpu1"}, (SRUN, 2, 4, 0, 2, "n7-x")),
+        ({**SLURM_STEP, "SLURM_STEP_NODELIST": "rack[0-1]node[0-3]"}, (SRUN, 2, 4, 0, 2, "rack0node0")),
         (ONE_NODE, (SRUN, 2, 4, 0, 4, "127.0.0.1")),
         (OPERATOR, (BY_RANK, 1, 2, 0, 1, "10.0.0.1", 23456)),
         ({**OPERATOR, "SLURM_STEP_TASKS_PER_NODE": ""}, (BY_RANK, 1, 2, 0, 1, "10.0.0.1", 23456)),
@@ -64,6 +65,7 @@ def test_all_tasks_of_a_step_find_the_same_port(under):
         {**OPERATOR, "WORLD_SIZE": "1", "RANK": "0"},
         {"RANK": "3", "LOCAL_RANK": "x", "TORCHELASTIC_RUN_ID": "3"},  # left over
         {"OMPI_COMM_WORLD_SIZE": "1"},
+        {**SLURM_STEP, "SLURM_PTY_PORT": "4711"},  # typed into the shell of `srun --pty`
     ],
 )
 def test_a_single_process_is_alone(under, variables):
@@ -77,10 +79,12 @@ def test_a_single_process_is_alone(under, variables):
         (without(OPERATOR, "MASTER_PORT"), "MASTER_PORT"),
         ({**OPERATOR, "RANK": "2"}, "rank 2 of 2"),
         ({**OPERATOR, "RANK": "first"}, "RANK=first"),
-        ({**OPERATOR, "LOCAL_RANK": "1"}, "1 of 1 on this node"),
+        ({**OPERATOR, "LOCAL_RANK": "0"}, "LOCAL_WORLD_SIZE=nothing"),  # on all ranks alike
+        ({**TORCHRUN_RANK, "RANK": "1"}, "torchrun: rank 1 of 1"),
+        ({"FLUX_JOB_SIZE": "4"}, "started 4 processes without RANK"),
         ({**OPERATOR, "SLURM_LOCALID": "1"}, "1 of 1 on this node"),
         ({**OPERATOR, "SLURM_STEP_TASKS_PER_NODE": "2,1"}, "2,1"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4 .* use torchrun or srun"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun .or alike. started 4 .* use torchrun or srun"),
         ({**SLURM_STEP, "SLURM_STEP_TASKS_PER_NODE": "2,1"}, "2,1: start equally many per node"),
         (without(SLURM_STEP, "SLURM_LOCALID"), "SLURM_LOCALID"),
     ],

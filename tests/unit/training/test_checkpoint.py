@@ -1,3 +1,4 @@
+import argparse
 import copy
 import functools
 import os
@@ -51,13 +52,21 @@ class Malicious:
 @pytest.mark.parametrize("content, told", [
     (b"", "damaged, truncated"), (b"no checkpoint", "damaged, truncated"), (pickle.dumps([1]), "damaged, truncated"),
     ({"state_dict": {"fc.weight": 3}}, "does not consist of tensors"), (torch.ones(3), "holds a Tensor"),
-    ({"state_dict": Malicious()}, "loading it would run code .*mkdir")])  # fmt: skip
+    ({"state_dict": Malicious()}, "loading it would run code .*mkdir.*KEY one of state_dict,")])  # fmt: skip
 def test_what_is_no_checkpoint_is_refused_and_never_runs_code(tmp_path, content, told):
     path = tmp_path / "file.pth.tar"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(UsageError, match=f"not a checkpoint.*{told}"):
         checkpoint.load(path)
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_the_options_that_other_projects_save_do_not_hinder_and_safetensors_are_named(tmp_path):
+    torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1, betas=(0.9, 1))}, tmp_path / "mae.pth")
+    assert checkpoint.load(tmp_path / "mae.pth")["model"]["a"] == 1
+    (tmp_path / "a.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(UsageError, match="safetensors; save them as torch.save"):
+        checkpoint.load(tmp_path / "a.safetensors")
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path):
