@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
     model.add_argument("--pretrained", nargs="+", action="extend", default=[], metavar="ROW",
                        help="[NAME=]RUN[,RUN…]: runs' folders or linear checkpoints, a row each, means of several RUNs")
     model.add_argument("--classes", metavar="FILE",
-                       help="class list, one wnid per line, for heads that store none; it is sorted")
+                       help="class list, one wnid per line, for heads that store none; see docs/evaluation.md")
     model.add_argument("--list-released", action="store_true", help="print the released checkpoints, then exit")
     data = parser.add_argument_group("test sets, any of them")
     for name, suite in testsets.SUITES.items():
