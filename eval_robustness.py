@@ -23,7 +23,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from moco import options
-from moco.errors import UsageError
+from moco.errors import UsageError, printable
 from moco.evaluation import classifier, paper, released, report, results, scores, testsets
 from moco.evaluation.testsets import TestSet
 from moco.processes import launch
@@ -177,7 +177,7 @@ def evaluate(ctx: launch.DistContext, args: argparse.Namespace, inputs: Inputs) 
 
 def print_report(args: argparse.Namespace, result: Mapping) -> None:
     print(report.table(result))
-    print(*report.difference_lines(result), *report.notes(result), sep="\n")
+    print(*map(printable, [*report.difference_lines(result), *report.notes(result)]), sep="\n")
     if args.compare:
         print(paper.comparison(result))
     if args.by_class:

@@ -21,5 +21,10 @@ def first_line(text: object) -> str:
     return next(iter(str(text).strip().splitlines()), "")
 
 
+def printable(text: object) -> str:
+    """The text in one line, with control characters and undecodable bytes escaped: names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def one_line(message: str) -> str:
-    return " ".join(message.split()) + "\n"
+    return printable(" ".join(message.split())) + "\n"

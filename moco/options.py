@@ -6,9 +6,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
-from moco.errors import UsageError, one_line
+from moco.errors import UsageError, one_line, printable
 from moco.processes.environment import is_local_main, is_main, usable_cores
 
 
@@ -259,8 +259,5 @@ def print_config(args: argparse.Namespace, derived: Mapping) -> None:
     lines = [*given, *derived.items()]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
-        print(f"{name.replace('_', ' '):>{width}}  {_text(value)}", flush=True)
-
-
-def _text(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+        text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        print(f"{name.replace('_', ' '):>{width}}  {printable(text)}", flush=True)

@@ -187,7 +187,7 @@ def generate(out: Path, pictures: list[Picture], workers: int) -> None:
     counts, jobs = Counter(), [(out, each) for each in pictures]
     for (_, places), told in zip(pictures, pool.in_processes(write, jobs, workers, "picture")):
         if told:
-            print(f"left out: {told}", file=sys.stderr)
+            print(f"left out: {common.printable(told)}", file=sys.stderr)
         counts.update(place.split("/")[0] for place in places if not told)
     print("  ".join(f"{name} {count}" for name, count in counts.items()))
 

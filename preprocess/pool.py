@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from common import RESUME, RunError, signals, write_atomically
+from common import RESUME, RunError, printable, signals, write_atomically
 from tqdm import tqdm
 
 LINE_SECONDS = 30  # between lines in a log
@@ -77,7 +77,7 @@ def write_files(
         small += enlarged
         broken += filter(None, [reason])
     if broken:
-        print(f"{len(broken)} broken images were left out:", *broken, sep="\n  ", file=sys.stderr)
+        print(f"{len(broken)} broken images were left out:", *map(printable, broken), sep="\n  ", file=sys.stderr)
     return len(jobs) - len(broken), small, len(broken)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moco.errors import UsageError
+from moco.errors import UsageError, printable
 
 IMAGENET_100 = Path(__file__).parents[2] / "preprocess" / "imagenet_100.txt"
 IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision
@@ -113,7 +113,7 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
 
 def count_text(suffixes: Counter[str]) -> str:
     """{suffix: files} as text: "20 .avif, 1 .txt"."""
-    return ", ".join(f"{n} {suffix}" for suffix, n in suffixes.most_common())
+    return printable(", ".join(f"{n} {suffix}" for suffix, n in suffixes.most_common()))
 
 
 def class_folders(folder: str | Path) -> list[str]:
@@ -207,8 +207,7 @@ def _unreadable(path: str | Path, error: Exception) -> UsageError:
 
 
 def _count_and_first(names: Sequence[str]) -> str:
-    text = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return f"{len(names)}: {text}".encode(errors="backslashreplace").decode()  # names need not be UTF-8, output must
+    return printable(f"{len(names)}: {', '.join(names[:5])}" + f" and {len(names) - 5} more" * (len(names) > 5))
 
 
 # Training sets

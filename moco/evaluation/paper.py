@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from moco import options
-from moco.errors import UsageError
+from moco.errors import UsageError, printable
 from moco.evaluation.report import by_row, cells_of, markdown, mean_std, missing, resized
 from moco.evaluation.testsets import SUITES
 
@@ -121,4 +121,4 @@ def comparison(report: Mapping) -> str:
         "± after a mean: sample standard deviation of the runs; after a difference: standard error of three runs of the"
         " paper and those here, by a column's deviation pooled over the published rows; within two nothing differs"
     )
-    return "\n".join([markdown(grid), *remarks])
+    return "\n".join([markdown(grid), *map(printable, remarks)])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moco.errors import printable
 from moco.evaluation import scores, testsets
 from moco.evaluation.testsets import SUITES
 
@@ -237,9 +238,9 @@ def difference_lines(report: Mapping) -> list[str]:
 
 def markdown(grid: Iterable[Sequence[str]]) -> str:
     """A Markdown table of these lines of cells, the header first."""
-    header, *rows = grid
-    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
+    cells = [[printable(cell).replace("|", r"\|") for cell in row] for row in grid]
+    header, *rows = (f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join([header, "|" + "---|" * len(cells[0]), *rows])
 
 
 def table(report: Mapping) -> str:
@@ -276,9 +277,9 @@ def _header(report: Mapping, column: str) -> str:
 
 
 def latex(report: Mapping) -> str:
-    """The table for LaTeX, with booktabs."""
-    grid = [[cell.translate(LATEX) for cell in line] for line in _grid(report)]
-    table = [" & ".join(line) + r" \\" for line in grid]
+    """The table for LaTeX, with booktabs; {} keeps a row's end from taking a [ or * for its own option."""
+    grid = [[printable(cell).translate(LATEX) for cell in line] for line in _grid(report)]
+    table = ["{}" * line[0].startswith(("[", "*")) + " & ".join(line) + r" \\" for line in grid]
     begin = rf"\begin{{tabular}}{{l{'r' * (len(grid[0]) - 1)}}}  % \usepackage{{booktabs}}"
     return "\n".join([begin, r"\toprule", table[0], r"\midrule", *table[1:], r"\bottomrule", r"\end{tabular}"])
 
@@ -360,7 +361,7 @@ def by_class_table(report: Mapping) -> str:
     parts = {title: known[title] for title in titles(report).values() if title in known}
     lines = []
     for row in others:
-        lines.append(f"{row} against {base}, by class (± one standard error)")
+        lines.append(printable(f"{row} against {base}, by class (± one standard error)"))
         changes = [
             {each.name: f"{each.base:.1f} → {each.other:.1f} ({each.change:+.1f}±{each.error:.1f})" for each in classes}
             for classes in (class_differences(report, own, base, row) for own in parts.values())

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 
 from moco import options
 from moco.data.images import read_rgb
-from moco.errors import UsageError
+from moco.errors import UsageError, printable
 from moco.processes.exits import cli_main
 
 SIDE, CELL, DIRECTIONS, CHUNK = 64, 8, 8, 512  # px of a picture, of a cell; directions of edges; queries at a time
@@ -116,7 +116,7 @@ def main() -> None:
         n, shares = len(hits[0]), map(statistics.fmean, hits)
         table.append([other.file, str(n), *(f"{100 * p:.1f}±{100 * (p * (1 - p) / n) ** 0.5:.1f}" for p in shares)])
     head = [f"same {args.same} in {gallery.file}, %", "pictures", *galleries]
-    print(*(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *table]), sep="\n")
+    print(*(printable(f"| {' | '.join(row)} |") for row in [head, ["---"] * len(head), *table]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -111,6 +111,15 @@ def test_a_latex_table_has_escaped_names():
     ]
 
 
+@pytest.mark.parametrize("row", ["[x]", "*", "a|b", "\x1b[31m", "a\nb"])
+def test_names_of_rows_stay_in_their_cells(row):
+    made = report_of({"val": [50.0, 40.0]}, ["plain", row], list("ab"))
+    lines = report.table(made).splitlines()
+    assert len(lines) == 4 and lines[3].replace(r"\|", "").count("|") == lines[0].count("|")
+    last = report.latex(made).splitlines()[5]
+    assert not last.startswith(("[", "*")) and last.endswith(r"\\") and "\x1b" not in last + lines[3]
+
+
 # Differences
 
 
