@@ -113,7 +113,8 @@ def parse_sets(entries: Iterable[str]) -> dict[str, str]:
         if not directory or os.path.isdir(entry):
             name = re.sub(r"[^\w.+-]", "-", os.path.basename(os.path.normpath(entry))) or "NAME"
             raise UsageError(f"--set {entry}: a set needs a name and a folder, as in --set {name}={entry}")
-        taken = [*sets, *testsets.SUITES, *(suite.title for suite in testsets.SUITES.values()), *report.CUES]
+        titles = [suite.title for suite in testsets.SUITES.values()]
+        taken = [*sets, *testsets.SUITES, *titles, *report.CUES, *report.SETTINGS]
         if name.casefold() in map(str.casefold, taken):
             raise UsageError(f"--set {name}=…: there is a column of this name already; use another")
         if not re.fullmatch(r"\w[\w .+-]{0,39}", name):

@@ -138,9 +138,6 @@ def save_views(
     sheet.save(path)
 
 
-# Command
-
-
 def parse_args() -> argparse.Namespace:
     parser = options.OptionParser("Draw the curves of training logs.")
     parser.prog, parser.usage = "plot.py", "%(prog)s LOG…\nto begin: python -m moco.plot RUN/log.jsonl --out log.png"

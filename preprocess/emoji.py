@@ -23,7 +23,6 @@ from pathlib import Path
 import common  # before numpy
 import numpy as np
 import pool
-from common import FORMATS, UsageError
 from PIL import Image, ImageOps
 from small_corruptions import CORRUPTIONS, CROP, corrupt
 
@@ -44,7 +43,7 @@ ARTISTS = {  # set of the artist's pictures of test subjects; package, and where
     "openmoji-black": ("sketch", "openmoji", "black/svg/*.svg"),
     "fluent-contrast": ("silhouette", "@iconify-json/fluent-emoji-high-contrast", "icons.json"),
 }
-CORRUPTED = re.compile("val/[^/]+/noto-")  # these pictures are
+CORRUPTED = re.compile("val/[^/]+/noto-")  # pictures that get corrupted copies
 PERSON = re.compile("1f468|1f469|1f9d1|200d|2640|2642|1f3f[b-f]")  # man, woman, person, joiner, signs, skin tones
 VARIED = re.compile("200d|1f3f[b-f]")  # a joined subject, or one with a skin tone
 DRAWN = re.compile("/(cartoon|toys|plastic)/")  # among Tux Paint's photographs
@@ -78,7 +77,7 @@ def read_pictures(modules: Path) -> dict[str, dict[str, Path | str]]:
         else:
             pictures[artist] = {normal(path.stem): path for path in sorted((modules / package).glob(where))}
         if not pictures[artist]:
-            raise UsageError(f"--packages: {package} holds no {where}; docs/emoji.md has the versions that do")
+            raise common.UsageError(f"--packages: {package} holds no {where}; docs/emoji.md has the versions that do")
     return pictures
 
 
@@ -105,7 +104,7 @@ def read_subjects(modules: Path) -> dict[str, str]:
 
 
 def list_emoji(modules: Path, test: int, left_out: set[int]) -> list[Picture]:
-    """Every artist's pictures with their places. test: the test subjects' fold; left_out: folds of no use."""
+    """Every artist's pictures with their places. test: the test subjects' fold; left_out: folds to skip."""
     subjects, found = read_subjects(modules), []
     for artist, pictures in read_pictures(modules).items():
         kind = ARTISTS[artist][0]
@@ -128,11 +127,12 @@ def list_others(share: Path, classes: set[str]) -> list[Picture]:
     """Photographs and drawings of other subjects, sorted by people into folders."""
     with Path(__file__).with_name("emoji_folders.csv").open() as file:
         kinds = {share / row["folder"]: (row["set"], row["class"]) for row in csv.DictReader(file)}
+    [common.folders.scan_folder(folder) for folder in kinds]  # raises an error for one that is missing
     found = {path: kinds[folder] for folder in sorted(kinds) for path in sorted(folder.rglob("*.png"))}  # deepest last
     return [
         (path, [f"{kind}/{name}/{'-'.join(path.relative_to(share).parts)}"])
         for path, (kind, name) in found.items()
-        if name in classes and not DRAWN.search(path.as_posix())
+        if name in classes and not DRAWN.search(path.relative_to(share).as_posix())
     ]
 
 
@@ -143,7 +143,7 @@ def render(source: Path | str) -> Image.Image:
 
         text = source if isinstance(source, str) else source.read_text()
         source = io.BytesIO(resvg_py.svg_to_bytes(text, skip_system_fonts=True, width=4 * SIZE))
-    with Image.open(source, formats=FORMATS) as image:
+    with Image.open(source, formats=common.FORMATS) as image:
         drawn = image.convert("RGBA")
     box = drawn.getchannel("A").getbbox()
     if not box:
@@ -221,9 +221,9 @@ def versions(modules: Path) -> dict[str, str]:
         packages = sorted({package for _, package, _ in ARTISTS.values()})
         return {name: json.loads((modules / name / "package.json").read_text())["version"] for name in packages}
     except ImportError as error:
-        raise UsageError(f"resvg_py, which draws SVGs, cannot be imported ({error}): pip install resvg_py") from error
+        raise common.UsageError(f"resvg_py, which draws SVGs, is missing ({error}): pip install resvg_py") from error
     except OSError as error:
-        raise UsageError(f"--packages: {error.filename} cannot be read; the commands: docs/emoji.md") from error
+        raise common.UsageError(f"--packages: {error.filename} cannot be read; the commands: docs/emoji.md") from error
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def main() -> int:
     photos, broken = list_photos(source, args.wnids), 0
     common.lock("--imagenet100_path", out)
     classes = {"classes": len(args.wnids), "sha256": hashlib.sha256("\n".join(args.wnids).encode()).hexdigest()}
-    common.claim("--imagenet100_path", out, "subset.json", {"resize": args.resize, **classes})
+    common.claim("--imagenet100_path", out, "subset.json", {"mode": args.mode, "resize": args.resize, **classes})
     for split in SPLITS:
         (out / split).mkdir(exist_ok=True)
     if args.resize or args.mode == "copy":

@@ -15,7 +15,8 @@ import itertools
 import json
 import shlex
 import statistics
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +47,7 @@ MECHANISM = {
 }  # fmt: skip
 NAMED = {"silhouette": "Silhouette", "photo, shared classes": "Photo", "clipart, shared classes": "Clip art"}
 PAGE = "emoji.md"
+DRAWING = threading.Lock()  # the crops of the mechanism's measures come from a generator that all threads share
 
 
 class Run(NamedTuple):
@@ -149,7 +151,9 @@ def measure(run: Run, work: Path) -> dict:
     options = (*PROBE, f"--seed={run.seed}", "--pretrained", checkpoint, "--ckpt_path", folder)
     seconds["probe"] = script(log, "main_lincls.py", *options, data)
     figures, seconds["test"] = evaluate(head, folder / "table.json", data, log)  # of the last epoch's head
-    encode = effect_mechanism.encoder(effect_mechanism.load_backbone(head))
+    with DRAWING:
+        encode = effect_mechanism.encoder(effect_mechanism.load_backbone(head))
+        cosines = effect_mechanism.cosines(encode, sorted((data / "val").glob("*/*.png")))
     paths = pictures_of(data / "artists")
     by_artist = retrieve(paths, {artist: encode(centre_crops(own)) for artist, own in paths.items()})
     figures["Retrieval"] = statistics.fmean(by_artist.values())
@@ -158,7 +162,7 @@ def measure(run: Run, work: Path) -> dict:
         **run._asdict(),
         "figures": figures,
         "retrieval": by_artist,
-        "mechanism": effect_mechanism.cosines(encode, sorted((data / "val").glob("*/*.png"))) | colour(encode, data),
+        "mechanism": cosines | colour(encode, data),
         "last_epoch": json.loads((folder / "log.jsonl").read_text().splitlines()[-1]),
         "seconds": seconds,
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -194,7 +198,7 @@ def retrieve(paths: Mapping[str, list[Path]], vectors: Mapping[str, torch.Tensor
     """{artist: percent of the pictures whose nearest by GALLERY shows the same subject}. vectors: (N, d) of each."""
     names = {artist: [path.stem for path in own] for artist, own in paths.items()}
     return {
-        artist: 100 * statistics.fmean(retrieval.found(own, names[artist], vectors[GALLERY], names[GALLERY]))
+        artist: 100 * statistics.fmean(retrieval.matches(own, names[artist], vectors[GALLERY], names[GALLERY]))
         for artist, own in vectors.items()
         if artist != GALLERY
     }
@@ -251,7 +255,7 @@ def tables(results: Mapping[str, dict]) -> dict[str, str]:
         title: {seed: own | {"mean": statistics.fmean(own.values())} for seed, own in lines.items()}
         for title, lines in artists.items()
     }
-    names = next(iter(artists["untrained"].values()), {})
+    names = next((own for lines in artists.values() for own in lines.values()), {})
     tuned = [
         [f"{run.lr:g}", str(run.k), f"{run.t:g}", str(run.epochs), *shown(results, run)]
         for run in [*made["tuning"], *made["length"][1:]]
@@ -259,8 +263,8 @@ def tables(results: Mapping[str, dict]) -> dict[str, str]:
     return {
         "tuning": markdown(["lr", "K", "T", "epochs", "val", "Retrieval"], tuned),
         "study": comparison(figures, dict(zip(COLUMNS, COLUMNS))),
-        "artists": comparison(artists, dict(zip(names, names))),
-        "mechanism": comparison(mechanism, MECHANISM),
+        "artists": means(artists, dict(zip(names, names))),
+        "mechanism": means(mechanism, MECHANISM, digits=2),
         "runs": markdown(
             ["", *COLUMNS],
             [
@@ -278,22 +282,41 @@ def shown(results: Mapping[str, dict], run: Run) -> list[str]:
     return [f"{figures[column]:.1f}" if column in figures else "–" for column in ("val", "Retrieval")]
 
 
-def comparison(figures: Mapping[str, Mapping[int, Mapping]], columns: Mapping[str, str]) -> str:
-    """Mean±sd of each arm, {title: {seed: figures}}, and paired differences from plain; with five pairs their p."""
-    rows, plain = [], figures["plain"]
-    for title, own in figures.items():
-        if own:
-            values = [[each[column] for each in own.values()] for column in columns]
-            rows.append([title, str(len(own)), *map(mean_sd, values)])
-    for title, own in figures.items():
-        both = [seed for seed in own if seed in plain]
-        if title == "plain" or not both:
-            continue
-        pairs = [[own[seed][column] - plain[seed][column] for seed in both] for column in columns]
-        rows.append([f"{title} − plain", str(len(both)), *map(difference, pairs)])
-        if len(both) >= 3:
-            rows.append(["p (Holm)", "", *p_row(pairs)])
+Figures = Mapping[str, Mapping[int, Mapping[str, float]]]  # {title of an arm: {seed: figures}}
+
+
+def means(figures: Figures, columns: Mapping[str, str], digits: int = 1) -> str:
+    """Mean±sd of each arm, and paired differences of those with the seeds of plain, without a test."""
+    rows = mean_rows(figures, columns, digits) + [row for row, _ in difference_rows(figures, columns)]
     return markdown(["", "seeds", *columns.values()], rows)
+
+
+def comparison(figures: Figures, columns: Mapping[str, str]) -> str:
+    """As `means`, with the p of each difference: of three pairs it has two degrees of freedom."""
+    rows = mean_rows(figures, columns)
+    for row, pairs in difference_rows(figures, columns):
+        rows += [row] + ([["p (Holm)", "", *p_row(pairs)]] if len(pairs[0]) >= 3 else [])
+    return markdown(["", "seeds", *columns.values()], rows)
+
+
+def mean_rows(figures: Figures, columns: Iterable[str], digits: int = 1) -> list[list[str]]:
+    return [
+        [title, str(len(own)), *(mean_sd([each[column] for each in own.values()], digits) for column in columns)]
+        for title, own in figures.items()
+        if own
+    ]
+
+
+def difference_rows(figures: Figures, columns: Iterable[str]) -> list[tuple[list[str], list[list[float]]]]:
+    """(row of the table, paired differences of each column) of the arms that were trained, plain aside."""
+    rows, plain = [], figures["plain"]
+    for title in [title for title in ARMS if title != "plain"]:
+        own = figures[title]
+        both = [seed for seed in own if seed in plain]
+        if both:
+            pairs = [[own[seed][column] - plain[seed][column] for seed in both] for column in columns]
+            rows.append(([f"{title} − plain", str(len(both)), *map(difference, pairs)], pairs))
+    return rows
 
 
 def parse_args() -> argparse.Namespace:

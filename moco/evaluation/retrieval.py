@@ -49,11 +49,16 @@ def read_features(path: str) -> Features:
         raise UsageError(f"{path}: no features of main_lincls.py --features ({error})") from error
 
 
-def found(queries: torch.Tensor, names: Sequence[str], gallery: torch.Tensor, bank: Sequence[str]) -> list[bool]:
+def matches(queries: torch.Tensor, names: Sequence[str], gallery: torch.Tensor, bank: Sequence[str]) -> list[bool]:
     """For each of queries (N, d) with a name in the bank: whether the nearest of gallery (M, d), by cosine, has it."""
     known, keys = set(bank), F.normalize(gallery, dim=1).T
     nearest = torch.cat([(F.normalize(part, dim=1) @ keys).argmax(1) for part in queries.split(CHUNK)]).tolist()
     return [bank[index] == name for name, index in zip(names, nearest) if name in known]
+
+
+def _percent(hits):  # with the standard error of report.difference: at least one picture's effect
+    p, n = statistics.fmean(hits), len(hits)
+    return f"{100 * p:.1f}±{100 * (p * (1 - p) / n + 1 / n**2) ** 0.5:.1f}"
 
 
 # --- what needs no network: uint8 image (3, SIDE, SIDE) → a vector, to be compared by cosine
@@ -74,8 +79,8 @@ def edges(image: torch.Tensor) -> torch.Tensor:
     """The strength of edges by direction, any sign, in each cell of CELL px; cells have unit length."""
     rows, columns = torch.gradient(image.float().mean(0))
     angle = torch.atan2(rows, columns).remainder(torch.pi) * (DIRECTIONS / torch.pi)
-    near = F.one_hot(angle.round().long() % DIRECTIONS, DIRECTIONS).movedim(2, 0) * torch.hypot(rows, columns)
-    return F.normalize(F.avg_pool2d(near, CELL), dim=0).flatten()
+    by_direction = F.one_hot(angle.round().long() % DIRECTIONS, DIRECTIONS).movedim(2, 0) * torch.hypot(rows, columns)
+    return F.normalize(F.avg_pool2d(by_direction, CELL), dim=0).flatten()
 
 
 BASELINES = {"colours": colours, "pixels": pixels, "edges": edges}
@@ -88,15 +93,12 @@ def vectors(of: Features, baselines: Iterable[str]) -> dict[str, torch.Tensor]:
     return {"features": of.features} | {kind: torch.stack([*map(BASELINES[kind], images)]) for kind in baselines}
 
 
-# --- command
-
-
 def parse_args() -> argparse.Namespace:
-    parser = options.OptionParser("Show how often the nearest picture of another set shows the same.")
+    parser = options.OptionParser("How often does the nearest picture of another set show the same?")
     parser.prog, parser.usage = "retrieval.py", "%(prog)s GALLERY.npz QUERIES.npz…"
     parser.add_argument("gallery", metavar="GALLERY.npz", help="where pictures are looked for")
     parser.add_argument("queries", nargs="+", metavar="QUERIES.npz", help="the pictures, by the same network")
-    parser.add_argument("--same", choices=["name", "class"], default="name", help="what tells that two show the same")
+    parser.add_argument("--same", choices=["name", "class"], default="name", help="what makes a match: file or folder")
     parser.add_argument("--baselines", action="store_true", help="also compare colours, pixels and edges")
     return parser.parse_args()
 
@@ -108,13 +110,14 @@ def main() -> None:
     galleries = vectors(gallery, baselines)
     for other in others:
         names = other.names(args.same)
+        if set(other.paths) & set(gallery.paths):
+            raise UsageError(f"{other.file}: it holds pictures of {gallery.file}, which would find themselves")
         if not set(names) & set(bank):
             raise UsageError(f"{other.file}: no {args.same} of it, such as {names[0]}, is in {gallery.file}")
         if other.features.shape[1] != gallery.features.shape[1]:
             raise UsageError(f"{other.file}: another network's features than {gallery.file}'s, of another length")
-        hits = [found(own, names, galleries[kind], bank) for kind, own in vectors(other, baselines).items()]
-        n, shares = len(hits[0]), map(statistics.fmean, hits)
-        table.append([other.file, str(n), *(f"{100 * p:.1f}±{100 * (p * (1 - p) / n) ** 0.5:.1f}" for p in shares)])
+        hits = [matches(own, names, galleries[kind], bank) for kind, own in vectors(other, baselines).items()]
+        table.append([other.file, str(len(hits[0])), *map(_percent, hits)])
     head = [f"same {args.same} in {gallery.file}, %", "pictures", *galleries]
     print(*(printable(f"| {' | '.join(row)} |") for row in [head, ["---"] * len(head), *table]), sep="\n")
 

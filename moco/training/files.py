@@ -62,7 +62,6 @@ def _new_file(path: str, mode: str) -> IO:
 
 
 def _partial(path: str) -> str:
-    """A new name in the folder of `path`, short where that name is as long as may be."""
     return os.path.join(os.path.dirname(path), f".{secrets.token_hex(8)}.partial")
 
 

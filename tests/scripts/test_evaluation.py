@@ -219,7 +219,7 @@ def test_bad_inputs_are_refused(linear, tmp_path):
     ):
         assert message in refused(EVALUATE, *options)
     for names, message in (
-        (("A", "shape bias", "VAL"), "there is a column of this name already"),
+        (("A", "shape bias", "VAL", "K"), "there is a column of this name already"),
         (("", "a/b", "a, shared classes", "x" * 41), "a name is up to 40 letters"),
     ):
         for name in names:

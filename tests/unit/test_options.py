@@ -50,7 +50,7 @@ def test_patches_and_queue_fit_the_crop_and_the_data():
 
 def test_an_option_error_is_one_line_of_the_first_process(capsys, monkeypatch):
     for local_rank, lines in (("0", 1), ("1", 0)):
-        for name, value in {**TORCHRUN_RANK, "LOCAL_RANK": local_rank}.items():
+        for name, value in {**TORCHRUN_RANK, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as stop:
             parser().parse_args(["DIR", "--lr", "-1"])

@@ -30,7 +30,7 @@ def test_it_equals_the_definition(chunk, monkeypatch):
     queries = torch.cat([gallery + 0.7 * torch.randn(30, 5), torch.randn(10, 5)]) * torch.rand(40, 1)
     bank = names[3:33]  # in part other ones than the queries'
     bank = [name for name in bank if name != "7"] + ["lonely"] * bank.count("7")
-    found = retrieval.found(queries, names, gallery, bank)
+    found = retrieval.matches(queries, names, gallery, bank)
     assert found == plain(queries, names, gallery, bank) and 0 < sum(found) < len(found) < 40
 
 
@@ -84,12 +84,13 @@ def test_the_table_has_a_row_per_file(tmp_path, monkeypatch, capsys):
     other = write(tmp_path / "other", recoloured | {"b/alone": picture(80)}, torch.tensor([[0.1, 1], [0, 1], [1, 0]]))
     head, _, row = run(monkeypatch, capsys, first, other, "--baselines")
     assert head == [f"same name in {first}, %", "pictures", "features", "colours", "pixels", "edges"]
-    assert row[:3] == [other, "2", "50.0±35.4"] and row[4:] == ["100.0±0.0"] * 2
-    assert run(monkeypatch, capsys, first, other, "--same", "class")[2] == [other, "3", "66.7±27.2"]
+    assert row[:3] == [other, "2", "50.0±61.2"] and row[4:] == ["100.0±50.0"] * 2
+    assert run(monkeypatch, capsys, first, other, "--same", "class")[2] == [other, "3", "66.7±43.0"]
     wide = write(tmp_path / "wide", shapes, torch.ones(2, 3))
     (tmp_path / "text.npz").write_text("no features")
     for wrong, told in (
         (write(tmp_path / "new", {"c/dot": picture()}, torch.eye(2)[:1]), "no name of it, such as dot"),
+        (first, "pictures of .*one.npz, which would find themselves"),
         (wide, "another network's features"), (tmp_path / "text.npz", "no features of main_lincls"),
         (tmp_path / "none.npz", "no features of main_lincls"),
     ):  # fmt: skip
