@@ -144,7 +144,7 @@ def test_a_dry_run_prints_what_follows_from_the_options(shared_data):
 @pytest.mark.parametrize("options, message", [
     ("--patch-ratio 0 16", "'0' is not an integer of 1 or more"), ("--patch-ratio 72 16", "--patch-ratio 72 16"),
     ("--patch-ratio 16 500", "224 px"), ("--alpha nan", "'nan' is not a number of 0 or more"),
-    ("--robust shapes", "invalid choice"), ("--arch vit_b_16", "which end in fc"), ("--alhpa 3", "--alpha?"),
+    ("--robust shapes", "invalid choice"), ("--arch vit_b_16", "which end in fc"), ("--alhpa 3", "--alhpa: unknown"),
     ("--resume nowhere.pth.tar", "no such file"), (f"--resume {REPOSITORY}/README.md", "not a checkpoint"),
     ("--robust texture", "ends in -texture"), ("--robust texture --num-nonsem 2", "--num-nonsem 2"),
     ("--gpu 99", "--gpu 99"), ("--start-epoch 5 --epochs 5", "--start-epoch 5"),
