@@ -46,7 +46,7 @@ MECHANISM = {
     "colour": "colour R²",
 }  # fmt: skip
 NAMED = {"silhouette": "Silhouette", "photo, shared classes": "Photo", "clipart, shared classes": "Clip art"}
-PAGE = "emoji.md"
+PAGES = ("emoji.md", "emoji-tables.md")
 DRAWING = threading.Lock()  # the crops of the mechanism's measures come from a generator that all threads share
 
 
@@ -236,7 +236,7 @@ def colour(encode: effect_mechanism.Encoder, data: Path) -> dict[str, float]:
 
 
 def tables(results: Mapping[str, dict]) -> dict[str, str]:
-    """{mark in PAGE: the table that stands there}"""
+    """{mark in PAGES: the table that stands there}"""
     made = stages(results)
     runs = made["pairs"] + made["others"]
     own = {
@@ -337,7 +337,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.command == "report":
-        rewrite(args.docs, [PAGE], tables(read_results(args.results)))
+        rewrite(args.docs, PAGES, tables(read_results(args.results)))
         return
     torch.set_num_threads(1)
     work = args.work.resolve()

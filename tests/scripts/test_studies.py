@@ -64,7 +64,7 @@ def test_the_emoji_study_runs_what_plain_alone_chose():
 
 
 def test_the_page_of_emoji_holds_what_the_report_makes_of_the_results(tmp_path):
-    pages = emptied([emoji.PAGE], tmp_path)
+    pages = emptied(emoji.PAGES, tmp_path)
     results = read_results(REPOSITORY / "docs" / "studies" / "emoji.jsonl")
-    tables.rewrite(tmp_path, [emoji.PAGE], emoji.tables(results))
-    assert (tmp_path / emoji.PAGE).read_text() == pages[emoji.PAGE]
+    tables.rewrite(tmp_path, emoji.PAGES, emoji.tables(results))
+    assert {name: (tmp_path / name).read_text() for name in pages} == pages
