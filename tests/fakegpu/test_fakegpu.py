@@ -203,5 +203,5 @@ def test_a_gpu_without_enough_memory_ends_the_run_with_what_helps(fake, files, t
     options = (*NETWORK, *METHOD, "--batch-size", 8, "--epochs", 1, "--ckpt_path", tmp_path, files)
     run = OnFakeGpus(fake, tmp_path, PRETRAIN, *options, gigabytes=0.6, code=1)
     *of_pytorch, line = run.result.stderr.splitlines()
-    assert line.startswith(f"{PRETRAIN}: error: out of memory (CUDA out of memory. ") and "--batch-size" in line
+    assert line.startswith(f"{PRETRAIN}: error: out of memory (CUDA out of memory. ") and "use a smaller batch" in line
     assert all("CUDACachingAllocator" in warning for warning in of_pytorch)
