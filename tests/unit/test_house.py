@@ -54,11 +54,10 @@ def reached(name):
 
 
 def test_nothing_from_a_socket_a_store_or_a_file_is_unpickled():
-    """It could run foreign code. `launch` hands a pickle to processes that it started itself, over its own pipes."""
     programs = [path for pattern in ("*.py", "moco/**/*.py", "preprocess/*.py") for path in REPOSITORY.glob(pattern)]
     unpickling = r"\bpickle\b|_object(_list)?\(|weights_only=False\b(?!\))|allow_pickle=True|marshal|shelve|joblib"
     found = {path.name for path in programs if re.search(unpickling, path.read_text())}
-    assert found == {"launch.py"}
+    assert found == {"launch.py"}  # for processes that it started itself, over its own pipes
 
 
 def test_imports_run_one_way_down_without_a_circle():
