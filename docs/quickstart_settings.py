@@ -25,6 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from moco.data import folders  # noqa: E402
+from moco.data.rgb import FORMATS  # noqa: E402
 from moco.errors import UsageError  # noqa: E402
 from moco.processes.environment import usable_cores  # noqa: E402
 
@@ -50,7 +51,7 @@ def shorter_side(paths: folders.PathArray) -> float:
     """The median over 100 images, in pixels."""
     sides = []
     for path in paths[:: max(1, len(paths) // 100)]:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             sides.append(min(image.size))
     return statistics.median(sides)
 

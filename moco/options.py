@@ -180,7 +180,7 @@ def add_launch_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--world-size", default=-1, type=int, metavar="N", help="number of nodes")
     group.add_argument("--rank", default=-1, type=int, metavar="R", help="this node's number, from 0")
     group.add_argument("--dist-url", default="tcp://224.66.41.62:23456", metavar="URL",
-                       help="address of node 0; one node chooses a free port")
+                       help="address of node 0; a single node needs none")
     group.add_argument("--dist-backend", default="nccl", choices=("nccl", "gloo"), metavar="NAME",
                        help="nccl or gloo; without a GPU always gloo")
     group.add_argument("--local-rank", "--local_rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch

@@ -43,7 +43,6 @@ def launched() -> Launched | None:
     A process that belongs to a multi-process launch must never run as a single process: ValueError if variables are
     missing or do not fit.
     """
-    in_step = number("SLURM_STEP_ID", SHELL_STEPS) < SHELL_STEPS and "SLURM_PTY_PORT" not in os.environ  # no shell's
     if under_torchrun():
         found = Launched("torchrun", *(int(os.environ[name]) for name in TORCHRUN_RANKS[:4]))
     elif "RANK" in os.environ and number("WORLD_SIZE", 1) > 1:  # PyTorch's convention, as of Kubernetes' operators
@@ -52,7 +51,9 @@ def launched() -> Launched | None:
         local = number("LOCAL_RANK", number("SLURM_LOCALID", 0)), number("LOCAL_WORLD_SIZE", share)
         ranks = number("RANK"), number("WORLD_SIZE"), *local
         found = Launched("RANK and WORLD_SIZE", *ranks, text("MASTER_ADDR"), number("MASTER_PORT"))
-    elif in_step and number("SLURM_STEP_NUM_TASKS") > 1:
+    elif "SLURM_PTY_PORT" in os.environ:  # the shell of srun --pty
+        return None
+    elif number("SLURM_STEP_ID", SHELL_STEPS) < SHELL_STEPS and number("SLURM_STEP_NUM_TASKS") > 1:
         found = _from_slurm()
     elif (size := max(number(name, 1) for name in MPI_SIZES)) > 1:
         raise ValueError(

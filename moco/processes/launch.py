@@ -314,7 +314,7 @@ def check_devices(devices: Sequence[torch.device], precision: str) -> None:
 
 
 def has_kernels(archs: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether kernels of sm_XY, which run on X.Y and later X.*, or compute_XY, on all later ones, run on this GPU."""
+    """Whether PyTorch's kernels run on a GPU: those of sm_XY do on X.Y and later X.*, of compute_XY on all later."""
     listed = [(kind, int(number)) for kind, number in re.findall(r"(sm|compute)_(\d+)", " ".join(archs))]
     own = 10 * capability[0] + capability[1]
     fits = (n <= own and (kind == "compute" or n // 10 == capability[0]) for kind, n in listed)
