@@ -5,7 +5,7 @@
 
 The commands that get the packages, their licences and the folders that are made: docs/emoji.md. The class of a picture
 is its subject's subcategory in Unicode. A quarter of the subjects, by a hash of the code point, is for testing: none of
-their pictures is trained on. Pictures are cut to what is drawn, fitted to 58 of 64 px, on white.
+their pictures is trained on (but for relatives of two, named there). Pictures are cut to what is drawn, on white.
 """
 
 import argparse
@@ -127,8 +127,8 @@ def list_others(share: Path, classes: set[str]) -> list[Picture]:
     """Photographs and drawings of other subjects, sorted by people into folders."""
     with Path(__file__).with_name("emoji_folders.csv").open() as file:
         kinds = {share / row["folder"]: (row["set"], row["class"]) for row in csv.DictReader(file)}
-    [common.folders.scan_folder(folder) for folder in kinds]  # raises an error for one that is missing
-    found = {path: kinds[folder] for folder in sorted(kinds) for path in sorted(folder.rglob("*.png"))}  # deepest last
+    images = common.folders.images_in  # raises an error for a folder that is missing
+    found = {folder / name: kinds[folder] for folder in sorted(kinds) for name in images(folder)}  # deepest last
     return [
         (path, [f"{kind}/{name}/{'-'.join(path.relative_to(share).parts)}"])
         for path, (kind, name) in found.items()
