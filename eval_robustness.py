@@ -214,7 +214,7 @@ def main() -> None:
             "test_sets": f"{len(test_sets)}, of which {len(result['cells'])} are done",
             "images": sum(len(test_set.labels) for test_set in test_sets),
         }
-        return options.print_dry_run(args, derived)
+        return options.print_config(args, derived)
     agree = {
         "--pretrained": len(models),
         "--precision": args.precision,

@@ -374,7 +374,7 @@ def export_backbone(args: argparse.Namespace) -> None:
     options.check_file("--export-backbone", args.export_backbone)
     _, weights, origin = load_backbone(args, {})
     if args.dry_run:
-        return options.print_dry_run(args, {"network": args.arch, "backbone": origin}, "nothing was written")
+        return options.print_config(args, {"network": args.arch, "backbone": origin})
     if launch.is_main(args):
         checkpoint.save(args.export_backbone, weights)
         print(f"wrote {args.export_backbone}, a {args.arch}: {origin}")
@@ -386,11 +386,11 @@ def main() -> None:
     if args.export_backbone:
         return export_backbone(args)
     inputs, derived = validate_args(args)
-    if args.dry_run:
-        return options.print_dry_run(args, derived)
     worker = main_worker if trains(args) else evaluate_only
-    if trains(args) and launch.is_main(args):
+    if trains(args) or args.dry_run:
         options.print_config(args, derived)
+    if args.dry_run:
+        return
     agree = options.shared_options(args, ("evaluate", "features", "image_size")) | {
         "the training images": len(inputs.train.paths) if inputs.train else 0,
         "the validation images": len(inputs.val.paths),

@@ -336,12 +336,11 @@ def save_preview(args: argparse.Namespace, data: folders.TrainingImages) -> None
 def main() -> None:
     args = parse_args()
     inputs, derived = validate_args(args)
-    if args.dry_run:
-        return options.print_dry_run(args, derived)
-    if args.preview:
+    if args.preview and not args.dry_run:
         return save_preview(args, inputs.train) if launch.is_main(args) else None
-    if launch.is_main(args):
-        options.print_config(args, derived)
+    options.print_config(args, derived)
+    if args.dry_run:
+        return
     # A node's --batch-size may differ, the images per step may not.
     agree = options.shared_options(args, [name for name in (*SAVED_OPTIONS, "knn_freq") if name != "batch_size"]) | {
         "the training images": len(inputs.train.photos),

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping
 
@@ -219,8 +220,12 @@ def check_file(option: str, path: str, endings: tuple[str, ...] = ("",)) -> None
     """Raise UsageError unless a file with one of the endings can be written there."""
     if not path.lower().endswith(endings):
         raise UsageError(f"{option} {path}: its name must end in {' or '.join(endings)}")
-    if os.path.isdir(path):
-        raise UsageError(f"{option} {path}: it is a folder; name a file")
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UsageError(f"{option} {path}: it is a folder or a device; name a file")
+    except OSError as error:
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):  # a long name, a loop of links
+            raise UsageError(f"{option} {path}: {error.strerror}; choose another name") from error
     folder = os.path.dirname(path) or "."
     if not os.path.isdir(folder):
         raise UsageError(f"{option} {path}: there is no folder {folder}")
@@ -237,26 +242,24 @@ def per_rank(total: int, ranks: int, name: str = "--batch-size") -> int:
 
 
 def workers_per_rank(total: int | None, ranks: int) -> int:
-    """Each rank's share of `total` data loader workers, at most one per core; None: one per core less one."""
+    """Each rank's share of `total` data loader workers, as far as cores and open files allow; None: cores less one."""
     cores = usable_cores()
     of_a_task = os.environ.get("SLURM_CPUS_PER_TASK", "")  # srun's tasks see their own cores only
     own = cores if of_a_task.isdecimal() and cores <= int(of_a_task) else max(1, cores // ranks)
-    return max(1, own - 1) if total is None else min(-(-total // ranks), own)
+    wanted = max(1, own - 1) if total is None else min(-(-total // ranks), own)
+    return max(0, min(wanted, (os.sysconf("SC_OPEN_MAX") - 24) // 8))  # each needs some for its pipes and batches
 
 
 # Configuration
 
 
-def print_dry_run(args: argparse.Namespace, derived: Mapping, done: str = "nothing was started") -> None:
-    """Print the settings for --dry-run, once for all processes that a launcher started."""
-    if is_main(args):
-        print_config(args, derived | {"dry run": done})
-
-
 def print_config(args: argparse.Namespace, derived: Mapping) -> None:
-    """Print the settings that differ from the defaults, then the derived values."""
-    given = [(name, value) for name, value in sorted(vars(args).items()) if value != args.defaults.get(name, value)]
-    lines = [*given, *derived.items()]
+    """Print, once for all processes of a run, the settings that differ from the defaults, then the derived values."""
+    if not is_main(args):
+        return
+    given = {name: value for name, value in sorted(vars(args).items()) if value != args.defaults.get(name, value)}
+    done = {"dry_run": "nothing was started"} if args.dry_run else {}
+    lines = [*(given | done).items(), *derived.items()]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         text = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else value

@@ -17,11 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import to_pil_image
 
 from moco import augment, options
-from moco.errors import UsageError
+from moco.errors import UsageError, printable
 from moco.processes.exits import cli_main
 from moco.training import metrics
 
-LOG_NAME = "log.jsonl"
 PANELS = {  # title: {key of the figures: line style}
     "loss": {"loss": "-"},
     "cosine": {"q_k": "-", "q_t": "--", "q_queue": ":"},
@@ -45,11 +44,11 @@ def read_runs(paths: Sequence[str]) -> Runs:
     runs: Runs = {}
     for path in paths:
         if not os.path.isfile(path):
-            raise UsageError(f"{path}: no such file; name the {LOG_NAME} of a run")
+            raise UsageError(f"{path}: no such file; name the log.jsonl of a run")
         records, damaged = metrics.read_jsonl(path)
         if damaged or not records:
             print(f"{path}: {len(records)} epochs, {damaged} damaged lines are left out", file=sys.stderr)
-        runs |= runs_of(path.removesuffix(f"/{LOG_NAME}"), records)
+        runs |= runs_of(path.removesuffix("/log.jsonl"), records)
     return runs
 
 
@@ -103,16 +102,9 @@ def curves(runs: Runs) -> Any:
             axis.legend(styles, [metrics.SYMBOLS[key] for key in keys], fontsize=8)
     figure.supxlabel("epoch", fontsize=10)
     handles = [axes[0].plot([], [], color=colour)[0] for colour in colours]
-    labels = [plain_text(label) for label in runs]
+    labels = [f" {printable(label)[-60:]}".replace("$", r"\$") for label in runs]  # $: a formula; a first _: hidden
     figure.legend(handles, labels, loc="outside upper center", fontsize=9, ncols=columns)  # a panel holds 60 letters
     return figure
-
-
-def plain_text(name: str, longest: int = 60) -> str:
-    """A name as matplotlib shows it in a label: no formula in it, printable, and of a length that leaves room."""
-    name = name if len(name) <= longest else f"…{name[1 - longest :]}"
-    name = name.encode(errors="backslashreplace").decode().replace("$", r"\$")
-    return f" {name}" if name.startswith("_") else name  # matplotlib leaves labels out that begin with _
 
 
 # Training views; without matplotlib
@@ -141,21 +133,16 @@ def save_views(
 def parse_args() -> argparse.Namespace:
     parser = options.OptionParser("Draw the curves of training logs.")
     parser.prog, parser.usage = "plot.py", "%(prog)s LOG…\nto begin: python -m moco.plot RUN/log.jsonl --out log.png"
-    parser.add_argument("logs", nargs="+", metavar="LOG", help=f"{LOG_NAME} of runs")
+    parser.add_argument("logs", nargs="+", metavar="LOG", help="log.jsonl of runs")
     parser.add_argument("--out", required=True, metavar="FILE.png", help="the picture: .png, .pdf or .svg")
     return parser.parse_args()
 
 
-def check_picture(option: str, path: str) -> None:
-    """Raise UsageError unless a picture can be drawn to this file."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError(f"{option} {path}: matplotlib is not installed; pip install matplotlib")
-    options.check_file(option, path, endings=(".png", ".pdf", ".svg"))
-
-
 def main() -> None:
     args = parse_args()
-    check_picture("--out", args.out)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError(f"--out {args.out}: matplotlib is not installed; pip install matplotlib")
+    options.check_file("--out", args.out, endings=(".png", ".pdf", ".svg"))
     curves(read_runs(args.logs)).savefig(args.out, dpi=120)
     print(f"wrote {args.out}")
 

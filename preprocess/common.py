@@ -20,7 +20,7 @@ for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
 
 from moco.data import folders  # noqa: E402
 from moco.data.rgb import FORMATS, check_resizable, to_rgb  # noqa: E402, F401
-from moco.errors import RunError, UsageError, one_line, printable  # noqa: E402, F401
+from moco.errors import RunError, UsageError, note_reading, one_line, printable, read_last  # noqa: E402, F401
 from moco.options import OptionParser, positive_int, seed_int, usable_cores  # noqa: E402, F401
 from moco.processes import signals  # noqa: E402
 from moco.processes.exits import cli_main  # noqa: E402

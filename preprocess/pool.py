@@ -13,10 +13,11 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from common import RESUME, RunError, printable, signals, write_atomically
+from common import RESUME, RunError, note_reading, printable, read_last, signals, write_atomically
 from tqdm import tqdm
 
 LINE_SECONDS = 30  # between lines in a log
+Make = Callable[[str], tuple[dict[Path, bytes], bool]]  # photo → ({path: content}, whether the photo was enlarged)
 
 
 def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, unit: str) -> Iterator:
@@ -24,17 +25,21 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
 
     Raises RunError if a worker is killed, and what `function` raises.
     """
-    pool = ProcessPoolExecutor(workers, initializer=_leave_with_parent)
+    pool, processes = ProcessPoolExecutor(workers, initializer=_leave_with_parent), []
     chunk = max(1, min(8, len(jobs) // (4 * workers)))  # few long jobs are shared by all workers
     try:
         # Not pool.map: interrupted, it cancels what is waiting, and a pool that loses its workers while something is
         # cancelled ends in a traceback on Python 3.10 and 3.11.
         waiting = [pool.submit(_call_each, function, jobs[i : i + chunk]) for i in range(0, len(jobs), chunk)]
+        processes = multiprocessing.active_children()
         yield from progress(_results(waiting[::-1]), len(jobs), unit)
     except (BrokenProcessPool, MemoryError):
-        raise RunError(
-            f"a worker process was killed (out of memory?); {RESUME}, with fewer --workers if memory ran out"
-        ) from None
+        pool.shutdown()  # its processes have their exit codes then
+        # SIGTERM and SIGKILL ended the other workers, or one that took all memory.
+        crashed = [read_last(each.pid) for each in processes if each.exitcode not in (None, 0, -9, -15)]
+        why = f"reading {', '.join(crashed)}" if crashed else "out of memory?"
+        way = "without that file" if crashed else "with fewer --workers if memory ran out"
+        raise RunError(f"a worker process was killed ({why}); {RESUME}, {way}") from None
     except BaseException:
         for process in multiprocessing.active_children():
             process.terminate()
@@ -60,16 +65,10 @@ def progress(results: Iterable, total: int, unit: str, title: str = "") -> Itera
             print(text, file=sys.stderr, flush=True)
 
 
-def write_files(
-    make: Callable[[str], tuple[dict[Path, bytes], bool]],
-    photos: Sequence[str],
-    done: Callable[[str], bool],
-    workers: int,
-) -> tuple[int, int, int]:
+def write_files(make: Make, photos: Sequence[str], done: Callable[[str], bool], workers: int) -> tuple[int, int, int]:
     """Write the files that are made of each photo that is not done, and list the broken photos on stderr.
 
-    make: photo → ({path: content}, whether the photo was enlarged). Returns the numbers of photos whose files were
-    written, of enlarged ones among them, and of broken ones.
+    Returns the numbers of photos whose files were written, of enlarged ones among them, and of broken ones.
     """
     jobs, small, broken = [photo for photo in photos if not done(photo)], 0, []
     print(f"{len(photos)} photos, {len(photos) - len(jobs)} of them done; {workers} processes", flush=True)
@@ -81,8 +80,9 @@ def write_files(
     return len(jobs) - len(broken), small, len(broken)
 
 
-def _write(make: Callable[[str], tuple[dict[Path, bytes], bool]], photo: str) -> tuple[bool, str | None]:
+def _write(make: Make, photo: str) -> tuple[bool, str | None]:
     """Write the files of one photo: (whether it was enlarged, None), or (False, why it was left out)."""
+    note_reading(photo)
     try:
         files, enlarged = make(photo)
     except Exception as error:  # a decoder may raise anything on a broken file; the other photos go on

@@ -305,7 +305,7 @@ def read_class_list(path: str | Path) -> list[str]:
         wnids = ordered.split() if ordered != text else sorted(text.split())
     except (OSError, ValueError) as error:
         raise UsageError(f"--classes {path}: not a readable text file ({error})") from error
-    wrong = [wnid for wnid in wnids if wnids.count(wnid) > 1 or not wnid.isprintable()]
+    wrong = [wnid for wnid, n in Counter(wnids).items() if n > 1 or not wnid.isprintable()]
     if wrong or not wnids:
         reason = f"{wrong[0]!a} is listed twice or holds invisible characters" if wrong else "it is empty"
         example = os.path.relpath(IMAGENET_100)

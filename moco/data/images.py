@@ -12,7 +12,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from moco.data.rgb import FORMATS, check_resizable, to_rgb
-from moco.errors import RunError
+from moco.errors import RunError, note_reading
 
 
 class BadImage(RunError):
@@ -52,6 +52,7 @@ def open_rgb(path: str | Path, resizable_to: int | None = None) -> Image.Image:
 def _opened(path: str | Path, resizable_to: int | None) -> Iterator[tuple[Image.Image, bytes]]:
     """The image, of which PIL has read the header only, and the file's data; any error becomes a BadImage."""
     try:
+        note_reading(path)
         data = Path(path).read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about broken EXIF data, large images, the JPEG decoder: all fine here

@@ -194,10 +194,7 @@ def evaluate(predict: Callable, batches: Iterable, device: torch.device) -> list
 
 
 def save_features(path: str, features: torch.Tensor, folder: NamedTuple) -> None:
-    """Write the features (N, d) of val/, in the folder's order, with labels, paths and classes, for numpy.load.
-
-    Raises OSError.
-    """
+    """Write the features (N, d) of val/ with labels, paths and classes, for numpy.load. Raises OSError."""
     with files.atomic_write(path, "wb") as file:
         np.savez(
             file,

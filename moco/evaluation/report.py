@@ -250,16 +250,13 @@ def table(report: Mapping) -> str:
 
 def _grid(report: Mapping) -> list[list[str]]:
     """The cells of the table, line by line, its header first."""
-    rows, shown = by_row(report), _shown(report)
+    rows = by_row(report)
+    shown = list(dict.fromkeys(column for row in rows.values() for column in row))
     grid = [[*SETTINGS, *(_header(report, column) for column in shown)]]
     for name, runs in rows_of(report).items():
         figures = (mean_std(rows[name][column]) if column in rows[name] else "–" for column in shown)
         grid.append([name, setting(report, runs, "moco_k"), setting(report, runs, "alpha"), *figures])
     return grid
-
-
-def _shown(report: Mapping) -> list[str]:
-    return list(dict.fromkeys(column for row in by_row(report).values() for column in row))
 
 
 def _header(report: Mapping, column: str) -> str:
@@ -338,23 +335,21 @@ def class_differences(report: Mapping, parts: Iterable[Part], base: str, row: st
 
     parts: a column's, whose test sets count the same for a class.
     """
-    places, changes = {}, []
-    for key in (part.key for part in parts):  # whose images are sorted by class
-        counts = {wnid: each["n"] for wnid, each in report["cells"][key]["results"][0]["classes"].items()}
-        ends = itertools.accumulate(counts.values())
-        places[key] = {wnid: slice(end - counts[wnid], end) for wnid, end in zip(counts, ends)}
-    for wnid in dict.fromkeys(wnid for own in places.values() for wnid in own):
-        where = {key: own[wnid] for key, own in places.items() if wnid in own}  # the test sets that have this class
-        own = [Part(key, weight=1 / len(where)) for key in where]
-        changes.append(difference(report, wnid, own, base, row, where))
+    where = defaultdict(dict)  # {class: {test set that has it: its images}}
+    for part in parts:
+        end = 0  # of a class: images are sorted by class
+        for wnid, each in report["cells"][part.key]["results"][0]["classes"].items():
+            start, end = end, end + each["n"]
+            where[wnid][part.key] = slice(start, end)
+    equal = {wnid: [Part(key, weight=1 / len(own)) for key in own] for wnid, own in where.items()}
+    changes = (difference(report, wnid, equal[wnid], base, row, where[wnid]) for wnid in where)
     return sorted(changes, key=lambda each: (-each.change, each.name))
 
 
 def by_class_table(report: Mapping) -> str:
     """A Markdown table for each later row: its per-class accuracy change against the first row.
 
-    A column per test set: top-1 in percent of the first row → that of the other, and the difference in points with its
-    standard error. Classes are sorted by the difference in the first column.
+    A column per test set, in percent: first row → other row (difference±standard error). Sorted by the first column.
     """
     base, *others = rows_of(report)
     known = columns(report)

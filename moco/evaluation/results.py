@@ -17,7 +17,6 @@ from moco.training import checkpoint
 from moco.training.files import FolderLock, atomic_write
 
 VERSION = 3  # of the protocol and of the file; the first two did not tell which files they had tested
-SETTINGS = ("image_size", "limit", "wnids_sha256")  # of a report
 
 
 def sha256(data: bytes) -> str:
@@ -133,7 +132,8 @@ def save(path: str, report: Mapping) -> None:
 def _identities(report: Mapping, test_set: TestSet) -> list[str]:
     """The identity of each checkpoint's result on this test set."""
     shared = [VERSION, test_set.key, test_set.kind, len(test_set.labels), test_set.files_sha256]
-    settings = [*shared, *(report[name] for name in SETTINGS), *{report["precision"]} - {"fp32"}]
+    own = (report[name] for name in ("image_size", "limit", "wnids_sha256"))
+    settings = [*shared, *own, *{report["precision"]} - {"fp32"}]
     return [sha256(json.dumps([model["sha256"], *settings]).encode()) for model in report["checkpoints"]]
 
 

@@ -65,6 +65,7 @@ CORRUPTIONS = {
 }
 STANDARD = [name for group in ("noise", "blur", "weather", "digital") for name in CORRUPTIONS[group]]
 SEVERITIES = range(1, 6)
+_normal = functools.partial(unicodedata.normalize, "NFC")  # a Mac's archive has NFD
 
 
 class TestSet(NamedTuple):
@@ -209,10 +210,6 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
         digest.update(f"{label} {name} {file.st_size} {file.st_mtime_ns}\n".encode(errors="surrogateescape"))
     made = others, folder.left_out, digest.hexdigest()
     return TestSet(key, directory, paths, labels, indices, categories, *made)
-
-
-def _normal(name: str) -> str:
-    return unicodedata.normalize("NFC", name)  # a Mac's archive has NFD
 
 
 def corruption_folders(directory: str) -> dict[str, str]:

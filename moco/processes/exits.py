@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TextIO
 
-from moco.errors import Finished, PeerError, RunError, UsageError, one_line
+from moco.errors import Finished, PeerError, RunError, UsageError, one_line, read_last
 from moco.processes import signals
 from moco.processes.environment import is_local_main, is_main, under_torchrun
 
@@ -25,17 +25,17 @@ TRANSLATIONS = {
     " ({reason}): set GLOO_SOCKET_IFNAME, and for NCCL NCCL_SOCKET_IFNAME, to the network interface between the nodes",
     PEER: "another process of this run has ended or does not answer ({reason}); see the first message of the others,"
     " then {again}",
+    "Too many open files|ancdata": "too many open files ({reason}); raise the limit with ulimit -n, then {again}",
     "DataLoader timed out": "{reason}: the data's file system does not answer, or the loading processes were stopped;"
     " {again}",
     "DataLoader worker|unable to .*shared memory|^(Connection|EOF)": "a data loading process has ended ({reason}); use"
-    " a smaller -j or batch if memory ran out, -j 0 or docker's --shm-size if /dev/shm is full; then {again}",
+    " a smaller -j or batch if memory ran out, -j 0 or docker's --shm-size if /dev/shm is full, another file if it"
+    " crashes there again; then {again}",
     "/dev/shm/nccl": "NCCL has too little shared memory ({reason}); raise docker's --shm-size, then {again}",
     "out of resource": "a compiled kernel is too large for this GPU ({reason}); leave out --compile, then {again}",
     "out of memory|t allocate memory|ALLOC_FAILED|^(OutOf)?Memory": "out of memory ({reason}); use a smaller"
     " batch or 16-bit precision, then {again}",
-    "NCCL": "NCCL failed ({reason}); see the first message of the other processes, then {again}",
-    "^Dist": "the processes can no longer reach each other ({reason}); see the first message of the others, then"
-    " {again}",
+    "NCCL|^Dist": "NCCL, gloo or their store failed ({reason}); see the first message of the others, then {again}",
     "(CUDA|cuDNN) error|^Accelerator": "the GPU failed ({reason}); {again}, and on another GPU if it fails again",
     "^OSError": "{reason}; see that the disk is there and not full, then {again}",
 }
@@ -102,6 +102,8 @@ def translate_error(error: BaseException, again: str = "continue with --resume a
     text = " ".join(str(error).split())
     cause = re.sub(ASIDE, "", text) or names[0]
     reason = cause if len(cause) < 300 else f"{cause[:150]} … {cause[-150:]}"
+    if lost := re.match(r"DataLoader worker \D*(\d+)", cause):  # (pid 7) is killed by signal, or (pid(s) 7, 8) exited
+        reason += f", reading {read_last(int(lost[1]))}"
     for pattern, message in TRANSLATIONS.items():
         if any(re.search(pattern, each) for each in (text, *names)):
             return (PeerError if pattern == PEER else RunError)(message.format(reason=reason, again=again))

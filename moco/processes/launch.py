@@ -291,9 +291,8 @@ def say_why_on_cpu() -> None:
     idle += [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []  # xpu, mps
     if idle:
         why = f"PyTorch {torch.__version__} (CUDA {torch.version.cuda}, ROCm {torch.version.hip}) finds none it can use"
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
-        told = f"running on the CPU, not on a GPU ({', '.join(idle)}): {why}; CUDA_VISIBLE_DEVICES is {visible}"
-        print(told, file=sys.stderr, flush=True)
+        gpus, visible = ", ".join(idle), os.environ.get("CUDA_VISIBLE_DEVICES", "not set")
+        print(f"running on the CPU, not on a GPU ({gpus}): {why}; CUDA_VISIBLE_DEVICES is {visible}", file=sys.stderr)
 
 
 def check_devices(devices: Sequence[torch.device], precision: str) -> None:

@@ -6,6 +6,7 @@ at the so many-th call of a function, the first by default, on one rank of torch
 """
 
 import errno
+import fcntl
 import importlib
 import multiprocessing
 import os
@@ -29,6 +30,7 @@ PLACES = {  # where a fault can be: a function that the scripts call there
     "resuming": "moco.training.run:Run.resume",
     "item": "moco.data.datasets:RetryDataset.__getitem__",
     "test item": "moco.data.datasets:ImageList.__getitem__",
+    "decoding": "PIL.Image:open",
     "views": "moco.views:training_views",
     "step": "moco.training.run:Run.after_step",  # after the optimizer's step, before the run counts it
     "report": "moco.training.metrics:Progress.report",
@@ -48,7 +50,7 @@ def killed():
 
 
 def fails(error):
-    def fail():
+    def fail(*args):
         raise error
 
     return fail
@@ -120,6 +122,9 @@ SETTINGS = {
     "stderr cannot encode": lambda: sys.stderr.reconfigure(encoding="ascii", errors="strict"),
     "both are closed": both_closed,
     "Windows": windows,
+    "no locks": lambda: setattr(fcntl, "flock", fails(OSError(errno.ENOLCK, "No locks available"))),
+    "no flushing": lambda: setattr(os, "fsync", fails(OSError(errno.EOPNOTSUPP, "Operation not supported"))),
+    "a failing disk": lambda: setattr(os, "fsync", fails(OSError(errno.EIO, "Input/output error"))),
     "no home": lambda: os.environ.update(HOME="/proc/nobody", XDG_CACHE_HOME="/proc/nobody"),
 }
 

@@ -1,5 +1,6 @@
 """Streams, disks, shared memory and data that fail: a run ends in one line, and what was finished is saved."""
 
+import os
 import resource
 import shutil
 import signal
@@ -16,6 +17,7 @@ from helpers import (
     REPOSITORY,
     SMALL,
     assert_one_line,
+    children,
     completed,
     run_script,
     started,
@@ -109,6 +111,40 @@ def test_shared_memory_that_is_full_or_read_only_ends_in_one_line(whole, tmp_pat
     assert run.returncode == 1 and "continue with --resume auto" in line, run.stderr
 
 
+@pytest.mark.parametrize("script", [PRETRAIN, EVALUATE])
+@pytest.mark.parametrize("kind, told", [("no locks", "no locks: see that"), ("no flushing", "cannot flush files")])
+def test_a_file_system_that_cannot_lock_or_flush_is_named_once(whole, tmp_path, script, kind, told):
+    command = whole.command(script, tmp_path) if script == PRETRAIN else whole.evaluation(tmp_path)
+    assert run_script(FAULTS, kind, *command).stderr.count(told) == 1
+
+
+@pytest.mark.parametrize("script", [PRETRAIN, EVALUATE])
+def test_a_disk_that_fails_ends_in_one_line_and_leaves_no_file(whole, tmp_path, script):
+    command = whole.command(script, tmp_path) if script == PRETRAIN else whole.evaluation(tmp_path)
+    run = run_script(FAULTS, "a failing disk", *command, check=False)
+    (line,) = [line for line in run.stderr.splitlines() if "error: " in line]
+    assert run.returncode == 1 and "Input/output error" in line and not list(tmp_path.glob("[!.]*")), run.stderr
+
+
+@pytest.mark.parametrize("files", [40, 15])  # loading processes for 40
+def test_few_open_files_are_enough(whole, tmp_path, files):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    run = completed(started(*whole.command(PRETRAIN, tmp_path), preexec_fn=limit))
+    assert run.returncode == 0 and run.stderr == ""
+    whole.assert_equal(PRETRAIN, tmp_path)
+
+
+@can_mount
+def test_sigterm_ends_an_evaluation_that_is_the_first_process_of_a_container(whole, tmp_path):
+    """The kernel ignores signals to process 1 that it does not handle."""
+    words = ["unshare", "--pid", "--fork", "--kill-child", sys.executable, FAULTS, "hanging in test item"]
+    command = [*words, *map(str, whole.evaluation(tmp_path))]
+    with subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=-1, stderr=-1, text=True) as process:
+        wait_for(process, "hanging")
+        os.kill(children(process.pid)[0], signal.SIGTERM)
+        assert process.wait(30) == 128 + signal.SIGTERM
+
+
 # Data
 
 
@@ -122,13 +158,25 @@ def test_trouble_with_data_saves_the_finished_steps(whole, tmp_path, script, tro
     assert "starting at epoch 0 step 2 " in whole.assert_continues(script, tmp_path).stdout
 
 
+ENDED = "a data loading process has ended"
+
+
 @pytest.mark.parametrize(
-    "trouble, told", [("data gone", "error: data are gone"), ("killed", "a data loading process has ended")]
-)
+    "trouble, told",
+    [("data gone in item", ["error: data are gone"]), ("killed in item", [ENDED]),
+     ("SIGSEGV in decoding", [ENDED, "reading", ".JPEG"])],
+)  # fmt: skip
 def test_trouble_of_a_loading_process_costs_no_finished_step(whole, tmp_path, trouble, told):
-    run = run_script(FAULTS, f"{trouble} in item 25", *whole.command(PRETRAIN, tmp_path), check=False)
-    assert_one_line(run, told)
+    run = run_script(FAULTS, f"{trouble} 25", *whole.command(PRETRAIN, tmp_path), check=False)
+    *aside, line = run.stderr.splitlines()  # PyTorch's "ERROR: Unexpected segmentation fault encountered in worker."
+    assert run.returncode == 1 and all(text in line for text in told) and len(aside) == ("SIGSEGV" in trouble)
     whole.assert_continues(PRETRAIN, tmp_path)
+
+
+def test_an_image_that_crashes_its_decoder_in_an_evaluation_is_named(whole, tmp_path):
+    run = run_script(FAULTS, "SIGSEGV in decoding 3", *whole.evaluation(tmp_path), "-j", 1, check=False)
+    assert run.returncode == 1 and "reading" in run.stderr and "val/n01/n01_2.JPEG" in run.stderr
+    assert "Traceback" not in run.stderr and not (tmp_path / "r.json").exists()
 
 
 def test_trouble_in_the_evaluation_costs_no_epoch(whole, tmp_path):

@@ -1,4 +1,5 @@
 import argparse
+import os
 
 import pytest
 from helpers import TORCHRUN_RANK
@@ -139,6 +140,12 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
 def test_a_file_that_cannot_be_written_is_refused(tmp_path):
     options.check_file("--plot", str(tmp_path / "a.PNG"), endings=(".png", ".pdf"))
     (tmp_path / "b.png").mkdir()
-    for name, why in {"a.txt": "must end in .png or .pdf", "b.png": "it is a folder", "no/a.png": "no folder"}.items():
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    refused = {
+        "a.txt": "must end in .png or .pdf", "b.png": "it is a folder or a device", "no/a.png": "there is no folder",
+        f"{'x' * 300}.png": "File name too long", "loop.png": "symbolic links", "pipe.png": "or a device",
+    }  # fmt: skip
+    for name, why in refused.items():
         with pytest.raises(UsageError, match=f"--plot {tmp_path}/{name}: .*{why}"):
             options.check_file("--plot", str(tmp_path / name), endings=(".png", ".pdf"))

@@ -314,3 +314,8 @@ def test_class_files_are_read_in_any_spelling_or_refused(tmp_path, kind):
             folders.read_class_list(path)
     else:
         assert folders.read_class_list(path) == (refusal or ["n01", "n02"])
+
+
+def test_a_list_of_many_classes_is_read_in_seconds(tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(names := [f"n{number:08}" for number in range(200_000)]))
+    assert folders.read_class_list(tmp_path / "list.txt") == names

@@ -1,4 +1,5 @@
 import errno
+import os
 import re
 import sys
 
@@ -7,7 +8,7 @@ import torch
 import torch.distributed as dist
 from helpers import TORCHRUN_RANK
 
-from moco.errors import Finished, PeerError, RunError, UsageError
+from moco.errors import Finished, PeerError, RunError, UsageError, note_reading
 from moco.processes import exits
 
 
@@ -87,8 +88,10 @@ IFNAME = "cannot connect to each other over gloo .*GLOO_SOCKET_IFNAME"
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 3000ms"), PeerError, PEER),
         (RuntimeError("Gloo connectFullMesh failed with [gloo/pair.cc:152] timed out connecting"), RunError, IFNAME),
         (RuntimeError("[gloo/device.cc:84] ifa. Unable to find address for: eth9"), RunError, "eth9.*IFNAME"),
-        (DUPLICATE, RunError, "NCCL failed .Duplicate GPU detected.*rank 3 and rank 2.*; see the first message"),
-        (dist.DistStoreError("wait timeout"), RunError, "no longer reach each other .wait timeout"),
+        (DUPLICATE, RunError, "NCCL, .* failed .Duplicate GPU detected.*rank 3 and rank 2.*; see the first message"),
+        (dist.DistStoreError("wait timeout"), RunError, "their store failed .wait timeout"),
+        (OSError(errno.EMFILE, "Too many open files"), RunError, "too many open files .*raise .* ulimit -n, then"),
+        (RuntimeError("received 0 items of ancdata"), RunError, "too many open files"),
         (OSError(errno.ENOSPC, "No space left"), RunError, "No space left.*not full, then continue"),
         (FileNotFoundError(errno.ENOENT, "No such file", "a.png"), RunError, "No such file.*a.png"),
         (ConnectionResetError("reset"), RunError, WORKER),
@@ -104,6 +107,18 @@ def test_errors_of_pytorch_and_the_system_are_translated(error, kind, wanted):
     assert type(translated) is kind
     with pytest.raises(kind, match=wanted):
         raise translated
+
+
+def test_the_file_that_a_lost_loading_process_read_is_named():
+    if not (pid := os.fork()):
+        note_reading("of another image")
+        note_reading("a b \udcff.png")
+        os._exit(0)
+    os.waitpid(pid, 0)
+    for lost in f"(pid {pid}) is killed by signal: Segmentation fault.", f"(pid(s) {pid}, 7) exited unexpectedly":
+        assert "reading a b \udcff.png);" in str(exits.translate_error(RuntimeError(f"DataLoader worker {lost}")))
+    other = str(exits.translate_error(RuntimeError(f"DataLoader worker (pid {pid + 256}) is killed")))
+    assert "reading an unknown file" in other
 
 
 CUDA_ASIDE = (
@@ -131,7 +146,7 @@ GPU, AGAIN = "the GPU failed", "continue with --resume auto"
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", f"^{MEMORY} .*smaller batch"),
         (f"{NCCL}Cuda failure 2 'out of memory'", f"^{MEMORY} .Cuda failure 2 'out of memory'.; use a smaller"),
         (f"{NCCL}{SEGMENT}", "^NCCL has too little shared memory .Error while.*--shm-size, then continue with"),
-        (f"{NCCL}socketProgress: Connection closed by remote peer", "NCCL failed .socketProgress: .*; see the first"),
+        (f"{NCCL}socketProgress: Connection closed by remote peer", "NCCL, .* failed .socketProgress: .*; see"),
         ("out of resource: shared memory, Required: 180224, Hardware limit: 101376.", "too large for .*--compile"),
     ],
 )  # fmt: skip
