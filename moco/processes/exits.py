@@ -21,7 +21,7 @@ PEER = "gloo.*(closed by peer|reset by peer|Broken pipe|Connection refused|[Tt]i
 ASIDE = "^.*Last error: | (Search for `|CUDA kernel errors might).*"  # what NCCL and CUDA say around the cause
 # What errors of PyTorch and the system mean, by name or text, since PyTorch has few types. The first that fits counts.
 TRANSLATIONS = {
-    "connectFullMesh failed|Unable to find address for": "the processes cannot connect to each other over gloo"
+    "connectFullMesh|Unable to find address|Cannot resolve": "the processes cannot connect to each other over gloo"
     " ({reason}): set GLOO_SOCKET_IFNAME, and for NCCL NCCL_SOCKET_IFNAME, to the network interface between the nodes",
     PEER: "another process of this run has ended or does not answer ({reason}); see the first message of the others,"
     " then {again}",

@@ -87,6 +87,7 @@ IFNAME = "cannot connect to each other over gloo .*GLOO_SOCKET_IFNAME"
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:30"), PeerError, PEER),
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 3000ms"), PeerError, PEER),
         (RuntimeError("Gloo connectFullMesh failed with [gloo/pair.cc:152] timed out connecting"), RunError, IFNAME),
+        (RuntimeError("Cannot resolve 127.0.0.1 to a (local) address"), RunError, IFNAME),
         (RuntimeError("[gloo/device.cc:84] ifa. Unable to find address for: eth9"), RunError, "eth9.*IFNAME"),
         (DUPLICATE, RunError, "NCCL, .* failed .Duplicate GPU detected.*rank 3 and rank 2.*; see the first message"),
         (dist.DistStoreError("wait timeout"), RunError, "their store failed .wait timeout"),
