@@ -191,7 +191,7 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     names = list(wnids if categories is None else categories)
     index_of = {_normal(name): index for index, name in enumerate(names)}
     others = [name for name in folder.classes if _normal(name) not in index_of]
-    absent = {name.casefold(): name for name in names if name not in folder.classes}
+    absent = {name.casefold(): name for name in set(names) - set(folder.classes)}
     if other := next((name for name in others if name.casefold() in absent), None):
         raise UsageError(f"{directory}: its class folder {other} is {absent[other.casefold()]} in the head; rename it")
     labels = np.array([index_of.get(_normal(name), -1) for name in folder.classes])[folder.labels]
