@@ -3,7 +3,7 @@
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,13 +77,14 @@ class TrainingImages(NamedTuple):
 # Listing
 
 
-def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
+def list_images(directory: str | Path, flat: bool = False, known: Collection[str] | None = None) -> ImageFolder:
     """List the images of a folder of class folders: regular files at any depth with a suffix of IMG_EXTENSIONS.
 
     Follows links; a link to an image is listed under its own name. Skips hidden entries and NOT_DATA, and counts files
     with another suffix. flat: accept images in the folder itself, if it has no class folders, as one class, FLAT.
-    Raises UsageError if the directory is missing or has no class folders, if a class is empty or images lie beside the
-    class folders, if something cannot be read, or if links lead nowhere or to one folder twice, as every loop does.
+    known: the classes that must not be empty, by default all. Raises UsageError if one of them is, if the directory is
+    missing or has no class folders, if images lie beside these, if something cannot be read, or if links lead nowhere
+    or to one folder twice, as every loop does.
     """
     directory = Path(directory)
     if not is_folder(directory):
@@ -103,7 +104,7 @@ def list_images(directory: str | Path, flat: bool = False) -> ImageFolder:
     listed = {}
     _list_once(directory, os.path.realpath(directory), listed)
     found = {name: images_in(root + name, listed, others) for name in classes}
-    if empty := [name for name in classes if not found[name]]:
+    if empty := [name for name in classes if not found[name] and (known is None or name in known)]:
         only = f", only {count_text(others)} (not read; convert images to {' '.join(IMG_EXTENSIONS)})" if others else ""
         raise UsageError(f"{directory}: no image in {_count_and_first(empty)}{only}; remove or fill these folders")
     paths = PathArray(root, (f"{name}/{image}" for name in classes for image in found[name]))

@@ -185,7 +185,7 @@ def list_test_set(key: str, directory: str, wnids: Sequence[str], limit: int | N
     among those that the head has classes of. limit: only the first so many of each class. Classes are matched by
     folder name, in any Unicode normalisation, never by order. Raises UsageError if none matches, or one but for case.
     """
-    folder = folders.list_images(directory).first(limit)
+    folder = folders.list_images(directory, known={*wnids, *cues.sixteen_categories()}).first(limit)
     by_category = set(folder.classes) <= cues.sixteen_categories().keys() and not set(folder.classes) & set(wnids)
     categories = cues.outputs_by_category(wnids) if by_category and key.startswith(f"{FURTHER}/") else None
     names = list(wnids if categories is None else categories)

@@ -1,4 +1,4 @@
-"""The layout: imports run one way, tests lie where their modules do, and every file suits the oldest Python."""
+"""The layout: imports run one way, and tests lie where their modules do."""
 
 import ast
 import re
@@ -80,11 +80,3 @@ def test_every_module_has_its_file_of_tests_and_every_file_its_module():
     others = {"preprocess", "test_house.py"}
     found = {path.relative_to(unit) for path in unit.rglob("*.py") if path.relative_to(unit).parts[0] not in others}
     assert found == expected
-
-
-def test_every_file_is_written_for_the_oldest_python():
-    folders = ("moco", "preprocess", "tests", "docs")
-    files = [*REPOSITORY.glob("*.py"), *(path for folder in folders for path in (REPOSITORY / folder).rglob("*.py"))]
-    assert {"builder.py", "main_lincls.py", "quilting.py", "helpers.py"} <= {path.name for path in files}
-    for path in files:
-        ast.parse(path.read_text(), str(path), feature_version=(3, 10))

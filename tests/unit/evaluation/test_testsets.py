@@ -50,6 +50,15 @@ def test_names_match_in_any_normalisation_and_never_but_for_case(tmp_path):
         testsets.list_test_set("val", str(tmp_path), HEAD)
 
 
+def test_only_an_empty_folder_of_a_class_of_the_head_is_refused(tmp_path):
+    paint(tmp_path / "ant" / "a.png", 0)
+    (tmp_path / "cow").mkdir()
+    assert testsets.list_test_set("val", str(tmp_path), HEAD).others == ["cow"]
+    (tmp_path / "bee").mkdir()
+    with pytest.raises(UsageError, match="no image in 1: bee"):
+        testsets.list_test_set("val", str(tmp_path), HEAD)
+
+
 @pytest.mark.parametrize("change", ["size", "time", "name", "class"])
 def test_files_that_were_made_again_have_another_stamp(tmp_path, change):
     for name in "ant", "bee":
