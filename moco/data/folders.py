@@ -82,9 +82,9 @@ def list_images(directory: str | Path, flat: bool = False, known: Collection[str
 
     Follows links; a link to an image is listed under its own name. Skips hidden entries and NOT_DATA, and counts files
     with another suffix. flat: accept images in the folder itself, if it has no class folders, as one class, FLAT.
-    known: the classes that must not be empty, by default all. Raises UsageError if one of them is, if the directory is
-    missing or has no class folders, if images lie beside these, if something cannot be read, or if links lead nowhere
-    or to one folder twice, as every loop does.
+    known: the classes that must not be empty, by default all; others are skipped. Raises UsageError if one of them is,
+    if the directory is missing or has no class folders, if images lie beside these, if something cannot be read, or if
+    links lead nowhere or to one folder twice, as every loop does.
     """
     directory = Path(directory)
     if not is_folder(directory):
@@ -104,11 +104,13 @@ def list_images(directory: str | Path, flat: bool = False, known: Collection[str
     listed = {}
     _list_once(directory, os.path.realpath(directory), listed)
     found = {name: images_in(root + name, listed, others) for name in classes}
-    if empty := [name for name in classes if not found[name] and (known is None or name in known)]:
+    known = known if known is not None and any(found.values()) else set(classes)
+    if empty := [name for name in classes if name in known and not found[name]]:
         only = f", only {count_text(others)} (not read; convert images to {' '.join(IMG_EXTENSIONS)})" if others else ""
         raise UsageError(f"{directory}: no image in {_count_and_first(empty)}{only}; remove or fill these folders")
+    classes = [name for name in classes if found[name]]
     paths = PathArray(root, (f"{name}/{image}" for name in classes for image in found[name]))
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), list(map(len, found.values())))
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(found[name]) for name in classes])
     return ImageFolder(paths, labels, classes, count_text(others))
 
 

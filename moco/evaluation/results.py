@@ -132,8 +132,7 @@ def save(path: str, report: Mapping) -> None:
 def _identities(report: Mapping, test_set: TestSet) -> list[str]:
     """The identity of each checkpoint's result on this test set."""
     shared = [VERSION, test_set.key, test_set.kind, len(test_set.labels), test_set.files_sha256]
-    own = (report[name] for name in ("image_size", "limit", "wnids_sha256"))
-    settings = [*shared, *own, *{report["precision"]} - {"fp32"}]
+    settings = [*shared, *map(report.get, ("image_size", "limit", "wnids_sha256")), *{report["precision"]} - {"fp32"}]
     return [sha256(json.dumps([model["sha256"], *settings]).encode()) for model in report["checkpoints"]]
 
 

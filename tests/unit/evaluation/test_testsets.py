@@ -51,9 +51,11 @@ def test_names_match_in_any_normalisation_and_never_but_for_case(tmp_path):
 
 
 def test_only_an_empty_folder_of_a_class_of_the_head_is_refused(tmp_path):
-    paint(tmp_path / "ant" / "a.png", 0)
     (tmp_path / "cow").mkdir()
-    assert testsets.list_test_set("val", str(tmp_path), HEAD).others == ["cow"]
+    with pytest.raises(UsageError, match="no image in 1: cow"):  # nor another
+        testsets.list_test_set("val", str(tmp_path), HEAD)
+    paint(tmp_path / "ant" / "a.png", 0)
+    assert testsets.list_test_set("val", str(tmp_path), HEAD).labels.tolist() == [0]
     (tmp_path / "bee").mkdir()
     with pytest.raises(UsageError, match="no image in 1: bee"):
         testsets.list_test_set("val", str(tmp_path), HEAD)
