@@ -35,7 +35,7 @@ def drawn(figure, title):
 
 
 def legend(figure):
-    return [text.get_text() for text in figure.legends[0].get_texts()]
+    return [text.get_text().lstrip() for text in figure.legends[0].get_texts()]
 
 
 @drawing
