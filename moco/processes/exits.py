@@ -37,7 +37,8 @@ TRANSLATIONS = {
     " batch or 16-bit precision, then {again}",
     "NCCL|^Dist": "NCCL, gloo or their store failed ({reason}); see the first message of the others, then {again}",
     "(CUDA|cuDNN) error|^Accelerator": "the GPU failed ({reason}); {again}, and on another GPU if it fails again",
-    "^OSError": "{reason}; see that the disk is there and not full, then {again}",
+    "No space left|quota exceeded": "{reason}; free some space, then {again}",
+    "^OSError": "{reason}; see that it is there and can be used, then {again}",
 }
 
 

@@ -33,13 +33,9 @@ if sys.platform == "win32":  # before anything fails that is missing there
     sys.exit(2)
 
 DEFAULTS = {  # of options.add_launch_options; a script may have only some of them
-    "multiprocessing_distributed": False,
-    "world_size": -1,
-    "rank": -1,
+    "multiprocessing_distributed": False, "world_size": -1, "rank": -1, "dist_backend": "nccl", "gpu": None,
     "dist_url": "tcp://224.66.41.62:23456",  # multicast, as published; PyTorch no longer supports it
-    "dist_backend": "nccl",
-    "gpu": None,
-}
+}  # fmt: skip
 JOIN_SECONDS = 300  # for all ranks to come, at the start; torchrun has limits of its own
 COLLECTIVE_SECONDS = 900  # for a rank that is cut off, or waits for its data: NCCL's and gloo's limit in a step
 GRACE_SECONDS = 30  # for the other ranks to save once one has failed; torchrun and Slurm give 30 s, too
