@@ -247,7 +247,8 @@ def workers_per_rank(total: int | None, ranks: int) -> int:
     of_a_task = os.environ.get("SLURM_CPUS_PER_TASK", "")  # srun's tasks see their own cores only
     own = cores if of_a_task.isdecimal() and cores <= int(of_a_task) else max(1, cores // ranks)
     wanted = max(1, own - 1) if total is None else min(-(-total // ranks), own)
-    return max(0, min(wanted, (os.sysconf("SC_OPEN_MAX") - 24) // 8))  # each needs some for its pipes and batches
+    files = os.sysconf("SC_OPEN_MAX")  # of which each worker needs some for its pipes and batches; -1: no limit
+    return wanted if files < 0 else max(0, min(wanted, (files - 24) // 8))
 
 
 # Configuration

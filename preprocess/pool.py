@@ -25,7 +25,8 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
 
     Raises RunError if a worker is killed, and what `function` raises.
     """
-    pool, processes = ProcessPoolExecutor(workers, initializer=_leave_with_parent), []
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)  # forked, they share their notes
+    pool, processes = ProcessPoolExecutor(workers, context, _leave_with_parent), []
     chunk = max(1, min(8, len(jobs) // (4 * workers)))  # few long jobs are shared by all workers
     try:
         # Not pool.map: interrupted, it cancels what is waiting, and a pool that loses its workers while something is
@@ -34,8 +35,7 @@ def in_processes(function: Callable[[Any], Any], jobs: Sequence, workers: int, u
         processes = multiprocessing.active_children()
         yield from progress(_results(waiting[::-1]), len(jobs), unit)
     except (BrokenProcessPool, MemoryError):
-        pool.shutdown()  # its processes have their exit codes then
-        # SIGTERM and SIGKILL ended the other workers, or one that took all memory.
+        pool.shutdown(cancel_futures=True)  # then all have exit codes: -15 or -9 if it ended them, or memory ran out
         crashed = [read_last(each.pid) for each in processes if each.exitcode not in (None, 0, -9, -15)]
         why = f"reading {', '.join(crashed)}" if crashed else "out of memory?"
         way = "without that file" if crashed else "with fewer --workers if memory ran out"

@@ -116,7 +116,9 @@ def test_a_batch_is_divided_among_the_ranks_or_refused():
 )  # fmt: skip
 def test_workers_are_shared_and_limited_to_the_cores(monkeypatch, cores, total, ranks, share):
     monkeypatch.setattr(options, "usable_cores", lambda: cores)
-    assert options.workers_per_rank(total, ranks) == share
+    for files, most in (-1, share), (1024, share), (40, min(share, 2)), (15, 0):
+        monkeypatch.setattr(options.os, "sysconf", lambda name, files=files: files)
+        assert options.workers_per_rank(total, ranks) == most
 
 
 @pytest.mark.parametrize("cores, total, share", [(8, None, 7), (8, 64, 8), (64, None, 7), (64, 32, 4)])

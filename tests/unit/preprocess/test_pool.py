@@ -11,7 +11,7 @@ from moco.errors import RunError
 
 @pytest.fixture
 def threads(monkeypatch):
-    monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda workers, initializer: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
 
 
 def test_results_come_in_the_order_of_the_jobs(threads, capsys):
